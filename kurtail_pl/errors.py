@@ -1,0 +1,37 @@
+"""The errors a user can cause; each message names the value, what was expected and what to do next."""
+
+
+class KurtailError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+
+
+class ConfigError(KurtailError):
+    """A setting is out of range or contradicts another one."""
+
+
+class UnsupportedArchitecture(KurtailError):
+    """The model's type has no record, or its modules do not match the record."""
+
+
+class CheckpointError(KurtailError):
+    """A model file is missing, damaged or of the wrong kind."""
+
+
+class TextError(KurtailError):
+    """A text source is unknown, unreadable or too short."""
+
+
+class StoreMismatch(KurtailError):
+    """An activation store was made from another model, tokenizer, text or seed than the one asked for."""
+
+
+class ArtefactError(KurtailError):
+    """An artefact folder is missing, incomplete, or would be overwritten."""
+
+
+class DiskFull(KurtailError):
+    """What is about to be written does not fit on the disk."""
+
+
+class GateError(KurtailError):
+    """A fold changed the model's output by more than its tolerance."""

@@ -1,0 +1,241 @@
+"""Hadamard matrices of every width, dense and as two Kronecker factors for the online rotations.
+
+KurTail (arXiv 2503.01483) rotates queries and keys, the input of the attention output and the hidden layer of the MLP
+by Hadamard matrices that are computed online, and starts the learned rotations from random ones. Model widths are
+seldom powers of two, so the odd part comes from Paley's constructions (R. Paley, "On orthogonal matrices", 1933), or
+from the Hartley matrix, which exists for every size, where Paley has none.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kurtail_pl.maths.backends import apply_right
+from kurtail_pl.maths.galois import jacobsthal_matrix, prime_power
+
+
+@dataclass(frozen=True, eq=False)
+class HadamardFactors:
+    """An orthogonal matrix of order a * b, stored as two Kronecker factors.
+
+    Attributes:
+        left: `[a, a]` float64, orthonormal; the odd part of the order and the remaining powers of two.
+        right: `[b, b]` float64, orthonormal; a Sylvester matrix, possibly with signs on its rows or columns.
+        construction: What the matrix is made of, for reports, as in "Paley I GF(11) x Sylvester 4".
+    """
+
+    left: Tensor
+    right: Tensor
+    construction: str
+
+    @property
+    def size(self) -> int:
+        """Order a * b of the whole matrix."""
+        return self.left.shape[0] * self.right.shape[0]
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix, `kron(left, right)`, `[a * b, a * b]`."""
+        return torch.kron(self.left, self.right)
+
+    def transposed(self) -> "HadamardFactors":
+        """Return the factors of the transpose, which is the inverse: fused into a weight it undoes the transform."""
+        return HadamardFactors(self.left.mT.contiguous(), self.right.mT.contiguous(), self.construction)
+
+
+def hadamard_matrix(order: int) -> Tensor:
+    """Build a Hadamard matrix: Sylvester for powers of two, else Paley I, Paley II, or the double of a smaller one.
+
+    Args:
+        order: Number of rows.
+
+    Returns:
+        `[order, order]` float64, a new tensor, entries exactly 1 and -1, `H @ H.T == order * I`.
+
+    Raises:
+        ValueError: No construction is known for this order.
+
+    >>> hadamard_matrix(2)
+    tensor([[ 1.,  1.],
+            [ 1., -1.]], dtype=torch.float64)
+    """
+    base = order
+    while base > 1 and base % 2 == 0 and _paley_field(base) is None:
+        base //= 2
+    paley = _paley_field(base)
+    if paley is not None:
+        kind, p, r = paley
+        matrix = _paley_one(p**r) if kind == "I" else _paley_two(p**r)
+    elif base == 1:
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+    else:
+        raise ValueError(f"no construction is known for a Hadamard matrix of order {order}")
+    while matrix.shape[0] < order:
+        matrix = torch.kron(_block(1, 1, 1, -1), matrix)
+    return matrix
+
+
+def hadamard_factors(n: int) -> HadamardFactors:
+    """Choose two orthonormal Kronecker factors of near-equal size for a width.
+
+    The width is k * 2^m with k the smallest order of that form that is 1 or Paley's, or, where there is none, the odd
+    part of n, for which the Hartley matrix stands in: orthogonal too, its entries at most sqrt(2 / k).
+
+    Args:
+        n: Width, at least 1.
+
+    Returns:
+        The factors, new tensors; the same for every call.
+
+    Raises:
+        ValueError: n is below 1.
+
+    >>> factors = hadamard_factors(576)
+    >>> factors.left.shape[0], factors.right.shape[0], factors.construction
+    (36, 16, 'Paley II GF(17) x Sylvester 16')
+    """
+    if n < 1:
+        raise ValueError(f"a Hadamard transform needs a width of at least 1, got {n}")
+    core, name = _core(n)
+    doublings = n // core.shape[0]
+    # a + b multiplications per entry; of two equal sums the larger right factor, since a fast kernel may take it.
+    b = min((2**j for j in range(doublings.bit_length())), key=lambda b: (n // b + b, -b))
+    parts = [name] if name else []
+    if doublings > 1 or not parts:
+        parts.append(f"Sylvester {doublings}")
+    return HadamardFactors(torch.kron(core, _sylvester(doublings // b)), _sylvester(b), " x ".join(parts))
+
+
+def random_hadamard_factors(n: int, generator: torch.Generator) -> HadamardFactors:
+    """Choose the factors of a width and give the rows of each random signs.
+
+    The signs are part of the factors, so the online transform has no sign multiplication of its own.
+
+    Args:
+        n: Width, at least 1.
+        generator: CPU source of the signs.
+
+    Returns:
+        `left = diag(s_a) L` and `right = diag(s_b) R` for the factors L, R of `hadamard_factors(n)`.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    plain = hadamard_factors(n)
+    left, right = (_random_signs(factor.shape[0], generator)[:, None] * factor for factor in (plain.left, plain.right))
+    return HadamardFactors(left, right, plain.construction)
+
+
+def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
+    """Draw a dense random Hadamard matrix, the start of the learned rotations (QuaRot, arXiv 2404.00456, section 3).
+
+    Args:
+        n: Width, at least 1.
+        generator: CPU source of the n independent signs.
+
+    Returns:
+        `diag(s) kron(left, right)`, `[n, n]` float64, orthogonal.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    dense = hadamard_factors(n).dense()
+    return _random_signs(n, generator)[:, None] * dense
+
+
+def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:
+    """Multiply the rows of x by `kron(left, right)` without building it.
+
+    Each row, reshaped to X `[a, b]`, becomes `left.T @ X @ right`. The factors are cast to the dtype and device of x,
+    so in half precision their entries are rounded (the norm is off by up to 0.4 % per factor in bfloat16): cast x to
+    float32 where that matters.
+
+    Args:
+        x: `[..., n]`, real floating point.
+        factors: Factors of order n; on another device than x they are copied there in every call.
+
+    Returns:
+        `x @ factors.dense()`, `[..., n]`, dtype and device of x.
+
+    Raises:
+        ValueError: The last dimension of x is not the order of the factors.
+
+    >>> hadamard_transform(torch.eye(2), hadamard_factors(2)) * 2**0.5
+    tensor([[ 1.0000,  1.0000],
+            [ 1.0000, -1.0000]])
+    """
+    if x.shape[-1] != factors.size:
+        raise ValueError(f"rows of width {x.shape[-1]} do not fit a Hadamard transform of size {factors.size}")
+    left, right = factors.left.to(x), factors.right.to(x)
+    blocks = apply_right(x.reshape(*x.shape[:-1], left.shape[0], right.shape[0]), right)
+    # With the small matrix on the right torch runs one large product instead of one small product per row.
+    return (blocks.mT @ left).mT.flatten(-2)
+
+
+@functools.lru_cache(maxsize=16)
+def _core(n: int) -> tuple[Tensor, str]:
+    """Return the orthonormal odd-part factor `[k, k]` of a width and its name; empty for a power of two."""
+    odd = n // (n & -n)
+    if odd == 1:
+        return _sylvester(1), ""
+    order = odd
+    while n % order == 0:
+        paley = _paley_field(order)
+        if paley is not None:
+            kind, p, r = paley
+            field = f"{p}^{r}" if r > 1 else f"{p}"
+            return hadamard_matrix(order) / math.sqrt(order), f"Paley {kind} GF({field})"
+        order *= 2
+    return _hartley(odd), f"Hartley {odd}"
+
+
+def _paley_field(order: int) -> tuple[str, int, int] | None:
+    """Return the construction, I or II, and p, r of its field GF(p^r) for an order that is not a power of two."""
+    if order < 1 or order % 4 or order & (order - 1) == 0:
+        return None
+    for kind, q, residue in (("I", order - 1, 3), ("II", order // 2 - 1, 1)):
+        field = prime_power(q)
+        if field is not None and q % 4 == residue:
+            return kind, *field
+    return None
+
+
+def _paley_one(q: int) -> Tensor:
+    """Return Paley's first matrix `I + S`, S skew with a Jacobsthal core; `[q + 1, q + 1]` for q = 3 mod 4."""
+    skew = pad(jacobsthal_matrix(q), (1, 0, 1, 0), value=1.0)
+    skew[1:, 0] = -1.0
+    skew[0, 0] = 0.0
+    return skew + torch.eye(q + 1, dtype=torch.float64)
+
+
+def _paley_two(q: int) -> Tensor:
+    """Return Paley's second matrix, a symmetric conference matrix with 2 x 2 blocks; order 2 (q + 1), q = 1 mod 4."""
+    conference = pad(jacobsthal_matrix(q), (1, 0, 1, 0), value=1.0)
+    conference[0, 0] = 0.0
+    identity = torch.eye(q + 1, dtype=torch.float64)
+    return torch.kron(conference, _block(1, 1, 1, -1)) + torch.kron(identity, _block(1, -1, -1, -1))
+
+
+def _block(*entries: float) -> Tensor:
+    return torch.tensor(entries, dtype=torch.float64).reshape(2, 2)
+
+
+def _sylvester(order: int) -> Tensor:
+    """Return the orthonormal Sylvester matrix of a power of two."""
+    return hadamard_matrix(order) / math.sqrt(order)
+
+
+def _hartley(k: int) -> Tensor:
+    """Return the orthonormal Hartley matrix `cas(2 pi i j / k) / sqrt(k)`, cas = cos + sin (Hartley 1942)."""
+    index = torch.arange(k)
+    # The product is reduced before it becomes an angle: a large angle would cost digits.
+    angle = 2 * math.pi / k * (index[:, None] * index % k).double()
+    return (angle.cos() + angle.sin()) / math.sqrt(k)
+
+
+def _random_signs(n: int, generator: torch.Generator) -> Tensor:
+    """Draw n independent signs, `[n]` float64."""
+    return torch.randint(2, (n,), generator=generator).double() * 2 - 1

@@ -1,0 +1,65 @@
+"""Steps and retractions on the Stiefel manifold of square orthogonal matrices (Li et al. 2020, arXiv 2002.01113)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew_direction(x: Tensor, momentum: Tensor) -> Tensor:
+    """Skew-symmetric ``W`` whose ``W X`` is the projection of the momentum on the tangent space at X.
+
+    ``A = M X^T - 1/2 X (X^T M X^T)``, ``W = A - A^T`` (Li et al. 2020, Alg. 1).
+
+    Args:
+        x: orthogonal matrices ``[..., n, n]``.
+        momentum: ``[..., n, n]``.
+
+    Returns:
+        ``[..., n, n]``, skew-symmetric.
+    """
+    outer = momentum @ x.mT
+    a = outer - 0.5 * x @ (x.mT @ outer)
+    return a - a.mT
+
+
+def cayley_step(x: Tensor, w: Tensor, step: Tensor, iterations: int) -> Tensor:
+    """Move X along the Cayley curve: solve ``Y = X - step/2 W (X + Y)`` by fixed-point iteration.
+
+    The limit is ``(I + step/2 W)^-1 (I - step/2 W) X``, which is orthogonal. The iteration contracts where
+    ``step/2 ||W|| < 1``: the optimizers cap the step so.
+
+    Args:
+        x: orthogonal matrices ``[..., n, n]``.
+        w: skew-symmetric directions ``[..., n, n]``.
+        step: step lengths ``[...]``.
+        iterations: fixed-point passes after the first, explicit one.
+
+    Returns:
+        ``[..., n, n]``.
+    """
+    half = 0.5 * step[..., None, None] * w
+    half_x = half @ x
+    y = x - 2 * half_x
+    for _ in range(iterations):
+        y = x - half_x - half @ y
+    return y
+
+
+def capped_step(lr: float, w: Tensor, q: float, eps: float) -> Tensor:
+    """Step length ``min(lr, 2q / (||W||_F + eps))`` for each matrix: ``[..., n, n]`` -> ``[...]``."""
+    norm = torch.linalg.matrix_norm(w)
+    return torch.clamp(2 * q / (norm + eps), max=lr)
+
+
+def orthogonality_error(x: Tensor) -> Tensor:
+    """Largest entry of ``|X^T X - I|`` of each matrix: ``[..., n, n]`` -> ``[...]``, computed in float64."""
+    x = x.double()
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return (x.mT @ x - eye).abs().amax((-2, -1))
+
+
+def nearest_orthogonal(x: Tensor) -> Tensor:
+    """Orthogonal matrices nearest in Frobenius norm (the polar factor), ``[..., n, n]``, in float64."""
+    u, _, vh = torch.linalg.svd(x.double())
+    return u @ vh

@@ -1,0 +1,182 @@
+"""Uniform quantizers, each in integer form (codes, scale, zero point) and as the fake quantizer that equals it.
+
+Rounding is half to even. A *group* is a run of the last dimension that shares one scale: the whole last dimension
+(per token, per output channel), a fixed number of channels, or one attention head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Scale and integer zero point of every group, both ``[..., groups]``; the zero point is None when symmetric."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+class Quantized(NamedTuple):
+    """Integer form of a tensor: int8 codes ``[..., n]`` (uint8 when asymmetric) and their grid."""
+
+    codes: Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What a quantizer is: bits, symmetry, clip and group, checked on construction.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: codes in ``[-2^(b-1), 2^(b-1)-1]`` and no zero point, else ``[0, 2^b-1]`` with an integer one.
+        clip: where the grid ends, as ``ratio:r`` (r times the largest magnitude) or ``quantile:q`` (the q-quantile of
+            the magnitudes; with zero point the q- and (1-q)-quantiles of the values).
+        group_size: channels that share a scale; None for the whole last dimension.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    clip: str = "ratio:1.0"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits is {self.bits}; a quantizer has 2 to 8 bits (16 turns quantization off)")
+        kind, amount = self.clip_kind, self.clip_amount
+        if kind not in ("ratio", "quantile") or not 0 < amount <= 1:
+            raise ValueError(f"clip is {self.clip!r}; write ratio:R or quantile:Q with a number in (0, 1]")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; give a positive number of channels or null")
+
+    @property
+    def clip_kind(self) -> str:
+        """``ratio`` or ``quantile``."""
+        return self.clip.partition(":")[0]
+
+    @property
+    def clip_amount(self) -> float:
+        """The number after the colon; nan when it is not a number."""
+        try:
+            return float(self.clip.partition(":")[2])
+        except ValueError:
+            return float("nan")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        if self.symmetric:
+            return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        return 0, (1 << self.bits) - 1
+
+
+def quantize(x: Tensor, quantizer: Quantizer) -> Quantized:
+    """Integer form of x under dynamic scales.
+
+    Args:
+        x: ``[..., n]``.
+        quantizer: its bits, symmetry, clip and group size.
+
+    Returns:
+        Codes ``[..., n]`` and a grid ``[..., groups]``.
+
+    Raises:
+        ValueError: when the group size does not divide n.
+    """
+    grouped = split_groups(x, quantizer.group_size)
+    grid = dynamic_grid(grouped, quantizer)
+    codes = codes_on(grouped, grid, quantizer)
+    dtype = torch.int8 if quantizer.symmetric else torch.uint8
+    return Quantized(codes.reshape(x.shape).to(dtype), grid)
+
+
+def dequantize(quantized: Quantized) -> Tensor:
+    """Values ``(codes - zero_point) * scale`` of an integer form, ``[..., n]``, in the scale's dtype."""
+    codes, grid = quantized
+    grouped = codes.reshape(*codes.shape[:-1], grid.scale.shape[-1], -1).to(grid.scale.dtype)
+    return values_of(grouped, grid).reshape(codes.shape)
+
+
+def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """`dequantize` of `quantize`, bit for bit, without the integers: ``[..., n]`` -> ``[..., n]``."""
+    grouped = split_groups(x, quantizer.group_size)
+    grid = dynamic_grid(grouped, quantizer)
+    return values_of(codes_on(grouped, grid, quantizer), grid).reshape(x.shape)
+
+
+def split_groups(x: Tensor, group_size: int | None) -> Tensor:
+    """View ``[..., n]`` as ``[..., groups, group_size]``; raises ValueError when the size does not divide n."""
+    size = x.shape[-1] if group_size is None else group_size
+    if x.shape[-1] % size:
+        raise ValueError(f"group_size {size} does not divide the {x.shape[-1]} channels; choose a divisor")
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def dynamic_grid(grouped: Tensor, quantizer: Quantizer) -> Grid:
+    """Grid of each group from the group's own values.
+
+    Args:
+        grouped: ``[..., groups, group_size]``.
+        quantizer: the clip decides where the grid ends.
+
+    Returns:
+        Grid ``[..., groups]``; a group of zeros gets scale 1.
+    """
+    amount = quantizer.clip_amount
+    if quantizer.symmetric:
+        magnitude = grouped.abs()
+        if quantizer.clip_kind == "ratio":
+            limit = magnitude.amax(-1) * amount
+        else:
+            limit = upper_quantile(magnitude, amount)
+        return symmetric_grid(limit, quantizer.bits)
+    if quantizer.clip_kind == "ratio":
+        low, high = grouped.amin(-1) * amount, grouped.amax(-1) * amount
+    else:
+        low, high = -upper_quantile(-grouped, amount), upper_quantile(grouped, amount)
+    return asymmetric_grid(low, high, quantizer.bits)
+
+
+def symmetric_grid(limit: Tensor, bits: int) -> Grid:
+    """Grid whose largest code stands for ``limit`` ``[...]``; scale 1 where the limit is zero."""
+    scale = limit / ((1 << (bits - 1)) - 1)
+    return Grid(torch.where(scale > 0, scale, torch.ones_like(scale)), None)
+
+
+def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
+    """Grid over ``[min(low, 0), max(high, 0)]``, both ``[...]``: zero is always one of its values."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / ((1 << bits) - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return Grid(scale, (-low / scale).round())
+
+
+def codes_on(grouped: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
+    """Nearest codes of ``[..., groups, group_size]`` on a grid ``[..., groups]``, as floats."""
+    codes = (grouped / grid.scale.unsqueeze(-1)).round_()
+    if grid.zero_point is not None:
+        codes += grid.zero_point.unsqueeze(-1)
+    return codes.clamp_(*quantizer.code_range)
+
+
+def values_of(codes: Tensor, grid: Grid) -> Tensor:
+    """Values of float codes ``[..., groups, group_size]`` on a grid ``[..., groups]``."""
+    if grid.zero_point is not None:
+        codes = codes - grid.zero_point.unsqueeze(-1)
+    return codes * grid.scale.unsqueeze(-1)
+
+
+def upper_quantile(x: Tensor, q: float) -> Tensor:
+    """The q-quantile of ``[..., n]`` with linear interpolation, equal to `torch.quantile`, without its full sort."""
+    position = q * (x.shape[-1] - 1)
+    below = int(position)
+    top = x.topk(x.shape[-1] - below, dim=-1).values
+    lower = top[..., -1]
+    return lower if below == x.shape[-1] - 1 else torch.lerp(lower, top[..., -2], position - below)

@@ -1,0 +1,90 @@
+"""Weight grids chosen by mean error, round-to-nearest weights, and two 4-bit codes to a byte."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kurtail_pl.maths.quantizers import (
+    Grid,
+    Quantized,
+    Quantizer,
+    asymmetric_grid,
+    codes_on,
+    split_groups,
+    symmetric_grid,
+    values_of,
+)
+
+ERROR_NORM = 2.4
+SHRINK_STEPS = 80
+SHRINK_GRID = 100
+
+
+def search_grid(weight: Tensor, quantizer: Quantizer) -> Grid:
+    """Grid of each output channel (and group) with the least error ``sum |Q(w) - w|^2.4`` over 80 clip ratios.
+
+    The ratios are 1.00, 0.99, ... 0.21, multiplied by the quantizer's own ratio (QuaRot, arXiv 2404.00456, and GPTQ's
+    code use the same search; the 2.4 norm is theirs).
+
+    Args:
+        weight: ``[out, in]``.
+        quantizer: bits, symmetry, group size and the ratio the search starts from.
+
+    Returns:
+        Grid ``[out, groups]``.
+    """
+    scale, zero_point = zip(
+        *(_search_rows(rows, quantizer) for rows in weight.split(max(1, (1 << 18) // weight.shape[1]))), strict=True
+    )
+    return Grid(torch.cat(scale), None if quantizer.symmetric else torch.cat(zero_point))
+
+
+def _search_rows(rows: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    # A few rows at a time stay in the processor's cache through all 80 steps: twice as fast as the whole matrix.
+    grouped = split_groups(rows, quantizer.group_size)
+    low, high, limit = grouped.amin(-1), grouped.amax(-1), grouped.abs().amax(-1)
+    best_error = torch.full_like(limit, float("inf"))
+    best_scale, best_zero = torch.ones_like(limit), torch.zeros_like(limit)
+    for step in range(SHRINK_STEPS):
+        ratio = quantizer.clip_amount * (1 - step / SHRINK_GRID)
+        if quantizer.symmetric:
+            grid = symmetric_grid(limit * ratio, quantizer.bits)
+        else:
+            grid = asymmetric_grid(low * ratio, high * ratio, quantizer.bits)
+        error = values_of(codes_on(grouped, grid, quantizer), grid).sub_(grouped).abs_()
+        # |e|^p through base-2 logarithms: twice as fast as pow on a CPU, and 0 stays 0.
+        total = error.log2_().mul_(ERROR_NORM).exp2_().sum(-1)
+        better = total < best_error
+        best_error = torch.where(better, total, best_error)
+        best_scale = torch.where(better, grid.scale, best_scale)
+        if grid.zero_point is not None:
+            best_zero = torch.where(better, grid.zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, quantizer: Quantizer) -> Quantized:
+    """Codes ``[out, in]`` of a weight on a given grid ``[out, groups]``, each rounded on its own (RTN)."""
+    codes = codes_on(split_groups(weight, quantizer.group_size), grid, quantizer).reshape(weight.shape)
+    return Quantized(codes.to(torch.int8 if quantizer.symmetric else torch.uint8), grid)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Two 4-bit codes to a byte: ``[..., n]`` -> uint8 ``[..., n/2]``.
+
+    The low nibble holds the first half of the last dimension, the high nibble the second half, as two's complement
+    for signed codes.
+
+    Raises:
+        ValueError: when n is odd.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"packing needs an even number of codes in a row, got {codes.shape[-1]}")
+    low, high = codes.to(torch.uint8).chunk(2, dim=-1)
+    return (low & 0xF) | (high << 4)
+
+
+def unpack_codes(packed: Tensor, signed: bool) -> Tensor:
+    """Inverse of `pack_codes`: uint8 ``[..., n/2]`` -> int8 (uint8 when not signed) ``[..., n]``."""
+    codes = torch.cat([packed & 0xF, packed >> 4], dim=-1)
+    return (codes.to(torch.int8) ^ 8) - 8 if signed else codes

@@ -1,0 +1,137 @@
+"""Cayley Adam and Cayley SGD: optimizers for orthogonal matrices (Li et al. 2020, arXiv 2002.01113, Alg. 1 and 2).
+
+Parameters are square orthogonal matrices ``[..., n, n]``. Second moments, bias corrections and step caps are kept for
+each matrix, so that a stack of matrices learns exactly as the matrices would one by one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kurtail_pl.maths.orthogonal import capped_step, cayley_step, skew_direction
+
+
+def _check(lr: float, momentum: float, iterations: int) -> None:
+    if lr <= 0:
+        raise ValueError(f"lr is {lr}; give a positive step size")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum coefficient is {momentum}; it must lie in [0, 1)")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; the Cayley transform needs at least 1 fixed-point pass")
+
+
+class _Cayley(Optimizer):
+    """What both share: the loop over parameters with a gradient."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step on the manifold.
+
+        Raises:
+            ValueError: when a parameter is not a stack of square matrices.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for x in group["params"]:
+                if x.grad is None:
+                    continue
+                if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+                    raise ValueError(f"parameter of shape {tuple(x.shape)} is no stack of square matrices [..., n, n]")
+                x.copy_(self._update(x, x.grad, self.state[x], group))
+        return loss
+
+    @abstractmethod
+    def _update(self, x: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """The next X of one parameter; the state is updated in place."""
+
+
+class CayleyAdam(_Cayley):
+    """Adam on the Stiefel manifold through the Cayley transform (Li et al. 2020, Alg. 2).
+
+    Args:
+        params: orthogonal matrices ``[..., n, n]``.
+        lr: step size; a step turns a matrix by at most ``2q`` radians in Frobenius norm, whatever lr says.
+        betas: decay of the momentum and of the second moment (one scalar for each matrix).
+        eps: added to norms before dividing.
+        q: cap of the step, ``min(lr, 2q / (||W|| + eps))``.
+        iterations: fixed-point passes of the Cayley transform.
+
+    Raises:
+        ValueError: when a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        q: float = 0.5,
+        iterations: int = 5,
+    ) -> None:
+        _check(lr, max(betas), iterations)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "q": q, "iterations": iterations})
+
+    def _update(self, x: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        if not state:
+            state["step"] = 0
+            state["momentum"] = torch.zeros_like(x)
+            state["second_moment"] = x.new_zeros(x.shape[:-2])
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        correct1, correct2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        momentum = state["momentum"].lerp_(grad, 1 - beta1)
+        second = state["second_moment"].lerp_(grad.square().sum((-2, -1)), 1 - beta2)
+        w = skew_direction(x, momentum / correct1)
+        state["momentum"] = (w @ x) * correct1
+        w = w / (second / correct2 + group["eps"]).sqrt()[..., None, None]
+        return cayley_step(x, w, capped_step(group["lr"], w, group["q"], group["eps"]), group["iterations"])
+
+
+class CayleySGD(_Cayley):
+    """SGD with momentum on the Stiefel manifold through the Cayley transform (Li et al. 2020, Alg. 1).
+
+    Args:
+        params: orthogonal matrices ``[..., n, n]``.
+        lr: step size.
+        momentum: decay of the momentum.
+        eps: added to norms before dividing.
+        q: cap of the step, ``min(lr, 2q / (||W|| + eps))``.
+        iterations: fixed-point passes of the Cayley transform.
+
+    Raises:
+        ValueError: when a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        eps: float = 1e-8,
+        q: float = 0.5,
+        iterations: int = 5,
+    ) -> None:
+        _check(lr, momentum, iterations)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "q": q, "iterations": iterations})
+
+    def _update(self, x: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        if not state:
+            state["momentum"] = torch.zeros_like(x)
+        w = skew_direction(x, state["momentum"] * group["momentum"] + grad)
+        state["momentum"] = w @ x
+        return cayley_step(x, w, capped_step(group["lr"], w, group["q"], group["eps"]), group["iterations"])

@@ -1,0 +1,42 @@
+"""Load an artefact folder as a `transformers` model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from kurtail_pl.errors import ArtefactError
+from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.storage.folder import is_ours, require_intact, skeleton
+
+
+def load(folder: str | Path) -> PreTrainedModel:
+    """Give back the quantized model of an artefact folder, ready for `forward` and `generate`.
+
+    Weights stay packed in memory and are dequantized when used; activations, keys and values are quantized on the fly.
+    The logits of a window equal those that were evaluated, bit for bit, on the same machine.
+
+    Args:
+        folder: what `kurtail fit`, `quantize` or `fuse` wrote.
+
+    Returns:
+        A model in evaluation mode, float32, on the CPU. The tokenizer loads from the same folder with
+        `transformers.AutoTokenizer`.
+
+    Raises:
+        ArtefactError: when the folder is not ours, incomplete or damaged.
+        CheckpointError: when a file is missing.
+    """
+    folder = Path(folder)
+    if not is_ours(folder):
+        raise ArtefactError(f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit")
+    require_intact(folder)
+    checkpoint = Checkpoint(folder)
+    model = skeleton(checkpoint)
+    state = {name: to_float(checkpoint.tensor(name), torch.float32) for name in checkpoint.names}
+    model.load_state_dict(state, assign=True)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model

@@ -1,0 +1,59 @@
+"""Evaluate: perplexity of any model folder, plain or ours, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from kurtail_pl.metrics import Perplexity
+from kurtail_pl.stages.meter import Meter
+from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.streaming.walker import Walker
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
+    """Perplexity over the first windows of a text.
+
+    Rows are joined by blank lines and tokenised once without special tokens; windows do not overlap; the mean negative
+    log-likelihood is over all predicted tokens (GPTQ's protocol).
+
+    Args:
+        checkpoint: model folder.
+        spec: text, number and length of the windows.
+
+    Returns:
+        ``perplexity`` with text, windows, seqlen, predicted tokens, the text's hash and the cost.
+
+    Raises:
+        TextError: when the text is too short.
+    """
+    windows = cut_windows(checkpoint.tokenizer(), spec, "evaluation")
+    with Meter() as meter:
+        walker = Walker(checkpoint, skeleton(checkpoint))
+        hidden = walker.embed(windows.tokens)
+        for _, layer in walker.layers("evaluate layers"):
+            for number in range(len(hidden)):
+                hidden[number] = walker.advance(layer, hidden[number])
+        norm, head = walker.head()
+        metric = Perplexity()
+        for states, ids in zip(hidden, windows.tokens, strict=True):
+            metric.update(head(norm(states)), ids.unsqueeze(0))
+        norm.to("meta")
+        head.to("meta")
+    value = metric.compute().item()
+    log.info("perplexity of %s: %.3f (%d windows of %d tokens)", checkpoint.folder, value, spec.windows, spec.seqlen)
+    return {
+        "perplexity": value,
+        **asdict(spec),
+        "tokens": int(metric.tokens),
+        "text_sha256": windows.text_sha256,
+        "cost": meter.to_dict(),
+    }

@@ -1,0 +1,173 @@
+"""Fuse: fold the norms and rotate the weights, layer by layer in float64, with a gate after each fold."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kurtail_pl.stages.meter import Meter
+from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import new_folder, require_space, sha256_of
+from kurtail_pl.storage.folder import ShardWriter, named, write_card
+from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
+from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery import folding
+from kurtail_pl.surgery.attention import ATTENTION
+from kurtail_pl.surgery.equip import equip_layer
+from kurtail_pl.surgery.gate import (
+    FLOAT32_TOLERANCE,
+    FLOAT64_TOLERANCE,
+    check,
+    use_exact_norm,
+)
+from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.scheme import FLOAT
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 64
+
+
+def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path, overwrite: bool = False) -> Path:
+    """Write a float32 model with rotations fused in, whose output is the original's.
+
+    A probe of 64 tokens goes through the original and the rotated layers together, in float64: after each fold of each
+    layer the outputs are compared, and at the end the logits, in float64 and as written in float32.
+
+    Args:
+        checkpoint: a plain model; its norms and head are left alone when there is no residual rotation.
+        rotations: what to fuse.
+        method: name that goes into `kurtail.json`.
+        folder: where the model goes.
+        overwrite: replace the folder if it exists.
+
+    Raises:
+        GateError: when a fold changes the output; nothing is kept.
+        ArtefactError: when the folder exists.
+        DiskFull: when the model does not fit.
+        UnsupportedArchitecture: when the family is unknown.
+    """
+    walker = Walker(checkpoint, dtype=torch.float64)
+    require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
+    walker.model.set_attn_implementation(ATTENTION)
+    with new_folder(folder, overwrite) as partial, Meter() as meter:
+        gate = _Fuser(walker, rotations, partial).run()
+        config = copy.deepcopy(checkpoint.config)
+        config.tie_word_embeddings, config.dtype = False, torch.float32
+        config.save_pretrained(partial)
+        copy_companions(checkpoint, partial)
+        write_rotations(partial / ROTATIONS, rotations)
+        card: dict[str, Any] = {
+            "method": method,
+            "scheme": FLOAT.to_dict(),
+            "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
+            "tokenizer_sha256": checkpoint.tokenizer_sha256(),
+            "rotations_sha256": sha256_of(partial / ROTATIONS),
+            "gate": gate,
+            "versions": versions(),
+        }
+        write_card(partial, card)
+    log.info(
+        "fused into %s in %.0f s; logits changed by %.1e (float64) and %.1e (float32) relative",
+        folder, meter.seconds, gate["float64"], gate["float32"],
+    )  # fmt: skip
+    return folder
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Save tokenizer and generation settings beside new weights."""
+    checkpoint.tokenizer().save_pretrained(folder)
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        (folder / generation.name).write_bytes(generation.read_bytes())
+
+
+class _Fuser:
+    """One pass over the model: fold, gate, write."""
+
+    def __init__(self, walker: Walker, rotations: Rotations, folder: Path) -> None:
+        self.walker, self.architecture, self.rotations = walker, walker.architecture, rotations
+        config = walker.checkpoint.config
+        self.eps: float = config.rms_norm_eps
+        self.shards = ShardWriter(folder, shards=walker.n_layers + 2)
+        length = min(PROBE_TOKENS, config.max_position_embeddings)
+        self.probe = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """Fold and write everything; returns the relative change of the logits in both precisions."""
+        reference, rotated, rounded = self._embedding()
+        for index, layer in self.walker.layers("fuse layers"):
+            for norm in (self.architecture.attention_norm, self.architecture.mlp_norm):
+                use_exact_norm(layer, norm, self.eps)
+            reference_after = self.walker.advance(layer, reference)
+            self._fold_layer(index, layer, reference, reference_after)
+            reference, rotated = reference_after, self.walker.advance(layer, rotated)
+            rounded = self.walker.advance(layer.float(), rounded)
+            self.shards.write(named(f"{self.architecture.layers}.{index}", layer.state_dict()))
+        return self._head(reference, rotated, rounded)
+
+    def _into_residual(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the rotated model has them."""
+        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
+
+    def _embedding(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the rotated embedding; the probe's original, rotated, and rotated float32 states."""
+        embedding = self.walker.embedding()
+        reference = embedding(self.probe)
+        embedding.weight.data = self._into_residual(embedding.weight.data)
+        rotated = embedding(self.probe)
+        rounded = embedding.float()(self.probe)
+        self.shards.write(named(self.architecture.embedding, embedding.state_dict()))
+        embedding.to("meta")
+        return reference, rotated, rounded
+
+    def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:
+        """Fold one layer in place, comparing its output with the original's after each fold."""
+        architecture, rotations = self.architecture, self.rotations
+
+        def gate(fold: str, before: Tensor, after: Tensor) -> None:
+            output = self.walker.advance(layer, before)
+            check(f"{fold} in {architecture.layers}.{index}", after, output, FLOAT64_TOLERANCE)
+
+        before, after = self._into_residual(reference), self._into_residual(reference_after)
+        if rotations.residual is not None:
+            folding.fold_layer_norms(layer, architecture)
+            gate("folding the norms", reference, reference_after)
+            folding.rotate_residual(layer, architecture, rotations.residual)
+            gate("rotating the residual stream (R1)", before, after)
+        if rotations.value is not None:
+            folding.rotate_values(layer, architecture, rotations.value[index])
+            gate("rotating the values (R2)", before, after)
+        for name, online in (
+            (architecture.output, rotations.attention_output),
+            (architecture.down, rotations.mlp_hidden),
+        ):
+            if online is not None:
+                folding.absorb_online(layer.get_submodule(name), online)
+        equip_layer(layer, architecture, FLOAT, rotations)
+        gate("rotating online (R3, R4, R5)", before, after)
+
+    def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:
+        """Write final norm and head, and compare the logits."""
+        norm, head = self.walker.head()
+        parent = nn.ModuleDict({"norm": norm, "head": head})
+        use_exact_norm(parent, "norm", self.eps)
+        logits = head(parent["norm"](reference))
+        if self.rotations.residual is not None:
+            folding.fold_norm(parent["norm"], [head])
+            folding.rotate_input(head, self.rotations.residual)
+        exact = check("the fused model", logits, head(parent["norm"](rotated)), FLOAT64_TOLERANCE)
+        parent.float()
+        written = check("the fused model in float32", logits, head(parent["norm"](rounded)), FLOAT32_TOLERANCE)
+        norm_state = named(self.architecture.final_norm, parent["norm"].state_dict())
+        self.shards.write({**norm_state, **named(self.architecture.head, head.state_dict())})
+        self.shards.close()
+        return {"float64": exact, "float32": written}

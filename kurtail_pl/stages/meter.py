@@ -1,0 +1,69 @@
+"""What a stage cost: seconds and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Meter:
+    """Measures the block it is used on.
+
+    `seconds` is wall time, `cpu_seconds` the processor time of all threads, `peak_bytes` the largest resident memory of
+    the process within the block (on Linux; elsewhere since the process began), and `device_peak_bytes` the largest
+    amount of memory allocated on the CUDA device, 0 without one.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    device_peak_bytes: int = 0
+
+    def __enter__(self) -> Self:
+        _reset_peak()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._wall
+        self.cpu_seconds = time.process_time() - self._cpu
+        self.peak_bytes = _peak()
+        if torch.cuda.is_available():
+            self.device_peak_bytes = torch.cuda.max_memory_allocated()
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Plain data for JSON."""
+        return {
+            "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
+            "peak_bytes": self.peak_bytes,
+            "device_peak_bytes": self.device_peak_bytes,
+        }
+
+
+def _reset_peak() -> None:
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return  # Not Linux, or not allowed: the peak is then that of the whole process.
+
+
+def _peak() -> int:
+    try:
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,141 @@
+"""The activation store: sampled rows of every site of a model, one file a site, and a manifest.
+
+A *site* is a place in the model: `layer007.attn_in` and `layer007.ffn_in` (the residual stream where an attention or
+MLP block reads it, `[rows, hidden]`) and `layer007.value` (`[rows, kv_heads * head_dim]`). Rows are shuffled when
+written, so that training reads contiguous blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kurtail_pl.errors import StoreMismatch
+from kurtail_pl.storage.files import sha256_of, write_json, write_tensors
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+BYTES_PER_VALUE = 2
+"""Rows are kept in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a store was made from; two stores of equal origin hold equal rows."""
+
+    model: str
+    model_sha256: str
+    tokenizer_sha256: str
+    text: str
+    text_sha256: str
+    windows: int
+    seqlen: int
+    rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a store."""
+
+    layers: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+
+    def width(self, site: str) -> int:
+        """Channels of one site's rows."""
+        return self.kv_heads * self.head_dim if site.endswith(".value") else self.hidden_size
+
+
+def block_sites(layers: int) -> list[str]:
+    """The block inputs in the model's order: attention and MLP of each layer."""
+    return [f"layer{layer:03d}.{block}" for layer in range(layers) for block in ("attn_in", "ffn_in")]
+
+
+def value_sites(layers: int) -> list[str]:
+    """The value projections' outputs."""
+    return [f"layer{layer:03d}.value" for layer in range(layers)]
+
+
+def store_bytes(shape: Shape, rows: int) -> int:
+    """Bytes that a store takes."""
+    sites = block_sites(shape.layers) + value_sites(shape.layers)
+    return sum(shape.width(site) * rows * BYTES_PER_VALUE for site in sites)
+
+
+def write_site(folder: Path, site: str, rows: Tensor) -> None:
+    """Write one site's shuffled rows, ``[rows, width]``, in bfloat16."""
+    write_tensors(_file(folder, site), {"rows": rows.to(torch.bfloat16)})
+
+
+def write_manifest(folder: Path, origin: Origin, shape: Shape, versions: dict[str, str]) -> None:
+    """Write the manifest, last of all: a folder without one is no store."""
+    sites = block_sites(shape.layers) + value_sites(shape.layers)
+    manifest = {
+        "format": FORMAT,
+        "origin": asdict(origin),
+        "shape": asdict(shape),
+        "versions": versions,
+        "sha256": {site: sha256_of(_file(folder, site)) for site in sites},
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+class ActivationStore:
+    """An existing store; rows are read when asked for.
+
+    Args:
+        folder: where it is.
+
+    Raises:
+        StoreMismatch: when there is no store or its format is unknown.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise StoreMismatch(f"{folder} is no activation store ({error}); run capture first") from error
+        if manifest["format"] != FORMAT:
+            raise StoreMismatch(f"store {folder} has format {manifest['format']}, expected {FORMAT}; capture again")
+        self.origin = Origin(**manifest["origin"])
+        self.shape = Shape(**manifest["shape"])
+        self._sha256: dict[str, str] = manifest["sha256"]
+
+    def require_origin(self, wanted: Origin) -> None:
+        """Raise StoreMismatch, naming each difference, unless the store was made from what is wanted."""
+        have, want = asdict(self.origin), asdict(wanted)
+        differences = [f"{key} is {have[key]!r}, wanted {want[key]!r}" for key in want if have[key] != want[key]]
+        if differences:
+            raise StoreMismatch(
+                f"store {self.folder} was made from something else: {'; '.join(differences)}; "
+                "name another store folder, or remove this one to capture again"
+            )
+
+    def require_intact(self) -> None:
+        """Raise StoreMismatch when a file's hash is not the manifest's."""
+        for site, expected in self._sha256.items():
+            path = _file(self.folder, site)
+            if not path.is_file() or sha256_of(path) != expected:
+                raise StoreMismatch(f"{path} is missing or damaged; remove {self.folder} and capture again")
+
+    def read(self, site: str, start: int, stop: int) -> Tensor:
+        """A block of one site's rows, ``[stop - start, width]``, float32."""
+        try:
+            with safe_open(_file(self.folder, site), framework="pt") as file:
+                rows: Tensor = file.get_slice("rows")[start:stop]
+                return rows.float()
+        except (SafetensorError, OSError) as error:
+            raise StoreMismatch(f"site {site} of {self.folder} cannot be read ({error}); capture again") from error
+
+
+def _file(folder: Path, site: str) -> Path:
+    return folder / f"{site}.safetensors"

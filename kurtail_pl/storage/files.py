@@ -1,0 +1,105 @@
+"""Whole files or none: everything is written beside its place and renamed; hashes; room on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kurtail_pl.errors import ArtefactError, DiskFull
+
+
+@contextmanager
+def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
+
+    Yields a hidden folder beside the wanted one, which takes the wanted one's name when the block ends well; when it
+    does not, the hidden folder is removed and what stood there before still stands.
+
+    Raises:
+        ArtefactError: when the folder exists and may not be overwritten.
+    """
+    refuse_existing(folder, overwrite)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raise ArtefactError when a folder with content stands where one is to be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(f"{folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise ArtefactError(f"{folder} exists; pass --overwrite to replace it, or name another folder")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write indented JSON through a temporary name."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text through a temporary name."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file through a temporary name."""
+    temporary = path.with_name(f".{path.name}.partial")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+    temporary.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """Hexadecimal SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise DiskFull unless a folder's disk has room for that many bytes."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFull(
+            f"{folder} needs {gigabytes(needed)} and its disk has {gigabytes(free)} free; "
+            "free some space, name another disk, or ask for fewer rows"
+        )
+
+
+def gigabytes(size: float) -> str:
+    """Bytes for people: ``1.25 GB``, ``12.5 MB`` below a tenth of a gigabyte."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def cache_folder() -> Path:
+    """Where downloaded and converted models are kept: `$KURTAIL_CACHE`, else the user's cache folder."""
+    own = os.environ.get("KURTAIL_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "kurtail"

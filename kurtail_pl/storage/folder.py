@@ -1,0 +1,114 @@
+"""A model folder of ours: Hugging Face layout plus `rotations.safetensors` and `kurtail.json`.
+
+`kurtail.json` is written last; a folder without it is a plain model folder. It holds what is needed to repeat the
+folder: method, scheme, settings, seeds, versions, and hashes of the model, text and rotations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kurtail_pl.errors import ArtefactError
+from kurtail_pl.storage.checkpoint import INDEX, Checkpoint
+from kurtail_pl.storage.files import sha256_of, write_json, write_tensors
+from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
+from kurtail_pl.storage.rotation_file import read_rotations
+from kurtail_pl.surgery.equip import empty_model, equip_model, expect_codes
+from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
+
+CARD = "kurtail.json"
+FORMAT = 1
+
+
+class ShardWriter:
+    """Writes a model's weights as numbered shards, one decoder layer or so at a time, and their index.
+
+    Args:
+        folder: where they go.
+        shards: how many there will be; the Hugging Face names hold the number.
+    """
+
+    def __init__(self, folder: Path, shards: int) -> None:
+        self._folder, self._shards = folder, shards
+        self._written = 0
+        self._bytes = 0
+        self._weight_map: dict[str, str] = {}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the next shard."""
+        self._written += 1
+        name = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
+        write_tensors(self._folder / name, tensors)
+        self._weight_map.update(dict.fromkeys(tensors, name))
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def close(self) -> None:
+        """Write the index, after the last shard."""
+        write_json(
+            self._folder / INDEX,
+            {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map},
+        )
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write `kurtail.json`, the last file of a folder, with the hashes of every other file."""
+    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Read `kurtail.json`; raises ArtefactError when the folder has none or its format is unknown."""
+    try:
+        card: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ArtefactError(f"{folder} is no folder of ours: {CARD} cannot be read ({error})") from error
+    if card.get("format") != FORMAT:
+        raise ArtefactError(f"{folder} has format {card.get('format')}, expected {FORMAT}; make it again")
+    return card
+
+
+def require_intact(folder: Path) -> None:
+    """Raise ArtefactError when a file is missing or is not the one that was written."""
+    for name, expected in read_card(folder)["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtefactError(f"{path} is missing; copy the folder again or make it again")
+        if sha256_of(path) != expected:
+            raise ArtefactError(f"{path} is damaged (its hash changed); copy the folder again or make it again")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a model folder has rotations or quantized weights."""
+    return (folder / CARD).is_file()
+
+
+def scheme_of(folder: Path) -> Scheme:
+    """Scheme of a model folder; a plain one is float."""
+    return Scheme.from_dict(read_card(folder)["scheme"]) if is_ours(folder) else FLOAT
+
+
+def rotations_of(folder: Path) -> Rotations:
+    """Rotations of a model folder; a plain one has none."""
+    return read_rotations(folder / ROTATIONS) if is_ours(folder) else Rotations()
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The modules that a folder's weights belong in, without the weights (device ``meta``)."""
+    model = empty_model(checkpoint.config)
+    if is_ours(checkpoint.folder):
+        scheme = scheme_of(checkpoint.folder)
+        equip_model(model, scheme, rotations_of(checkpoint.folder))
+        expect_codes(model, scheme)
+    return model
+
+
+def named(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State of a module under its name in the whole model."""
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}

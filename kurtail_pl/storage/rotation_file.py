@@ -1,0 +1,49 @@
+"""`rotations.safetensors`: the rotations of a model, float64, under our names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kurtail_pl.errors import CheckpointError
+from kurtail_pl.maths.hadamard import HadamardFactors
+from kurtail_pl.storage.files import write_tensors
+from kurtail_pl.surgery.rotations import Rotations
+
+FILE = "rotations.safetensors"
+FUSED = ("residual", "value")
+ONLINE = ("query_key", "attention_output", "mlp_hidden")
+
+
+def write_rotations(path: Path, rotations: Rotations) -> None:
+    """Write rotations; the constructions of the online ones go into the file's metadata."""
+    tensors: dict[str, Tensor] = {}
+    constructions: dict[str, str] = {}
+    for name in FUSED:
+        matrix = getattr(rotations, name)
+        if matrix is not None:
+            tensors[name] = matrix
+    for name in ONLINE:
+        factors = getattr(rotations, name)
+        if factors is not None:
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = factors.left, factors.right
+            constructions[name] = factors.construction
+    write_tensors(path, tensors, metadata=constructions)
+
+
+def read_rotations(path: Path) -> Rotations:
+    """Read what `write_rotations` wrote; raises CheckpointError when the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"rotations {path} cannot be read ({error}); run fit or fuse again") from error
+    online = {
+        name: HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], metadata[name])
+        for name in ONLINE
+        if name in metadata
+    }
+    return Rotations(**{name: tensors.get(name) for name in FUSED}, **online)

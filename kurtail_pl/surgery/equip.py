@@ -1,0 +1,65 @@
+"""A model with the modules that a scheme and rotations ask for, weights still to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kurtail_pl.surgery.architecture import Architecture, architecture_of, check_layer
+from kurtail_pl.surgery.attention import ATTENTION, equip_attention
+from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.scheme import Scheme
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without memory for its weights (device ``meta``), in evaluation mode.
+
+    Rotary frequencies are no weights and are computed here.
+
+    Raises:
+        UnsupportedArchitecture: when the model's type or its layers do not match a record.
+    """
+    architecture = architecture_of(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    for layer in layers_of(model, architecture):
+        check_layer(layer, architecture)
+    rotary = model.get_submodule(architecture.rotary)
+    model.set_submodule(architecture.rotary, type(rotary)(config=config))
+    return model.eval().requires_grad_(False)
+
+
+def layers_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
+    """The decoder layers."""
+    layers = model.get_submodule(architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def equip_model(model: PreTrainedModel, scheme: Scheme, rotations: Rotations) -> None:
+    """Replace linears and attention of every layer by those that rotate online and quantize."""
+    architecture = architecture_of(model.config)
+    model.set_attn_implementation(ATTENTION)
+    for layer in layers_of(model, architecture):
+        equip_layer(layer, architecture, scheme, rotations)
+
+
+def equip_layer(layer: nn.Module, architecture: Architecture, scheme: Scheme, rotations: Rotations) -> None:
+    """Replace linears and attention of one decoder layer; float weights stay what they are."""
+    online = {architecture.output: rotations.attention_output, architecture.down: rotations.mlp_hidden}
+    for name in architecture.linears:
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer.set_submodule(name, QuantizedLinear(linear, online.get(name), scheme.activations))
+    equip_attention(layer.get_submodule(architecture.attention), rotations.query_key, scheme.keys, scheme.values)
+
+
+def expect_codes(model: PreTrainedModel, scheme: Scheme) -> None:
+    """Make every equipped linear expect packed codes where the scheme quantizes weights."""
+    if scheme.weights is None:
+        return
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.expect_codes(scheme.weights)

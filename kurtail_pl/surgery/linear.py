@@ -1,0 +1,80 @@
+"""The linear layer of a rotated or quantized model: rotate the input, quantize it, multiply by the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kurtail_pl.maths.hadamard import HadamardFactors
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize, fake_quantize
+from kurtail_pl.maths.weights import pack_codes, unpack_codes
+from kurtail_pl.surgery.rotations import OnlineHadamard
+
+
+class QuantizedLinear(nn.Module):
+    """``y = Q_a(x H) W^T + b`` with an optional online rotation H, activation quantizer Q_a and packed weight W.
+
+    The weight is either a float `weight` ``[out, in]`` or packed `codes` (uint8, two 4-bit codes to a byte,
+    ``[out, in/2]``; one byte a code, ``[out, in]``, for more than 4 bits) with `scale` ``[out, groups]`` and, when
+    asymmetric, `zero_point`. It is dequantized when used: the simulation is exact, not fast.
+
+    Args:
+        linear: the layer to stand in for; its parameters are shared, not copied.
+        rotation: factors of H; the inverse must be fused in the weight.
+        activations: quantizer of the input.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, linear: nn.Linear, rotation: HadamardFactors | None, activations: Quantizer | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rotation = None if rotation is None else OnlineHadamard(rotation)
+        self.activations = activations
+        self.weights: Quantizer | None = None
+        self.weight: nn.Parameter | None = linear.weight
+        self.bias = linear.bias
+
+    def pack(self, quantized: Quantized, quantizer: Quantizer) -> None:
+        """Replace the float weight by codes."""
+        self.weights, self.weight = quantizer, None
+        codes = quantized.codes
+        self.register_buffer("codes", pack_codes(codes) if self._two_to_a_byte else codes)
+        self.register_buffer("scale", quantized.grid.scale)
+        zero_point = quantized.grid.zero_point
+        self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.uint8))
+
+    def expect_codes(self, quantizer: Quantizer) -> None:
+        """Make room, on the weight's device, for codes that a checkpoint will bring."""
+        assert self.weight is not None
+        empty = self.weight.new_empty
+        groups = self.in_features // (quantizer.group_size or self.in_features)
+        codes = empty(self.out_features, self.in_features, dtype=torch.int8 if quantizer.symmetric else torch.uint8)
+        zero_point = None if quantizer.symmetric else empty(self.out_features, groups)
+        self.pack(Quantized(codes, Grid(empty(self.out_features, groups), zero_point)), quantizer)
+
+    @property
+    def _two_to_a_byte(self) -> bool:
+        return self.weights is not None and self.weights.bits <= 4 and self.in_features % 2 == 0
+
+    def dense_weight(self) -> Tensor:
+        """The weight as floats, ``[out, in]``."""
+        if self.weight is not None:
+            return self.weight
+        assert self.weights is not None
+        codes = unpack_codes(self.codes, self.weights.symmetric) if self._two_to_a_byte else self.codes
+        zero_point = None if self.zero_point is None else self.zero_point.to(self.scale.dtype)
+        return dequantize(Quantized(codes, Grid(self.scale, zero_point)))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What the weight multiplies: the input rotated and quantized, ``[..., in]``."""
+        if self.rotation is not None:
+            x = self.rotation(x)
+        return x if self.activations is None else fake_quantize(x, self.activations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` -> ``[..., out]``."""
+        return F.linear(self.prepare(x), self.dense_weight().to(x.dtype), self.bias)

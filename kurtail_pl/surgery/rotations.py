@@ -1,0 +1,70 @@
+"""The five rotations of a model, under our names; the paper's numbers are in the docstring of `Rotations`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Rotations of one model; None where a rotation is not used. All orthogonal, float64, acting on row vectors.
+
+    Args:
+        residual: R1, residual stream, ``[hidden, hidden]``; fused into the weights.
+        value: R2, value heads, ``[layers, head_dim, head_dim]`` (or ``[layers, kv_heads, head_dim, head_dim]``); fused.
+        query_key: R3, queries and keys after RoPE, size head_dim; online, scores are unchanged.
+        attention_output: R4, input of `o_proj`, size heads * head_dim; online, inverse fused.
+        mlp_hidden: R5, input of `down_proj`, size intermediate; online, inverse fused.
+    """
+
+    residual: Tensor | None = None
+    value: Tensor | None = None
+    query_key: HadamardFactors | None = None
+    attention_output: HadamardFactors | None = None
+    mlp_hidden: HadamardFactors | None = None
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Size of an attention head; some configurations leave it to be derived."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
+    """Random Hadamards everywhere: QuaRot's rotations, and the start of KurTail's learned ones.
+
+    The online ones (R3, R4, R5) are shared by all layers and depend on the seed alone, so that a learned and a random
+    R1 with the same seed are compared with the same online rotations.
+    """
+    heads, head_dim = config.num_attention_heads, head_dim_of(config)
+    online = torch.Generator().manual_seed(seed)
+    fused = torch.Generator().manual_seed(seed + 1)
+    return Rotations(
+        residual=random_hadamard(config.hidden_size, fused),
+        value=torch.stack([random_hadamard(head_dim, fused) for _ in range(config.num_hidden_layers)]),
+        query_key=random_hadamard_factors(head_dim, online),
+        attention_output=random_hadamard_factors(heads * head_dim, online),
+        mlp_hidden=random_hadamard_factors(config.intermediate_size, online),
+    )
+
+
+class OnlineHadamard(nn.Module):
+    """A Hadamard rotation of the last dimension at run time; its two factors are not part of the state dict."""
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, factors: HadamardFactors) -> None:
+        super().__init__()
+        self.construction = factors.construction
+        self.register_buffer("left", factors.left, persistent=False)
+        self.register_buffer("right", factors.right, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate ``[..., n]``."""
+        return hadamard_transform(x, HadamardFactors(self.left, self.right, self.construction))
