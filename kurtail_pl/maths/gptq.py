@@ -54,7 +54,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, sett
     n_in = weight.shape[1]
     weight, hessian = weight.float().clone(), hessian.double().clone()
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
+    # An input that is always zero asks nothing of its column; the mean of the others keeps the damping what it is.
+    hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean() if dead.logical_not().any() else 1
     weight[:, dead] = 0
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     if not settings.act_order:
@@ -74,7 +75,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, sett
 
 def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, ``[in, in]``, in float64."""
-    hessian = hessian + percdamp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    hessian = hessian + percdamp * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True)
 

@@ -27,7 +27,7 @@ def cayley_step(x: Tensor, w: Tensor, step: Tensor, iterations: int) -> Tensor:
     """Move X along the Cayley curve: solve ``Y = X - step/2 W (X + Y)`` by fixed-point iteration.
 
     The limit is ``(I + step/2 W)^-1 (I - step/2 W) X``, which is orthogonal. The iteration contracts where
-    ``step/2 ||W|| < 1``: the optimizers cap the step so.
+    ``step/2 ||W|| < 1``: the optimizers cap the step so. The result is polished towards the nearest orthogonal matrix.
 
     Args:
         x: orthogonal matrices ``[..., n, n]``.
@@ -43,7 +43,8 @@ def cayley_step(x: Tensor, w: Tensor, step: Tensor, iterations: int) -> Tensor:
     y = x - 2 * half_x
     for _ in range(iterations):
         y = x - half_x - half @ y
-    return y
+    # What the passes leave undone would add up over the steps: one Newton-Schulz pass squares it away.
+    return 1.5 * y - 0.5 * (y @ (y.mT @ y))
 
 
 def capped_step(lr: float, w: Tensor, q: float, eps: float) -> Tensor:

@@ -7,21 +7,27 @@ each matrix, so that a stack of matrices learns exactly as the matrices would on
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from kurtail_pl.maths.orthogonal import capped_step, cayley_step, skew_direction
 
 
-def _check(lr: float, momentum: float, iterations: int) -> None:
-    if lr <= 0:
+def _check(lr: float, decays: tuple[float, ...], eps: float, q: float, iterations: int) -> None:
+    if not lr > 0:
         raise ValueError(f"lr is {lr}; give a positive step size")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum coefficient is {momentum}; it must lie in [0, 1)")
+    for decay in decays:
+        if not 0 <= decay < 1:
+            raise ValueError(f"a decay of the moments is {decay}; it must lie in [0, 1)")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; it cannot be negative")
+    if not 0 < q <= 1:
+        raise ValueError(f"q is {q}; the fixed-point iteration converges for q in (0, 1]")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; the Cayley transform needs at least 1 fixed-point pass")
 
@@ -76,14 +82,14 @@ class CayleyAdam(_Cayley):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: ParamsT,
         lr: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         q: float = 0.5,
         iterations: int = 5,
     ) -> None:
-        _check(lr, max(betas), iterations)
+        _check(lr, betas, eps, q, iterations)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "q": q, "iterations": iterations})
 
     def _update(self, x: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -119,14 +125,14 @@ class CayleySGD(_Cayley):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: ParamsT,
         lr: float = 0.1,
         momentum: float = 0.9,
         eps: float = 1e-8,
         q: float = 0.5,
         iterations: int = 5,
     ) -> None:
-        _check(lr, momentum, iterations)
+        _check(lr, (momentum,), eps, q, iterations)
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "q": q, "iterations": iterations})
 
     def _update(self, x: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -31,7 +31,9 @@ def load(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     if not is_ours(folder):
-        raise ArtefactError(f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit")
+        raise ArtefactError(
+            f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit"
+        )
     require_intact(folder)
     checkpoint = Checkpoint(folder)
     model = skeleton(checkpoint)

@@ -146,7 +146,8 @@ class _Taps:
         self.rows: dict[str, Tensor] = {}
         self._chosen, self._seqlen = chosen, seqlen
         attention_norm, mlp_norm, value = (
-            layer.get_submodule(name) for name in (architecture.attention_norm, architecture.mlp_norm, architecture.value)
+            layer.get_submodule(name)
+            for name in (architecture.attention_norm, architecture.mlp_norm, architecture.value)
         )
         self._handles = [
             attention_norm.register_forward_pre_hook(lambda _, args: self._keep("attn_in", args[0])),

@@ -57,8 +57,9 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
     walker = Walker(checkpoint, dtype=torch.float64)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
     walker.model.set_attn_implementation(ATTENTION)
-    with new_folder(folder, overwrite) as partial, Meter() as meter:
-        gate = _Fuser(walker, rotations, partial).run()
+    with new_folder(folder, overwrite) as partial:
+        with Meter() as meter:
+            gate = _Fuser(walker, rotations, partial).run()
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings, config.dtype = False, torch.float32
         config.save_pretrained(partial)
@@ -71,6 +72,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
             "tokenizer_sha256": checkpoint.tokenizer_sha256(),
             "rotations_sha256": sha256_of(partial / ROTATIONS),
             "gate": gate,
+            "cost": {"fuse": meter.to_dict()},
             "versions": versions(),
         }
         write_card(partial, card)

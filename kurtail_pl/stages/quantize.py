@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -91,17 +91,18 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     with new_folder(folder, overwrite) as partial:
         with Meter() as meter:
             _write_weights(walker, solver, None if text is None else text.tokens, partial)
-        config = copy.deepcopy(checkpoint.config)
-        config.save_pretrained(partial)
+        checkpoint.config.save_pretrained(partial)
         copy_companions(checkpoint, partial)
         write_rotations(partial / ROTATIONS, rotations)
         card: dict[str, Any] = {
-            **{key: fused_card[key] for key in ("method", "source", "tokenizer_sha256", "rotations_sha256", "gate")},
+            **{key: fused_card[key] for key in ("source", "tokenizer_sha256", "rotations_sha256", "gate")},
+            # Without rotations, a method is how the weights are rounded.
+            "method": spec.method if rotations == Rotations() else fused_card["method"],
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
             "calibration_text_sha256": None if text is None else text.text_sha256,
             "fallbacks": solver.fallbacks,
-            "cost": {"quantize": meter.to_dict()},
+            "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),
         }
         write_card(partial, card)

@@ -1,0 +1,60 @@
+"""`kurtail VERB ...`: find the verb, import what it needs, run it; user errors become one line and exit code 1."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+from kurtail_pl import __version__
+from kurtail_pl.errors import KurtailError
+
+VERBS = {
+    "fit": ("kurtail_pl.cli.trainer:fit", "Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."),
+    "validate": ("kurtail_pl.cli.trainer:validate", "Report the kurtosis of a checkpoint's rotations."),
+    "compare": ("kurtail_pl.cli.trainer:compare", "Run a recipe's baselines beside it and print the table."),
+    "capture": ("kurtail_pl.cli.verbs:capture", "Run the model over text and store sampled activations."),
+    "fuse": ("kurtail_pl.cli.verbs:fuse", "Fuse rotations, learned or random, into a model's weights."),
+    "quantize": ("kurtail_pl.cli.verbs:quantize", "Quantize a fused model by RTN or GPTQ into an artefact folder."),
+    "eval": ("kurtail_pl.cli.verbs:evaluate", "Measure the perplexity of a model or artefact folder."),
+    "report": ("kurtail_pl.cli.verbs:report", "Write an artefact's report and print the table of methods."),
+}
+"""Verb -> (function, first line of its docstring)."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb; without one, print what there is."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in ("-h", "--help"):
+        print(_help())
+        return
+    if verb == "--version":
+        print(f"kurtail {__version__}")
+        return
+    if verb not in VERBS:
+        print(f"kurtail: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    module, function = VERBS[verb][0].split(":")
+    try:
+        getattr(importlib.import_module(module), function)(rest)
+    except KurtailError as error:
+        print(f"kurtail {verb}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"kurtail {verb}: interrupted; finished stages are kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _help() -> str:
+    lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: kurtail VERB [options]   (kurtail VERB --help shows a verb's options)",
+            "",
+            "4-bit weights, activations and KV cache through kurtosis-learned rotations.",
+            "",
+            *lines,
+        ]
+    )

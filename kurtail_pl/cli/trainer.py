@@ -1,0 +1,127 @@
+"""The verbs that need a trainer: a LightningCLI over our module and datamodule."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit import ActivationDataModule, RotationModule
+from kurtail_pl.lit.callbacks import Evaluation, WeightQuantization
+from kurtail_pl.stages.compare import run_baselines
+from kurtail_pl.stages.report import report
+from kurtail_pl.storage.activations import ActivationStore
+
+LINKED = ("layers", "hidden_size", "head_dim", "rms_norm_eps")
+TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "deterministic": True,
+    "precision": "32-true",
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+}
+
+
+class KeepConfig(SaveConfigCallback):
+    """Saves the recipe as run: `config.yaml` first, `config.resume-<n>.yaml` for each resume.
+
+    Replacing `config.yaml` on a resume would leave `ckpt_path` in it, and running that file again would silently
+    resume instead of repeating the run.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose the name, then save."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        verb = self.config.get("subcommand")
+        config = self.config.get(verb, self.config) if verb else self.config
+        if config.get("ckpt_path"):
+            self.config_filename = f"config.resume-{len(list(folder.glob('config.resume-*.yaml'))) + 1}.yaml"
+        else:
+            self.overwrite = True
+        super().setup(trainer, pl_module, stage)
+
+
+class KurtailCLI(LightningCLI):
+    """LightningCLI whose sizes come from the data module."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the sizes; add `--overwrite`."""
+        parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact folder")
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Say so when a size was given by hand: the link would replace it without a word."""
+        given = self._get(self.config, "model").get("init_args", {})
+        by_hand = [name for name in LINKED if given.get(name) is not None]
+        if by_hand:
+            raise ConfigError(
+                f"model.init_args.{by_hand[0]} is set to {given[by_hand[0]]}, but sizes come from the model to be "
+                "quantized; remove it from the recipe"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Hand `--overwrite` to the callback that writes the artefact."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightQuantization):
+                callback.overwrite = self._get(self.config, "overwrite")
+        return trainer
+
+
+def _cli(program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
+    sys.argv = [program, *arguments]  # LightningCLI reads it, and warns when it is given both.
+    # Lightning advertises another logger at each start.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    return KurtailCLI(
+        RotationModule,
+        ActivationDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        save_config_callback=KeepConfig,
+        run=run,
+    )
+
+
+def fit(arguments: list[str]) -> None:
+    """Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."""
+    _cli("kurtail", ["fit", *arguments])
+
+
+def validate(arguments: list[str]) -> None:
+    """Report the kurtosis of a checkpoint's rotations."""
+    _cli("kurtail", ["validate", *arguments])
+
+
+def compare(arguments: list[str]) -> None:
+    """Run a recipe's baselines beside it and print the table."""
+    cli = _cli("kurtail compare", arguments, run=False)
+    quantization, evaluation = (
+        next((c for c in cli.trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
+        for kind in (WeightQuantization, Evaluation)
+    )
+    if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
+        raise ConfigError("compare needs a recipe with the callbacks WeightQuantization and Evaluation")
+    data, work = cli.datamodule, Path(cli.trainer.default_root_dir)
+    data.prepare_data()
+    run_baselines(
+        data.checkpoint,
+        ActivationStore(data.store_folder),
+        quantization.quantize_spec,
+        evaluation.text,
+        data.validation_rows,
+        cli.model.rotation_seed,
+        quantization.artefacts,
+        work,
+        cli.config["overwrite"],
+    )
+    own = quantization.folder(data.capture_spec.model)
+    print(report(own if own.is_dir() else quantization.folder(data.capture_spec.model, "quarot")))

@@ -1,0 +1,132 @@
+"""The verbs that need no trainer; each calls one stage, with options from its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import auto_cli
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.stages import capture as capture_stage
+from kurtail_pl.stages import fuse as fuse_stage
+from kurtail_pl.stages import quantize as quantize_stage
+from kurtail_pl.stages import report as report_stage
+from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.results import evaluate_folder
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.activations import ActivationStore
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.folder import is_ours
+from kurtail_pl.storage.rotation_file import read_rotations
+from kurtail_pl.storage.sources import open_model
+from kurtail_pl.surgery.rotations import Rotations, random_rotations
+
+
+def _run(function: Callable[..., None], arguments: list[str]) -> None:
+    auto_cli(function, args=arguments, as_positional=False, prog=f"kurtail {function.__name__.strip('_')}")
+
+
+def capture(arguments: list[str]) -> None:
+    """Run the model over text and store sampled activations."""
+    _run(_capture, arguments)
+
+
+def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False) -> None:
+    """Run the model over text and store sampled activations.
+
+    Args:
+        spec: model, text, rows and seed.
+        store: folder of the store; one of the same origin is reused.
+        dry_run: print sites, rows and bytes, and stop.
+    """
+    capture_stage.capture(spec, store, dry_run)
+
+
+def fuse(arguments: list[str]) -> None:
+    """Fuse rotations, learned or random, into a model's weights."""
+    _run(_fuse, arguments)
+
+
+def _fuse(
+    model: str,
+    folder: Path,
+    rotations: Path | None = None,
+    method: Literal["kurtail", "quarot", "none"] = "kurtail",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Fuse rotations, learned or random, into a model's weights.
+
+    Args:
+        model: name, folder or GGUF file.
+        folder: where the fused model goes.
+        rotations: the learned `rotations.safetensors`, for method kurtail.
+        method: kurtail (learned rotations), quarot (random Hadamards) or none.
+        seed: of the random Hadamards, for method quarot.
+        overwrite: replace the folder if it exists.
+    """
+    if (rotations is None) == (method == "kurtail"):
+        raise ConfigError(
+            f"method {method} and rotations {rotations} do not go together; --rotations FILE is kurtail's"
+        )
+    checkpoint = open_model(model)
+    if rotations is not None:
+        chosen = read_rotations(rotations)
+    else:
+        chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
+    fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite)
+
+
+def quantize(arguments: list[str]) -> None:
+    """Quantize a fused model by RTN or GPTQ into an artefact folder."""
+    _run(_quantize, arguments)
+
+
+def _quantize(fused: Path, folder: Path, spec: quantize_stage.QuantizeSpec, overwrite: bool = False) -> None:
+    """Quantize a fused model by RTN or GPTQ into an artefact folder.
+
+    Args:
+        fused: folder that kurtail fuse wrote.
+        folder: where the artefact goes.
+        spec: bits, method, calibration.
+        overwrite: replace the folder if it exists.
+    """
+    quantize_stage.quantize(fused, spec, folder, overwrite)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure the perplexity of a model or artefact folder."""
+    _run(_eval, arguments)
+
+
+def _eval(model: str, text: TextSpec, store: Path | None = None, validation_rows: int = 1024) -> None:
+    """Measure the perplexity of a model or artefact folder.
+
+    Args:
+        model: model name or folder; an artefact folder gets a results.json when a store is given.
+        text: evaluation text, windows and their length.
+        store: activation store of the vanilla model, for the kurtosis of the block inputs.
+        validation_rows: its last rows, on which kurtosis is measured.
+    """
+    checkpoint = Checkpoint(Path(model)) if is_ours(Path(model)) else open_model(model)
+    if store is not None and is_ours(checkpoint.folder):
+        evaluate_folder(checkpoint, checkpoint.folder, text, ActivationStore(store), validation_rows)
+        return
+    measured = perplexity(checkpoint, text)
+    print(f"perplexity {measured['perplexity']:.4f} ({text.windows} windows of {text.seqlen} tokens of {text.source})")
+
+
+def report(arguments: list[str]) -> None:
+    """Write an artefact's report and print the table of methods."""
+    _run(_report, arguments)
+
+
+def _report(folder: Path) -> None:
+    """Write an artefact's report and print the table of methods.
+
+    Args:
+        folder: an artefact folder; folders beside it that measured the same model on the same text are listed too.
+    """
+    print(report_stage.report(folder))

@@ -1,0 +1,22 @@
+"""Fuse the rotations into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.storage.rotation_file import FILE, read_rotations
+
+FUSED = "fused"
+
+
+class Fusion(L.Callback):
+    """Writes the rotated float32 model to the folder `fused` under the trainer's root, replacing an older one."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the written rotations and fuse them."""
+        root = Path(trainer.default_root_dir)
+        checkpoint = trainer.datamodule.checkpoint  # type: ignore[attr-defined]
+        fuse(checkpoint, read_rotations(root / FILE), "kurtail", root / FUSED, overwrite=True)

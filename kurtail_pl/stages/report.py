@@ -1,0 +1,108 @@
+"""The table of methods, and the Markdown pages that travel with an artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kurtail_pl.errors import ArtefactError
+from kurtail_pl.stages.results import LABELS, RESULTS, read_results
+from kurtail_pl.storage.files import gigabytes, write_text
+from kurtail_pl.storage.folder import is_ours, read_card
+from kurtail_pl.surgery.scheme import Scheme
+
+REPORT, MODEL_CARD = "report.md", "README.md"
+COLUMNS = ("method", "bits", "kurtosis mean", "kurtosis max", "perplexity", "seconds", "peak memory")
+
+
+def siblings(folder: Path) -> list[dict[str, Any]]:
+    """Results of a folder and of those beside it that measured the same model on the same windows."""
+    own = read_results(folder)
+
+    def measured_on(results: dict[str, Any]) -> tuple[Any, ...]:
+        evaluation = results["evaluation"]
+        return (results["model"], *(evaluation[key] for key in ("text_sha256", "windows", "seqlen")))
+
+    found = [read_results(path.parent) for path in sorted(folder.parent.glob(f"*/{RESULTS}"))]
+    rows = [results for results in found if measured_on(results) == measured_on(own)]
+    order = list(LABELS)
+    return sorted(rows, key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
+
+
+def row(results: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table; the seconds are those of making the model, the memory also that of measuring it."""
+    making = [cost for stage, cost in results["cost"].items() if stage != "evaluate"]
+    return (
+        LABELS.get(results["method"], results["method"]),
+        Scheme.from_dict(results["scheme"]).name,
+        f"{results['kurtosis']['mean']:.2f}",
+        f"{results['kurtosis']['max']:.2f}",
+        f"{results['evaluation']['perplexity']:.2f}",
+        f"{sum(cost['seconds'] for cost in making):.0f}" if making else "-",
+        gigabytes(max(cost["peak_bytes"] for cost in results["cost"].values())),
+    )
+
+
+def markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table with the columns aligned, so that it also reads well on a terminal."""
+    widths = [max(len(line[i]) for line in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(COLUMNS), line(tuple("-" * width for width in widths)), *map(line, rows)])
+
+
+def comparison(folder: Path) -> str:
+    """The table of a folder's results and its siblings', with what was measured."""
+    results = siblings(folder)
+    evaluation = results[0]["evaluation"]
+    return (
+        f"{markdown_table([row(r) for r in results])}\n\n"
+        f"Perplexity on {Path(evaluation['source']).name}: {evaluation['windows']} windows of {evaluation['seqlen']} "
+        f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
+        f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
+        "learn, fuse and quantize; peak resident memory of any stage.\n"
+    )
+
+
+def report(folder: Path) -> str:
+    """Write `report.md` and the model card of an artefact and return the comparison.
+
+    Raises:
+        ArtefactError: when the folder has no results.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"artefact {folder} does not exist; name a folder that kurtail fit or quantize made")
+    text = comparison(folder)
+    write_text(folder / REPORT, f"# {folder.name}\n\n{text}")
+    if is_ours(folder):
+        write_text(folder / MODEL_CARD, _model_card(folder))
+    return text
+
+
+def _model_card(folder: Path) -> str:
+    card, results = read_card(folder), read_results(folder)
+    evaluation, scheme = results["evaluation"], Scheme.from_dict(card["scheme"])
+    parts = {"weights": scheme.weights, "activations": scheme.activations, "keys": scheme.keys, "values": scheme.values}
+    lines = [
+        f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
+        for name, q in parts.items()
+    ]
+    return (
+        f"# {folder.name}\n\n"
+        f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
+        f"{LABELS.get(card['method'], card['method'])}, weights by {card['quantize']['method'].upper()}.\n\n"
+        + "\n".join(lines)
+        + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {Path(evaluation['source']).name} "
+        f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
+        f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n\n"
+        "Weights are stored as packed integers; activations and the KV cache are quantized in simulation, with the "
+        "numbers that an integer kernel would give. `kurtail.json` holds every setting, seed, version and hash.\n\n"
+        "```python\nimport kurtail_pl\nfrom transformers import AutoTokenizer\n\n"
+        f'model = kurtail_pl.load("{folder.name}")\ntokenizer = AutoTokenizer.from_pretrained("{folder.name}")\n```\n'
+    )
+
+
+def _symmetry(symmetric: bool) -> str:
+    return "symmetric" if symmetric else "asymmetric"

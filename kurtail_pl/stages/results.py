@@ -1,0 +1,94 @@
+"""Results of a model folder: perplexity, kurtosis of the block inputs, cost; `results.json` and the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kurtail_pl.errors import ArtefactError
+from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
+from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.activations import ActivationStore, block_sites
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import write_json
+from kurtail_pl.storage.folder import is_ours, read_card, rotations_of
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
+
+RESULTS = "results.json"
+FLOAT_METHOD = "float"
+
+LABELS = {"float": "float", "rtn": "RTN", "gptq": "GPTQ", "quarot": "QuaRot", "kurtail": "KurTail"}
+"""Methods as the tables print them, in their order."""
+
+
+def artefact_name(model: str, method: str, scheme: Scheme) -> str:
+    """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""
+    return f"{Path(model).stem.lower()}-{method}-{scheme.name}"
+
+
+def block_kurtosis(store: ActivationStore, residual: Tensor | None, start: int, stop: int, eps: float) -> Tensor:
+    """Kurtosis of each normed block input, rotated or not, over rows ``[start, stop)``: ``[2 layers]``, float64."""
+    values = []
+    for site in block_sites(store.shape.layers):
+        rows = rms_norm(store.read(site, start, stop).double(), eps)
+        values.append(kurtosis((rows if residual is None else rows @ residual).flatten()))
+    return torch.stack(values)
+
+
+def evaluate_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    text: TextSpec,
+    store: ActivationStore,
+    validation_rows: int,
+    learning_cost: dict[str, float | int] | None = None,
+) -> dict[str, Any]:
+    """Measure a model and write `results.json`.
+
+    Args:
+        checkpoint: what to measure: an artefact folder, or a plain model for the float reference.
+        folder: where the results go.
+        text: evaluation text.
+        store: activation store of the vanilla model.
+        validation_rows: its last rows, on which the kurtosis of the block inputs is measured.
+        learning_cost: what learning the rotations cost, if anything was learned.
+    """
+    ours = is_ours(checkpoint.folder)
+    card = read_card(checkpoint.folder) if ours else {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
+    residual = rotations_of(checkpoint.folder).residual
+    rows = store.origin.rows
+    per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
+    measured = perplexity(checkpoint, text)
+    cost = {**card["cost"], "evaluate": measured.pop("cost")}
+    if learning_cost is not None:
+        cost = {"learn": learning_cost, **cost}
+    results = {
+        "method": card["method"],
+        "model": store.origin.model,
+        "scheme": card["scheme"],
+        "evaluation": measured,
+        "kurtosis": {
+            "mean": per_site.mean().item(),
+            "max": per_site.max().item(),
+            "rows": validation_rows,
+            "sites": dict(zip(block_sites(store.shape.layers), per_site.tolist(), strict=True)),
+        },
+        "disk_bytes": checkpoint.size,
+        "cost": cost,
+    }
+    write_json(folder / RESULTS, results)
+    return results
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read `results.json`; raises ArtefactError when there is none."""
+    try:
+        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ArtefactError(f"{folder} has no results ({error}); run kurtail eval on it") from error
+    return results
