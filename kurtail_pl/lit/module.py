@@ -115,9 +115,9 @@ class RotationModule(L.LightningModule):
         """One optimizer for all rotations; its moments are kept for each matrix."""
         return self.optimizer([self.residual, self.value])
 
-    def learned(self) -> dict[str, Tensor]:
-        """R1 and R2 as learned, re-orthogonalised, float64 on the CPU."""
-        return {name: nearest_orthogonal(getattr(self, name).detach().cpu()) for name in ("residual", "value")}
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU."""
+        return nearest_orthogonal(self.residual.detach().cpu()), nearest_orthogonal(self.value.detach().cpu())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of a model with other sizes, by name instead of by torch's list of shapes."""

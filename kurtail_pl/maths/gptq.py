@@ -75,9 +75,12 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, sett
 
 def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, ``[in, in]``, in float64."""
-    hessian = hessian + percdamp * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
+    hessian = hessian + percdamp * hessian.diagonal().mean() * torch.eye(
+        len(hessian), dtype=hessian.dtype, device=hessian.device
+    )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _solve(

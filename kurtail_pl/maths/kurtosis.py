@@ -17,7 +17,7 @@ class Moments(NamedTuple):
     Two sets of moments of disjoint data merge into those of the union without the data (Pébay 2008, Eq. 1.6-1.8).
     """
 
-    count: Tensor
+    n: Tensor
     mean: Tensor
     m2: Tensor
     m3: Tensor
@@ -38,7 +38,7 @@ def moments(values: Tensor) -> Moments:
     deviation = values - mean.unsqueeze(-1)
     square = deviation.square()
     return Moments(
-        count=torch.full_like(mean, values.shape[-1]),
+        n=torch.full_like(mean, values.shape[-1]),
         mean=mean,
         m2=square.sum(-1),
         m3=(square * deviation).sum(-1),
@@ -48,13 +48,12 @@ def moments(values: Tensor) -> Moments:
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two disjoint data sets of the same shape ``[...]``; either may be empty."""
-    count = a.count + b.count
-    safe = count.clamp(min=1)
+    n = a.n + b.n
     delta = b.mean - a.mean
-    step = delta / safe
-    na, nb = a.count, b.count
+    step = delta / n.clamp(min=1)
+    na, nb = a.n, b.n
     return Moments(
-        count=count,
+        n=n,
         mean=a.mean + step * nb,
         m2=a.m2 + b.m2 + delta * step * na * nb,
         m3=a.m3 + b.m3 + delta * step**2 * na * nb * (na - nb) + 3 * step * (na * b.m2 - nb * a.m2),
@@ -68,7 +67,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def kurtosis_of(m: Moments) -> Tensor:
     """Kurtosis ``E[(x-mu)^4] / E[(x-mu)^2]^2`` of each set of moments, ``[...]``; nan where all values are equal."""
-    return m.count * m.m4 / m.m2.square()
+    return m.n * m.m4 / m.m2.square()
 
 
 def kurtosis(values: Tensor) -> Tensor:

@@ -63,4 +63,5 @@ def orthogonality_error(x: Tensor) -> Tensor:
 def nearest_orthogonal(x: Tensor) -> Tensor:
     """Orthogonal matrices nearest in Frobenius norm (the polar factor), ``[..., n, n]``, in float64."""
     u, _, vh = torch.linalg.svd(x.double())
-    return u @ vh
+    nearest: Tensor = u @ vh
+    return nearest

@@ -35,7 +35,8 @@ def search_grid(weight: Tensor, quantizer: Quantizer) -> Grid:
         Grid ``[out, groups]``.
     """
     scale, zero_point = zip(
-        *(_search_rows(rows, quantizer) for rows in weight.split(max(1, (1 << 18) // weight.shape[1]))), strict=True
+        *(_search_rows(rows, quantizer) for rows in torch.split(weight, max(1, (1 << 18) // weight.shape[1]))),
+        strict=True,
     )
     return Grid(torch.cat(scale), None if quantizer.symmetric else torch.cat(zero_point))
 

@@ -153,7 +153,7 @@ class _Fuser:
             (architecture.down, rotations.mlp_hidden),
         ):
             if online is not None:
-                folding.absorb_online(layer.get_submodule(name), online)
+                folding.absorb_online(folding.linear_of(layer, name), online)
         equip_layer(layer, architecture, FLOAT, rotations)
         gate("rotating online (R3, R4, R5)", before, after)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import GPTQ, gptq
@@ -152,7 +153,8 @@ def _quantize_layer(
 
     def block(name: str, x: Tensor) -> Tensor:
         output = layer.get_submodule(name)(x, **(walker.positions(x) if name == architecture.attention else {}))
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     for block_name, norm_name, readers, writer in (
         (architecture.attention, architecture.attention_norm, architecture.attention_readers, architecture.output),
@@ -207,7 +209,7 @@ class _Solver:
         if hessian is not None:
             try:
                 return gptq(weight, hessian, grid, quantizer, self.spec.gptq)
-            except torch.linalg.LinAlgError:
+            except LinAlgError:
                 log.warning("%s: the Hessian is not positive definite; its weight is rounded to nearest", name)
                 self.fallbacks.append(name)
         return round_to_nearest(weight, grid, quantizer)

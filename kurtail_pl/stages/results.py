@@ -59,7 +59,9 @@ def evaluate_folder(
         learning_cost: what learning the rotations cost, if anything was learned.
     """
     ours = is_ours(checkpoint.folder)
-    card = read_card(checkpoint.folder) if ours else {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
+    card: dict[str, Any] = (
+        read_card(checkpoint.folder) if ours else {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
+    )
     residual = rotations_of(checkpoint.folder).residual
     rows = store.origin.rows
     per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)

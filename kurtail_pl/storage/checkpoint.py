@@ -42,7 +42,8 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
-        return AutoConfig.from_pretrained(self.folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        return config
 
     @cached_property
     def files(self) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -41,9 +42,8 @@ def read_rotations(path: Path) -> Rotations:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"rotations {path} cannot be read ({error}); run fit or fuse again") from error
-    online = {
-        name: HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], metadata[name])
-        for name in ONLINE
-        if name in metadata
-    }
-    return Rotations(**{name: tensors.get(name) for name in FUSED}, **online)
+    rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED}
+    for name in ONLINE:
+        if name in metadata:
+            rotations[name] = HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], metadata[name])
+    return Rotations(**rotations)

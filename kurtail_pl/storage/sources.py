@@ -61,12 +61,11 @@ def _from_gguf(path: Path, name: str) -> Path:
         return folder
     log.info("converting %s to %s", path.name, folder)
     with new_folder(folder, overwrite=True) as partial:
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
     return folder
 
 

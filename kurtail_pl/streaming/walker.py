@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +41,17 @@ class Walker:
         module.load_state_dict(state, assign=True)
         return module
 
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The embedding, with its weights; drop it when done."""
-        return self._fill(self.model.get_submodule(self.architecture.embedding), self.architecture.embedding)
+        embedding = self._fill(self.model.get_submodule(self.architecture.embedding), self.architecture.embedding)
+        return cast(nn.Embedding, embedding)
 
-    def head(self) -> tuple[nn.Module, nn.Module]:
+    def head(self) -> tuple[nn.Module, nn.Linear]:
         """Final norm and `lm_head`, with their weights; a tied head reads the embedding's."""
         norm = self._fill(self.model.get_submodule(self.architecture.final_norm), self.architecture.final_norm)
         tied = self.checkpoint.config.tie_word_embeddings
         weights = self.architecture.embedding if tied else self.architecture.head
-        return norm, self._fill(self.model.get_submodule(self.architecture.head), weights)
+        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(self.architecture.head), weights))
 
     def layers(self, description: str) -> Iterator[tuple[int, nn.Module]]:
         """Each decoder layer in turn, with its weights only while it is the current one; shows progress."""

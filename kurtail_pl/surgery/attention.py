@@ -44,7 +44,7 @@ def equip_attention(
     attention: nn.Module, rotation: HadamardFactors | None, keys: Quantizer | None, values: Quantizer | None
 ) -> None:
     """Give an attention module what `kurtail_attention` reads from it."""
-    attention.query_key_rotation = None if rotation is None else OnlineHadamard(rotation)
+    attention.register_module("query_key_rotation", None if rotation is None else OnlineHadamard(rotation))
     attention.keys, attention.values = keys, values  # type: ignore[assignment]
 
 

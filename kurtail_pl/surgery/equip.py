@@ -23,12 +23,15 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     architecture = architecture_of(config)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation="sdpa"
+        )
     for layer in layers_of(model, architecture):
         check_layer(layer, architecture)
     rotary = model.get_submodule(architecture.rotary)
     model.set_submodule(architecture.rotary, type(rotary)(config=config))
-    return model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
+    return model
 
 
 def layers_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:

@@ -8,6 +8,7 @@ is never centred: that is right for LayerNorm and changes an RMSNorm model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,17 @@ from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform
 from kurtail_pl.surgery.architecture import Architecture
 
 
-def fold_norm(norm: nn.Module, readers: Iterable[nn.Module]) -> None:
+def linear_of(layer: nn.Module, name: str) -> nn.Linear:
+    """A linear of a decoder layer."""
+    return cast(nn.Linear, layer.get_submodule(name))
+
+
+def fold_norm(norm: nn.Module, readers: Iterable[nn.Linear]) -> None:
     """Multiply a norm's weight into the linears that read it; the norm's weight becomes one."""
+    weight = cast(Tensor, norm.weight)
     for linear in readers:
-        linear.weight.data *= norm.weight.data
-    norm.weight.data = torch.ones_like(norm.weight.data)
+        linear.weight.data *= weight.data
+    weight.data = torch.ones_like(weight.data)
 
 
 def fold_layer_norms(layer: nn.Module, architecture: Architecture) -> None:
@@ -30,15 +37,15 @@ def fold_layer_norms(layer: nn.Module, architecture: Architecture) -> None:
         (architecture.mlp_norm, architecture.mlp_readers),
     )
     for norm, readers in pairs:
-        fold_norm(layer.get_submodule(norm), [layer.get_submodule(name) for name in readers])
+        fold_norm(layer.get_submodule(norm), [linear_of(layer, name) for name in readers])
 
 
-def rotate_input(linear: nn.Module, rotation: Tensor) -> None:
+def rotate_input(linear: nn.Linear, rotation: Tensor) -> None:
     """``W <- W R``: the linear reads ``x R`` from now on."""
     linear.weight.data = linear.weight.data @ rotation
 
 
-def rotate_output(linear: nn.Module, rotation: Tensor) -> None:
+def rotate_output(linear: nn.Linear, rotation: Tensor) -> None:
     """``W <- R^T W``, ``b <- R^T b``: the linear writes ``y R`` from now on."""
     linear.weight.data = rotation.T @ linear.weight.data
     if linear.bias is not None:
@@ -48,9 +55,9 @@ def rotate_output(linear: nn.Module, rotation: Tensor) -> None:
 def rotate_residual(layer: nn.Module, architecture: Architecture, rotation: Tensor) -> None:
     """R1 into a decoder layer whose norms are folded: what reads the residual stream, and what writes it."""
     for name in (*architecture.attention_readers, *architecture.mlp_readers):
-        rotate_input(layer.get_submodule(name), rotation)
+        rotate_input(linear_of(layer, name), rotation)
     for name in (architecture.output, architecture.down):
-        rotate_output(layer.get_submodule(name), rotation)
+        rotate_output(linear_of(layer, name), rotation)
 
 
 def rotate_values(layer: nn.Module, architecture: Architecture, rotation: Tensor) -> None:
@@ -61,7 +68,7 @@ def rotate_values(layer: nn.Module, architecture: Architecture, rotation: Tensor
         architecture: its record.
         rotation: ``[head_dim, head_dim]`` for all heads, or ``[kv_heads, head_dim, head_dim]``.
     """
-    value, output = layer.get_submodule(architecture.value), layer.get_submodule(architecture.output)
+    value, output = linear_of(layer, architecture.value), linear_of(layer, architecture.output)
     head_dim = rotation.shape[-1]
     kv_heads, heads = value.weight.shape[0] // head_dim, output.weight.shape[1] // head_dim
     per_head = rotation.expand(kv_heads, head_dim, head_dim)
@@ -72,6 +79,6 @@ def rotate_values(layer: nn.Module, architecture: Architecture, rotation: Tensor
     output.weight.data = (by_head @ per_head.repeat_interleave(heads // kv_heads, 0)).flatten(1)
 
 
-def absorb_online(linear: nn.Module, rotation: HadamardFactors) -> None:
+def absorb_online(linear: nn.Linear, rotation: HadamardFactors) -> None:
     """Fuse the inverse of an online rotation (R4, R5) into the linear whose input is rotated: ``W <- W H``."""
     linear.weight.data = hadamard_transform(linear.weight.data, rotation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from kurtail_pl.errors import GateError
@@ -36,7 +38,7 @@ def use_exact_norm(module: nn.Module, name: str, eps: float) -> None:
 
     transformers' RMSNorm computes in float32 whatever it is given, which would hide what a float64 gate looks for.
     """
-    weight = module.get_submodule(name).weight
+    weight = cast(Tensor, module.get_submodule(name).weight)
     norm = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
     norm.weight = nn.Parameter(weight.data, requires_grad=False)
     module.set_submodule(name, norm)

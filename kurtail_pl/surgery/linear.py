@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Module):
         self.rotation = None if rotation is None else OnlineHadamard(rotation)
         self.activations = activations
         self.weights: Quantizer | None = None
-        self.weight: nn.Parameter | None = linear.weight
+        self.weight: Tensor | None = linear.weight
         self.bias = linear.bias
 
     def pack(self, quantized: Quantized, quantizer: Quantizer) -> None:

@@ -32,7 +32,8 @@ class Rotations:
 
 def head_dim_of(config: PretrainedConfig) -> int:
     """Size of an attention head; some configurations leave it to be derived."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
 
 
 def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:

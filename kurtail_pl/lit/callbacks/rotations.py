@@ -38,5 +38,6 @@ class RotationWriter(L.Callback):
         assert isinstance(datamodule, ActivationDataModule)
         start = random_rotations(datamodule.checkpoint.config, pl_module.rotation_seed)
         folder = Path(trainer.default_root_dir)
-        write_rotations(folder / FILE, replace(start, **pl_module.learned()))
+        residual, value = pl_module.learned()
+        write_rotations(folder / FILE, replace(start, residual=residual, value=value))
         write_json(folder / COST, self._meter.to_dict())

