@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.loader import Batch
-from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.maths.kurtosis import distance_to_uniform, kurtosis, rms_norm
 from kurtail_pl.maths.orthogonal import nearest_orthogonal, orthogonality_error
 from kurtail_pl.metrics import Kurtosis
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.storage.activations import block_sites
+from kurtail_pl.surgery.rotations import random_fused
 
 FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
@@ -50,9 +50,7 @@ class RotationModule(L.LightningModule):
         self.save_hyperparameters(ignore=["optimizer"])
         self.layers, self.rms_norm_eps, self.rotation_seed = layers, rms_norm_eps, rotation_seed
         self.optimizer = optimizer
-        generator = torch.Generator().manual_seed(rotation_seed + 1)
-        residual = random_hadamard(hidden_size, generator)
-        value = torch.stack([random_hadamard(head_dim, generator) for _ in range(layers)])
+        residual, value = random_fused(layers, hidden_size, head_dim, rotation_seed)
         self.residual = nn.Parameter(residual.float())
         self.value = nn.Parameter(value.float())
         self.site_kurtosis = Kurtosis(sites=2 * layers)

@@ -44,14 +44,21 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
     """
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
     online = torch.Generator().manual_seed(seed)
-    fused = torch.Generator().manual_seed(seed + 1)
+    residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed)
     return Rotations(
-        residual=random_hadamard(config.hidden_size, fused),
-        value=torch.stack([random_hadamard(head_dim, fused) for _ in range(config.num_hidden_layers)]),
+        residual=residual,
+        value=value,
         query_key=random_hadamard_factors(head_dim, online),
         attention_output=random_hadamard_factors(heads * head_dim, online),
         mlp_hidden=random_hadamard_factors(config.intermediate_size, online),
     )
+
+
+def random_fused(layers: int, hidden_size: int, head_dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random Hadamards for R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]``, float64."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    residual = random_hadamard(hidden_size, generator)
+    return residual, torch.stack([random_hadamard(head_dim, generator) for _ in range(layers)])
 
 
 class OnlineHadamard(nn.Module):
