@@ -43,7 +43,7 @@ SCHEMES = {
 def learn(data: ActivationDataModule, seed: int, lr: float, log: dict[str, float]) -> Rotations:
     """Learned R1 and R2; what it cost and the final kurtosis go into the log."""
     module = RotationModule(
-        data.layers, data.hidden_size, data.head_dim, data.rms_norm_eps, seed, partial(CayleyAdam, lr=lr)
+        data.layers, data.hidden_size, data.head_dim, data.rms_norm_eps, seed, partial(CayleyAdam, lr=lr, q=0.15)
     )
     trainer = L.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, nargs="+", default=[1.5])
+    parser.add_argument("--lr", type=float, nargs="+", default=[5.0])
     parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--quantized-activations", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"))
