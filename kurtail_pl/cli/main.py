@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     if verb not in VERBS:
         print(f"kurtail: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_stderr()
     module, function = VERBS[verb][0].split(":")
     try:
         getattr(importlib.import_module(module), function)(rest)
@@ -45,6 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"kurtail {verb}: interrupted; finished stages are kept", file=sys.stderr)
         sys.exit(130)
+
+
+def _log_to_stderr() -> None:
+    """Our own log lines only: Lightning brings its own handler."""
+    log = logging.getLogger("kurtail_pl")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _help() -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit import ActivationDataModule, RotationModule
-from kurtail_pl.lit.callbacks import Evaluation, WeightQuantization
+from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
 from kurtail_pl.stages.compare import run_baselines
 from kurtail_pl.stages.report import report
 from kurtail_pl.storage.activations import ActivationStore
@@ -65,12 +65,20 @@ class KurtailCLI(LightningCLI):
                 "quantized; remove it from the recipe"
             )
 
+    def before_fit(self) -> None:
+        """Let the callbacks refuse what would fail after capture and training."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightQuantization | Evaluation):
+                callback.check(self.trainer, self.datamodule)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Hand `--overwrite` to the callback that writes the artefact."""
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightQuantization):
                 callback.overwrite = self._get(self.config, "overwrite")
+        if not sys.stderr.isatty():
+            trainer.callbacks.append(StepLines())  # type: ignore[attr-defined]
         return trainer
 
 
@@ -85,7 +93,7 @@ def _cli(program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
+        trainer_defaults={**TRAINER_DEFAULTS, "enable_progress_bar": sys.stderr.isatty()},
         save_config_callback=KeepConfig,
         run=run,
     )

@@ -23,9 +23,22 @@ from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
+FLAGS = ("dry_run", "overwrite")
+
 
 def _run(function: Callable[..., None], arguments: list[str]) -> None:
-    auto_cli(function, args=arguments, as_positional=False, prog=f"kurtail {function.__name__.strip('_')}")
+    name = f"kurtail {function.__name__.strip('_')}"
+    auto_cli(function, args=_spell_out(arguments), as_positional=False, prog=name)
+
+
+def _spell_out(arguments: list[str]) -> list[str]:
+    """Give bare flags (`--dry-run`, `--overwrite`) the value that jsonargparse wants."""
+    spelled = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = argument.removeprefix("--").replace("-", "_")
+        bare = argument.startswith("--") and name in FLAGS and following not in ("true", "false")
+        spelled.append(f"--{name}=true" if bare else argument)
+    return spelled
 
 
 def capture(arguments: list[str]) -> None:

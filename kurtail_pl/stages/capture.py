@@ -26,7 +26,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import gigabytes, new_folder, require_space, write_json
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.architecture import Architecture
+from kurtail_pl.surgery.architecture import Architecture, architecture_of
 from kurtail_pl.surgery.rotations import head_dim_of
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Or
 def shape_of(checkpoint: Checkpoint) -> Shape:
     """Sizes of a model's store."""
     config = checkpoint.config
+    architecture_of(config)  # An unknown family is refused before its sizes are read.
     return Shape(config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, head_dim_of(config))
 
 

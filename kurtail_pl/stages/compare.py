@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fuse import UNROTATED, fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, read_results
@@ -58,13 +58,13 @@ def run_baselines(
     if overwrite or not _reusable(reference, None, text):
         reference.mkdir(parents=True, exist_ok=True)
         evaluate_folder(checkpoint, reference, text, store, validation_rows)
-    for method, rotations, own in _methods(checkpoint, spec, rotation_seed):
+    for method, rotation_method, rotations, own in _methods(checkpoint, spec, rotation_seed):
         folder = artefacts / artefact_name(model, method, spec.scheme)
         if not overwrite and _reusable(folder, own, text):
             log.info("reusing %s", folder)
             continue
-        fused = work / f"fused-{method}"
-        fuse(checkpoint, rotations, method, fused, overwrite=True)
+        fused = work / f"fused-{rotation_method}"
+        fuse(checkpoint, rotations, rotation_method, fused, overwrite=True)
         quantize(fused, own, folder, overwrite=True)
         evaluate_folder(Checkpoint(folder), folder, text, store, validation_rows)
         report(folder)
@@ -72,11 +72,11 @@ def run_baselines(
 
 def _methods(
     checkpoint: Checkpoint, spec: QuantizeSpec, rotation_seed: int
-) -> Iterator[tuple[str, Rotations, QuantizeSpec]]:
-    """Name, rotations and quantization of each baseline."""
-    yield "rtn", Rotations(), replace(spec, method="rtn")
-    yield "gptq", Rotations(), replace(spec, method="gptq")
-    yield "quarot", random_rotations(checkpoint.config, rotation_seed), spec
+) -> Iterator[tuple[str, str, Rotations, QuantizeSpec]]:
+    """Name, name of the rotations, rotations and quantization of each baseline."""
+    yield "rtn", UNROTATED, Rotations(), replace(spec, method="rtn")
+    yield "gptq", UNROTATED, Rotations(), replace(spec, method="gptq")
+    yield "quarot", "quarot", random_rotations(checkpoint.config, rotation_seed), spec
 
 
 def _reusable(folder: Path, spec: QuantizeSpec | None, text: TextSpec) -> bool:

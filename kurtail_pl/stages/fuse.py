@@ -33,6 +33,8 @@ from kurtail_pl.surgery.scheme import FLOAT
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
+UNROTATED = "none"
+"""Method name of a model that is only copied."""
 
 
 def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path, overwrite: bool = False) -> Path:
@@ -70,6 +72,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
             "scheme": FLOAT.to_dict(),
             "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
             "tokenizer_sha256": checkpoint.tokenizer_sha256(),
+            "rotations": rotations.origin,
             "rotations_sha256": sha256_of(partial / ROTATIONS),
             "gate": gate,
             "cost": {"fuse": meter.to_dict()},

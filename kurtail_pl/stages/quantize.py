@@ -17,9 +17,9 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import GPTQ, gptq
 from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
-from kurtail_pl.stages.fuse import copy_companions
+from kurtail_pl.stages.fuse import UNROTATED, copy_companions
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import new_folder, require_space
@@ -29,7 +29,6 @@ from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -37,6 +36,9 @@ log = logging.getLogger(__name__)
 FLOAT_DTYPE = torch.float16
 """Of embeddings, head, norms and unquantized weights: rotated weights are small, and float16 rounds them eight times
 finer than bfloat16."""
+
+INHERITED = ("source", "tokenizer_sha256", "rotations", "rotations_sha256", "gate")
+"""What an artefact's card takes over from the fused model's."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class QuantizeSpec:
         if self.method not in ("rtn", "gptq"):
             raise ConfigError(f"method is {self.method!r}; weights are quantized by rtn or gptq")
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the inputs of the linears are used."""
+        return self.scheme.weights is not None and self.method == "gptq"
+
 
 def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = False) -> Path:
     """Write an artefact folder from a fused model.
@@ -86,8 +93,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     equip_model(model, online, rotations)
     walker = Walker(checkpoint, model)
     solver = _Solver(spec)
-    calibrated = solver.needs_inputs
-    text = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed) if calibrated else None
+    text = calibration_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     with new_folder(folder, overwrite) as partial:
         with Meter() as meter:
@@ -96,9 +102,9 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         copy_companions(checkpoint, partial)
         write_rotations(partial / ROTATIONS, rotations)
         card: dict[str, Any] = {
-            **{key: fused_card[key] for key in ("source", "tokenizer_sha256", "rotations_sha256", "gate")},
+            **{key: fused_card[key] for key in INHERITED},
             # Without rotations, a method is how the weights are rounded.
-            "method": spec.method if rotations == Rotations() else fused_card["method"],
+            "method": spec.method if fused_card["method"] == UNROTATED else fused_card["method"],
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
             "calibration_text_sha256": None if text is None else text.text_sha256,
@@ -109,6 +115,13 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         write_card(partial, card)
     log.info("quantized to %s in %.0f s (%.0f CPU s): %s", scheme.name, meter.seconds, meter.cpu_seconds, folder)
     return folder
+
+
+def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
+    """Windows that GPTQ's Hessians are made from; None where no inputs are needed."""
+    if not spec.needs_inputs:
+        return None
+    return cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
 
 
 @torch.no_grad()
@@ -189,17 +202,12 @@ class _Solver:
         self.spec = spec
         self.fallbacks: list[str] = []
 
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether inputs of the linears are used."""
-        return self.spec.scheme.weights is not None and self.spec.method == "gptq"
-
     def solve(self, linears: dict[str, QuantizedLinear], inputs: list[Tensor]) -> None:
         """Quantize linears that read the same inputs, a list of ``[1, tokens, in]``."""
         quantizer = self.spec.scheme.weights
         if quantizer is None:
             return
-        hessian = _hessian(next(iter(linears.values())), inputs) if self.needs_inputs else None
+        hessian = _hessian(next(iter(linears.values())), inputs) if self.spec.needs_inputs else None
         for name, linear in linears.items():
             assert linear.weight is not None
             linear.pack(self._codes(name, linear.weight, hessian, quantizer), quantizer)

@@ -46,7 +46,6 @@ def evaluate_folder(
     text: TextSpec,
     store: ActivationStore,
     validation_rows: int,
-    learning_cost: dict[str, float | int] | None = None,
 ) -> dict[str, Any]:
     """Measure a model and write `results.json`.
 
@@ -56,7 +55,6 @@ def evaluate_folder(
         text: evaluation text.
         store: activation store of the vanilla model.
         validation_rows: its last rows, on which the kurtosis of the block inputs is measured.
-        learning_cost: what learning the rotations cost, if anything was learned.
     """
     ours = is_ours(checkpoint.folder)
     card: dict[str, Any] = (
@@ -66,9 +64,8 @@ def evaluate_folder(
     rows = store.origin.rows
     per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
     measured = perplexity(checkpoint, text)
-    cost = {**card["cost"], "evaluate": measured.pop("cost")}
-    if learning_cost is not None:
-        cost = {"learn": learning_cost, **cost}
+    learned = card.get("rotations", {}).get("cost")
+    cost = {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")}
     results = {
         "method": card["method"],
         "model": store.origin.model,

@@ -20,13 +20,13 @@ SINGLE = "model.safetensors"
 
 
 class Checkpoint:
-    """Lazy view of a model folder; nothing is read until it is asked for.
+    """Lazy view of a model folder; only the names of its tensors are read at once.
 
     Args:
         folder: holds `config.json` and `model.safetensors`, or shards with an index.
 
     Raises:
-        CheckpointError: when the folder, its configuration or its weights are missing.
+        CheckpointError: when the folder, its configuration or its weights are missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,6 +38,7 @@ class Checkpoint:
         for path in self.files:
             if not path.is_file():
                 raise CheckpointError(f"weight file {path} is missing; copy or download the model again")
+        self._file_of = self._open_files()
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -53,8 +54,8 @@ class Checkpoint:
             return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
         return [self.folder / SINGLE]
 
-    @cached_property
-    def _file_of(self) -> dict[str, Path]:
+    def _open_files(self) -> dict[str, Path]:
+        """Name of each tensor -> its file; safetensors compares a file's length with its header."""
         found: dict[str, Path] = {}
         for path in self.files:
             try:

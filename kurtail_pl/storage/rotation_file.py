@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ ONLINE = ("query_key", "attention_output", "mlp_hidden")
 
 
 def write_rotations(path: Path, rotations: Rotations) -> None:
-    """Write rotations; the constructions of the online ones go into the file's metadata."""
+    """Write rotations; their origin and the constructions of the online ones go into the file's metadata."""
     tensors: dict[str, Tensor] = {}
-    constructions: dict[str, str] = {}
+    metadata = {"origin": json.dumps(rotations.origin)}
     for name in FUSED:
         matrix = getattr(rotations, name)
         if matrix is not None:
@@ -30,8 +31,8 @@ def write_rotations(path: Path, rotations: Rotations) -> None:
         factors = getattr(rotations, name)
         if factors is not None:
             tensors[f"{name}.left"], tensors[f"{name}.right"] = factors.left, factors.right
-            constructions[name] = factors.construction
-    write_tensors(path, tensors, metadata=constructions)
+            metadata[name] = factors.construction
+    write_tensors(path, tensors, metadata)
 
 
 def read_rotations(path: Path) -> Rotations:
@@ -43,6 +44,7 @@ def read_rotations(path: Path) -> Rotations:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"rotations {path} cannot be read ({error}); run fit or fuse again") from error
     rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED}
+    rotations["origin"] = json.loads(metadata["origin"])
     for name in ONLINE:
         if name in metadata:
             rotations[name] = HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], metadata[name])

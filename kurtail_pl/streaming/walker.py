@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.surgery.architecture import architecture_of
@@ -38,7 +39,13 @@ class Walker:
 
     def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {name: to_float(t, self.dtype) for name, t in self.checkpoint.tensors_under(prefix).items()}
-        module.load_state_dict(state, assign=True)
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights in {self.checkpoint.folder} do not fit its config.json at {prefix}: "
+                f"{' '.join(str(error).split())}; copy or download the model again"
+            ) from error
         return module
 
     def embedding(self) -> nn.Embedding:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class Rotations:
         query_key: R3, queries and keys after RoPE, size head_dim; online, scores are unchanged.
         attention_output: R4, input of `o_proj`, size heads * head_dim; online, inverse fused.
         mlp_hidden: R5, input of `down_proj`, size intermediate; online, inverse fused.
+        origin: how they came about (seed, settings, cost), as plain data for JSON.
     """
 
     residual: Tensor | None = None
@@ -28,6 +30,7 @@ class Rotations:
     query_key: HadamardFactors | None = None
     attention_output: HadamardFactors | None = None
     mlp_hidden: HadamardFactors | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
@@ -51,6 +54,7 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
         query_key=random_hadamard_factors(head_dim, online),
         attention_output=random_hadamard_factors(heads * head_dim, online),
         mlp_hidden=random_hadamard_factors(config.intermediate_size, online),
+        origin={"seed": seed},
     )
 
 

@@ -6,7 +6,8 @@ stage can also be run again alone by its verb.
 
 from kurtail_pl.lit.callbacks.evaluation import Evaluation
 from kurtail_pl.lit.callbacks.fusion import Fusion
+from kurtail_pl.lit.callbacks.lines import StepLines
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 
-__all__ = ["Evaluation", "Fusion", "RotationWriter", "WeightQuantization"]
+__all__ = ["Evaluation", "Fusion", "RotationWriter", "StepLines", "WeightQuantization"]

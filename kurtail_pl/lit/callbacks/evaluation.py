@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import lightning as L
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
-from kurtail_pl.lit.callbacks.rotations import COST
+from kurtail_pl.lit.datamodule import ActivationDataModule
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import evaluate_folder
 from kurtail_pl.stages.text import TextSpec, cut_windows
@@ -30,18 +27,21 @@ class Evaluation(L.Callback):
     def __init__(self, text: TextSpec) -> None:
         self.text = text
 
+    def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
+        """Refuse what would fail after hours of work."""
+        quantization_of(trainer)
+        cut_windows(data.checkpoint.tokenizer(), self.text, "evaluation")
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check text and order before any long work."""
+        """Check, for those who run the callback under a trainer of their own."""
         if stage == "fit":
-            quantization_of(trainer)
-            cut_windows(trainer.datamodule.checkpoint.tokenizer(), self.text, "evaluation")  # type: ignore[attr-defined]
+            self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the folder that the quantization wrote."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder = quantization_of(trainer).folder(data.capture_spec.model)
-        cost = json.loads((Path(trainer.default_root_dir) / COST).read_text(encoding="utf-8"))
-        evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows, cost)
+        evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows)
         report(folder)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import lightning as L
 
 from kurtail_pl.lit.callbacks.fusion import FUSED
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.lit.datamodule import ActivationDataModule
+from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize
 from kurtail_pl.stages.results import artefact_name
 from kurtail_pl.storage.files import refuse_existing
 
@@ -31,11 +32,15 @@ class WeightQuantization(L.Callback):
         """Where a method's artefact goes."""
         return self.artefacts / artefact_name(model, method, self.quantize_spec.scheme)
 
+    def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
+        """Refuse a folder that must not be replaced, and a calibration text that is too short."""
+        refuse_existing(self.folder(data.capture_spec.model), self.overwrite)
+        calibration_windows(data.checkpoint, self.quantize_spec)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse to train towards a folder that must not be replaced."""
+        """Check, for those who run the callback under a trainer of their own."""
         if stage == "fit":
-            model = trainer.datamodule.capture_spec.model  # type: ignore[attr-defined]
-            refuse_existing(self.folder(model), self.overwrite)
+            self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote."""

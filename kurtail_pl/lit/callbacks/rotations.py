@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lightning as L
@@ -10,15 +10,12 @@ import lightning as L
 from kurtail_pl.lit.datamodule import ActivationDataModule
 from kurtail_pl.lit.module import RotationModule
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.storage.files import write_json
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
 from kurtail_pl.surgery.rotations import random_rotations
 
-COST = "learn.json"
-
 
 class RotationWriter(L.Callback):
-    """Writes `rotations.safetensors` (learned R1 and R2, random online R3 to R5) and what learning them cost.
+    """Writes `rotations.safetensors`: learned R1 and R2, random online R3 to R5, and all that led to them.
 
     `last.ckpt` may be older than the end of training; this file never is.
     """
@@ -31,13 +28,24 @@ class RotationWriter(L.Callback):
         self._meter.__enter__()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock and write."""
-        self._meter.__exit__(None, None, None)
+        """Stop the clock and write; an interrupted training writes nothing."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(datamodule, ActivationDataModule)
-        start = random_rotations(datamodule.checkpoint.config, pl_module.rotation_seed)
-        folder = Path(trainer.default_root_dir)
+        assert isinstance(data, ActivationDataModule)
+        if trainer.global_step < data.steps:
+            return
+        self._meter.__exit__(None, None, None)
+        optimizer = trainer.optimizers[0]
+        origin = {
+            "seed": pl_module.rotation_seed,
+            "steps": data.steps,
+            "batch_rows": data.batch_rows,
+            "training_rows": data.training_rows,
+            "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
+            "activations": asdict(data.store.origin),
+            "cost": self._meter.to_dict(),
+        }
+        start = random_rotations(data.checkpoint.config, pl_module.rotation_seed)
         residual, value = pl_module.learned()
-        write_rotations(folder / FILE, replace(start, residual=residual, value=value))
-        write_json(folder / COST, self._meter.to_dict())
+        rotations = replace(start, residual=residual, value=value, origin=origin)
+        write_rotations(Path(trainer.default_root_dir) / FILE, rotations)
