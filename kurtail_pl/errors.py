@@ -5,7 +5,7 @@ class KurtailError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""
 
 
-class ConfigError(KurtailError):
+class ConfigError(KurtailError, ValueError):
     """A setting is out of range or contradicts another one."""
 
 

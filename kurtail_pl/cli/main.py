@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from typing import NoReturn
 
 from kurtail_pl import __version__
 from kurtail_pl.errors import KurtailError
@@ -39,12 +40,32 @@ def main(arguments: list[str] | None = None) -> None:
     module, function = VERBS[verb][0].split(":")
     try:
         getattr(importlib.import_module(module), function)(rest)
+    except ValueError as error:
+        # jsonargparse wraps what a setting's own check says.
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        _fail(verb, cause)
     except KurtailError as error:
-        print(f"kurtail {verb}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"kurtail {verb}: interrupted; finished stages are kept", file=sys.stderr)
+        _fail(verb, error)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns Ctrl-C into an exit.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print(f"kurtail {verb}: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(130)
+
+
+def _user_error(error: BaseException | None) -> KurtailError | None:
+    """The error of ours that an exception is, or was raised from."""
+    while error is not None and not isinstance(error, KurtailError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _fail(verb: str, error: KurtailError) -> NoReturn:
+    print(f"kurtail {verb}: {error}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _log_to_stderr() -> None:

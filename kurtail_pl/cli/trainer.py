@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TRAINER_DEFAULTS = {
     "precision": "32-true",
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
 }
 
 
@@ -57,6 +59,8 @@ class KurtailCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Say so when a size was given by hand: the link would replace it without a word."""
+        if self._get(self.config, "ckpt_path"):
+            return  # Lightning has put the checkpoint's own sizes there.
         given = self._get(self.config, "model").get("init_args", {})
         by_hand = [name for name in LINKED if given.get(name) is not None]
         if by_hand:
@@ -84,7 +88,8 @@ class KurtailCLI(LightningCLI):
 
 def _cli(program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
     sys.argv = [program, *arguments]  # LightningCLI reads it, and warns when it is given both.
-    # Lightning advertises another logger at each start.
+    # Lightning advertises another logger at each start, and calls something that torch has deprecated.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     return KurtailCLI(
         RotationModule,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ def _run(function: Callable[..., None], arguments: list[str]) -> None:
 def _spell_out(arguments: list[str]) -> list[str]:
     """Give bare flags (`--dry-run`, `--overwrite`) the value that jsonargparse wants."""
     spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         name = argument.removeprefix("--").replace("-", "_")
         bare = argument.startswith("--") and name in FLAGS and following not in ("true", "false")
         spelled.append(f"--{name}=true" if bare else argument)

@@ -86,12 +86,11 @@ class ActivationDataModule(L.LightningDataModule):
         self.store = ActivationStore(self.store_folder)
 
     def train_dataloader(self) -> BlockLoader:
-        """Blocks of the training rows."""
-        return BlockLoader(self.store, self.batch_rows, self.steps, self.capture_spec.seed, 0, self.training_rows)
+        """Blocks of the training rows, all of equal size."""
+        last = self.training_rows - self.training_rows % self.batch_rows
+        return BlockLoader(self.store, self.batch_rows, self.steps, self.capture_spec.seed, 0, last)
 
     def val_dataloader(self) -> BlockLoader:
         """The validation rows, once."""
-        rows = min(self.batch_rows, self.validation_rows)
-        return BlockLoader(
-            self.store, rows, self.validation_rows // rows, 0, self.training_rows, self.capture_spec.rows
-        )
+        batches = -(-self.validation_rows // self.batch_rows)
+        return BlockLoader(self.store, self.batch_rows, batches, 0, self.training_rows, self.capture_spec.rows)

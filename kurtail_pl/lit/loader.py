@@ -15,9 +15,9 @@ Batch = dict[str, Tensor]
 class BlockLoader:
     """`steps` batches of `batch_rows` rows from every site; each a pure function of the seed and the step.
 
-    The rows ``[first_row, last_row)`` are cut into blocks; an epoch takes every block once, in an order drawn from the
-    seed. A plain DataLoader starts over at batch 0 when training resumes; this one carries on, through the
-    `state_dict` that Lightning saves with the checkpoint.
+    The rows ``[first_row, last_row)`` are cut into blocks, the last one perhaps shorter; an epoch takes every block
+    once, in an order drawn from the seed. A plain DataLoader starts over at batch 0 when training resumes; this one
+    carries on, through the `state_dict` that Lightning saves with the checkpoint.
 
     A batch is ``{"residual": [2 layers, rows, hidden], "value": [layers, rows, kv_heads, head_dim]}``, float32.
     """
@@ -26,8 +26,8 @@ class BlockLoader:
         self, store: ActivationStore, batch_rows: int, steps: int, seed: int, first_row: int, last_row: int
     ) -> None:
         self._store, self._batch_rows, self._steps, self._seed = store, batch_rows, steps, seed
-        self._first_row = first_row
-        self._blocks = (last_row - first_row) // batch_rows
+        self._first_row, self._last_row = first_row, last_row
+        self._blocks = -(-(last_row - first_row) // batch_rows)
         self._next_step = 0
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class BlockLoader:
         epoch, position = divmod(step, self._blocks)
         order = torch.randperm(self._blocks, generator=torch.Generator().manual_seed(self._seed + epoch))
         start = self._first_row + int(order[position]) * self._batch_rows
-        return read_batch(self._store, start, start + self._batch_rows)
+        return read_batch(self._store, start, min(start + self._batch_rows, self._last_row))
 
     def state_dict(self) -> dict[str, int]:
         """The step that comes next."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.maths.kurtosis import distance_to_uniform, kurtosis, rms_norm
 from kurtail_pl.maths.orthogonal import nearest_orthogonal, orthogonality_error
@@ -108,6 +109,10 @@ class RotationModule(L.LightningModule):
         self.log_dict({"kurtosis/validation/mean": values.mean(), "kurtosis/validation/max": values.max()})
         sites = block_sites(self.layers)
         self.log_dict({f"kurtosis_site/{site}": value for site, value in zip(sites, values, strict=True)})
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Whatever the trainer, an interrupted training can be resumed."""
+        return [InterruptBetweenSteps()]
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer for all rotations; its moments are kept for each matrix."""

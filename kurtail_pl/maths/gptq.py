@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
 
 
@@ -21,7 +22,7 @@ class GPTQ:
             (static groups), so the codes need no permutation when stored.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ConfigError: naming the field, its value and what is accepted.
     """
 
     block_size: int = 128
@@ -30,9 +31,9 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}; give a positive number of columns")
+            raise ConfigError(f"block_size is {self.block_size}; give a positive number of columns")
         if self.percdamp <= 0:
-            raise ValueError(f"percdamp is {self.percdamp}; give a positive number, usually 0.01")
+            raise ConfigError(f"percdamp is {self.percdamp}; give a positive number, usually 0.01")
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, settings: GPTQ) -> Quantized:

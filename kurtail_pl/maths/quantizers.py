@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kurtail_pl.errors import ConfigError
+
 
 class Grid(NamedTuple):
     """Scale and integer zero point of every group, both ``[..., groups]``; the zero point is None when symmetric."""
@@ -39,7 +41,7 @@ class Quantizer:
         group_size: channels that share a scale; None for the whole last dimension.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ConfigError: naming the field, its value and what is accepted.
     """
 
     bits: int = 4
@@ -49,12 +51,12 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits is {self.bits}; a quantizer has 2 to 8 bits (16 turns quantization off)")
+            raise ConfigError(f"bits is {self.bits}; a quantizer has 2 to 8 bits (16 turns quantization off)")
         kind, amount = self.clip_kind, self.clip_amount
         if kind not in ("ratio", "quantile") or not 0 < amount <= 1:
-            raise ValueError(f"clip is {self.clip!r}; write ratio:R or quantile:Q with a number in (0, 1]")
+            raise ConfigError(f"clip is {self.clip!r}; write ratio:R or quantile:Q with a number in (0, 1]")
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size is {self.group_size}; give a positive number of channels or null")
+            raise ConfigError(f"group_size is {self.group_size}; give a positive number of channels or null")
 
     @property
     def clip_kind(self) -> str:

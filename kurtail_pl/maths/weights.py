@@ -42,7 +42,8 @@ def search_grid(weight: Tensor, quantizer: Quantizer) -> Grid:
 
 
 def _search_rows(rows: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    rows = rows.float()
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
     # A few rows at a time stay in the processor's cache through all 80 steps: twice as fast as the whole matrix.
     grouped = split_groups(rows, quantizer.group_size)
     low, high, limit = grouped.amin(-1), grouped.amax(-1), grouped.abs().amax(-1)

@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.orthogonal import capped_step, cayley_step, skew_direction
 
 
 def _check(lr: float, decays: tuple[float, ...], eps: float, q: float, iterations: int) -> None:
     if not lr > 0:
-        raise ValueError(f"lr is {lr}; give a positive step size")
+        raise ConfigError(f"lr is {lr}; give a positive step size")
     for decay in decays:
         if not 0 <= decay < 1:
-            raise ValueError(f"a decay of the moments is {decay}; it must lie in [0, 1)")
+            raise ConfigError(f"a decay of the moments is {decay}; it must lie in [0, 1)")
     if not eps >= 0:
-        raise ValueError(f"eps is {eps}; it cannot be negative")
+        raise ConfigError(f"eps is {eps}; it cannot be negative")
     if not 0 < q <= 1:
-        raise ValueError(f"q is {q}; the fixed-point iteration converges for q in (0, 1]")
+        raise ConfigError(f"q is {q}; the fixed-point iteration converges for q in (0, 1]")
     if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; the Cayley transform needs at least 1 fixed-point pass")
+        raise ConfigError(f"iterations is {iterations}; the Cayley transform needs at least 1 fixed-point pass")
 
 
 class _Cayley(Optimizer):
@@ -77,7 +78,7 @@ class CayleyAdam(_Cayley):
         iterations: fixed-point passes of the Cayley transform.
 
     Raises:
-        ValueError: when a setting is out of range.
+        ConfigError: when a setting is out of range.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class CayleySGD(_Cayley):
         iterations: fixed-point passes of the Cayley transform.
 
     Raises:
-        ValueError: when a setting is out of range.
+        ConfigError: when a setting is out of range.
     """
 
     def __init__(

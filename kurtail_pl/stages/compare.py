@@ -7,16 +7,17 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.stages.fuse import UNROTATED, fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, read_results
-from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import read_card
+from kurtail_pl.storage.folder import is_ours, read_card
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import FLOAT
 
@@ -55,12 +56,17 @@ def run_baselines(
     """
     model = store.origin.model
     reference = artefacts / artefact_name(model, FLOAT_METHOD, FLOAT)
-    if overwrite or not _reusable(reference, None, text):
+    text_sha256 = cut_windows(checkpoint.tokenizer(), text, "evaluation").text_sha256
+    measured = {
+        **asdict(text), "text_sha256": text_sha256, "model_sha256": checkpoint.sha256, "kurtosis_rows": validation_rows
+    }  # fmt: skip
+    if overwrite or not _reusable(reference, measured):
         reference.mkdir(parents=True, exist_ok=True)
         evaluate_folder(checkpoint, reference, text, store, validation_rows)
     for method, rotation_method, rotations, own in _methods(checkpoint, spec, rotation_seed):
         folder = artefacts / artefact_name(model, method, spec.scheme)
-        if not overwrite and _reusable(folder, own, text):
+        made = {"quantize": asdict(own), **rotations.origin}
+        if not overwrite and _reusable(folder, {**measured, **made}):
             log.info("reusing %s", folder)
             continue
         fused = work / f"fused-{rotation_method}"
@@ -79,14 +85,17 @@ def _methods(
     yield "quarot", "quarot", random_rotations(checkpoint.config, rotation_seed), spec
 
 
-def _reusable(folder: Path, spec: QuantizeSpec | None, text: TextSpec) -> bool:
-    """Whether a folder holds results of these settings; raises ArtefactError when it holds others."""
+def _reusable(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a folder holds results of these settings; raises ArtefactError, naming one, when it holds others."""
     if not (folder / RESULTS).is_file():
         return False
-    evaluation = read_results(folder)["evaluation"]
-    same = {key: evaluation[key] for key in asdict(text)} == asdict(text)
-    if spec is not None:
-        same = same and read_card(folder)["quantize"] == json.loads(json.dumps(asdict(spec)))
-    if not same:
-        raise ArtefactError(f"{folder} was made or measured with other settings; pass --overwrite, or remove it")
+    results = read_results(folder)
+    card = read_card(folder) if is_ours(folder) else {}
+    have = {**card, **card.get("rotations", {}), **results["measured"], **results["evaluation"]}
+    for key, value in json.loads(json.dumps(wanted)).items():
+        if have.get(key) != value:
+            raise ArtefactError(
+                f"{folder} was made or measured with other settings ({key} {have.get(key)!r}, wanted {value!r}); "
+                "pass --overwrite, or remove it"
+            )
     return True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ArtefactError
+from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.text import TextSpec
@@ -28,7 +28,7 @@ LABELS = {"float": "float", "rtn": "RTN", "gptq": "GPTQ", "quarot": "QuaRot", "k
 
 def artefact_name(model: str, method: str, scheme: Scheme) -> str:
     """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""
-    return f"{Path(model).stem.lower()}-{method}-{scheme.name}"
+    return f"{Path(model).name.removesuffix('.gguf').lower()}-{method}-{scheme.name}"
 
 
 def block_kurtosis(store: ActivationStore, residual: Tensor | None, start: int, stop: int, eps: float) -> Tensor:
@@ -62,6 +62,10 @@ def evaluate_folder(
     )
     residual = rotations_of(checkpoint.folder).residual
     rows = store.origin.rows
+    if not 0 < validation_rows <= rows:
+        raise ConfigError(
+            f"validation_rows is {validation_rows}; the store {store.folder} has {rows} rows: ask for fewer"
+        )
     per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
     measured = perplexity(checkpoint, text)
     learned = card.get("rotations", {}).get("cost")
@@ -69,6 +73,7 @@ def evaluate_folder(
     results = {
         "method": card["method"],
         "model": store.origin.model,
+        "measured": {"model_sha256": store.origin.model_sha256, "kurtosis_rows": validation_rows},
         "scheme": card["scheme"],
         "evaluation": measured,
         "kurtosis": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kurtail_pl.errors import TextError
+from kurtail_pl.errors import ConfigError, TextError
 from kurtail_pl.storage.files import sha256_of_text
 
 Split = Literal["calibration", "evaluation"]
@@ -35,9 +36,9 @@ class TextSpec:
 
     def __post_init__(self) -> None:
         if self.windows < 1:
-            raise ValueError(f"windows is {self.windows}; give a positive number")
+            raise ConfigError(f"windows is {self.windows}; give a positive number")
         if self.seqlen < 2:
-            raise ValueError(f"seqlen is {self.seqlen}; a window needs at least 2 tokens")
+            raise ConfigError(f"seqlen is {self.seqlen}; a window needs at least 2 tokens")
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,28 @@ def read_text(source: str, split: Split) -> str:
     path = Path(source).expanduser()
     if not path.is_file():
         raise TextError(f"text {source!r} is no file here; name a file (.txt, .raw, .jsonl, .json) or {EMBEDDED!r}")
-    content = path.read_text(encoding="utf-8")
     try:
+        content = path.read_text(encoding="utf-8")
+        # Lines end at a newline alone: str.splitlines would also cut at Unicode's separators within a row.
+        lines = io.StringIO(content)
         if path.suffix == ".jsonl":
-            rows = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            rows = [_text_of(json.loads(line)) for line in lines if line.strip()]
         elif path.suffix == ".json":
-            rows = [row["text"] for row in json.loads(content)]
+            rows = [_text_of(row) for row in json.loads(content)]
         elif path.suffix == ".raw":
             # The rows of the Hugging Face data set: an empty string for a blank line, else the line with its newline.
-            rows = [line if line.strip() else "" for line in content.splitlines(keepends=True)]
+            rows = [line if line.strip() else "" for line in lines]
         else:
             rows = [content]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise TextError(f"{path} is not made of rows with a field 'text' ({error!r}); convert it") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TextError(f"{path} is not made of rows with a field 'text' in UTF-8 ({error!r}); convert it") from error
     return "\n\n".join(rows)
+
+
+def _text_of(row: dict[str, str]) -> str:
+    if not isinstance(row["text"], str):
+        raise TypeError(f"text is {row['text']!r}")
+    return row["text"]
 
 
 def _pydoc_topics(split: Split) -> list[str]:

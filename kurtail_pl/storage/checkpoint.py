@@ -43,15 +43,23 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} cannot be used ({error}); copy the model again"
+            ) from error
         return config
 
     @cached_property
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
+            try:
+                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+                return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{self.folder / INDEX} is damaged ({error!r}); copy the model again") from error
         return [self.folder / SINGLE]
 
     def _open_files(self) -> dict[str, Path]:

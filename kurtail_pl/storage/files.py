@@ -63,11 +63,15 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file through a temporary name."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] | None = None) -> None:
+    """Write a safetensors file through a temporary name.
+
+    The metadata (transformers wants ``format: pt`` for weights) has one key: several come out in a random order, and
+    the file's hash would change from write to write.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+    save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
     temporary.replace(path)
 
 

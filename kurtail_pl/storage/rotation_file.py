@@ -15,6 +15,7 @@ from kurtail_pl.storage.files import write_tensors
 from kurtail_pl.surgery.rotations import Rotations
 
 FILE = "rotations.safetensors"
+METADATA = "rotations"
 FUSED = ("residual", "value")
 ONLINE = ("query_key", "attention_output", "mlp_hidden")
 
@@ -22,7 +23,7 @@ ONLINE = ("query_key", "attention_output", "mlp_hidden")
 def write_rotations(path: Path, rotations: Rotations) -> None:
     """Write rotations; their origin and the constructions of the online ones go into the file's metadata."""
     tensors: dict[str, Tensor] = {}
-    metadata = {"origin": json.dumps(rotations.origin)}
+    constructions: dict[str, str] = {}
     for name in FUSED:
         matrix = getattr(rotations, name)
         if matrix is not None:
@@ -31,21 +32,22 @@ def write_rotations(path: Path, rotations: Rotations) -> None:
         factors = getattr(rotations, name)
         if factors is not None:
             tensors[f"{name}.left"], tensors[f"{name}.right"] = factors.left, factors.right
-            metadata[name] = factors.construction
-    write_tensors(path, tensors, metadata)
+            constructions[name] = factors.construction
+    description = json.dumps({"origin": rotations.origin, "constructions": constructions})
+    write_tensors(path, tensors, metadata=(METADATA, description))
 
 
 def read_rotations(path: Path) -> Rotations:
-    """Read what `write_rotations` wrote; raises CheckpointError when the file is missing or damaged."""
+    """Read what `write_rotations` wrote; raises CheckpointError when the file is missing, damaged or another kind."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            description = json.loads((file.metadata() or {})[METADATA])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"rotations {path} cannot be read ({error}); run fit or fuse again") from error
-    rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED}
-    rotations["origin"] = json.loads(metadata["origin"])
-    for name in ONLINE:
-        if name in metadata:
-            rotations[name] = HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], metadata[name])
-    return Rotations(**rotations)
+        online = {
+            name: HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], construction)
+            for name, construction in description["constructions"].items()
+        }
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as rotations ({error!r}); run fit or fuse again") from error
+    rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED} | online
+    return Rotations(**rotations, origin=description["origin"])

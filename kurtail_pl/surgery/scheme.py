@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 
 
@@ -27,7 +28,7 @@ class Scheme:
         values: of the cached values, per token and head.
 
     Raises:
-        ValueError: when weights have more than 4 bits in this version's packed format, or an unusable clip.
+        ConfigError: when the weights' clip is not a ratio.
     """
 
     weights: Quantizer | None = field(default_factory=Quantizer)
@@ -37,7 +38,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights.clip_kind != "ratio":
-            raise ValueError(
+            raise ConfigError(
                 f"weights.clip is {self.weights.clip!r}; weight grids are searched from a ratio: write ratio:1.0"
             )
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import lightning as L
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.datamodule import ActivationDataModule
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import evaluate_folder
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation(L.Callback):
@@ -29,7 +33,7 @@ class Evaluation(L.Callback):
 
     def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
         """Refuse what would fail after hours of work."""
-        quantization_of(trainer)
+        require_before(trainer, self, WeightQuantization)
         cut_windows(data.checkpoint.tokenizer(), self.text, "evaluation")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -42,12 +46,9 @@ class Evaluation(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder = quantization_of(trainer).folder(data.capture_spec.model)
         evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows)
-        report(folder)
+        log.info("\n%s\n%s", report(folder), folder)
 
 
 def quantization_of(trainer: L.Trainer) -> WeightQuantization:
-    """The trainer's quantization callback; raises ConfigError when the recipe has none."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightQuantization):
-            return callback
-    raise ConfigError("the recipe evaluates but does not quantize; add WeightQuantization before Evaluation")
+    """The trainer's quantization callback."""
+    return next(c for c in trainer.callbacks if isinstance(c, WeightQuantization))  # type: ignore[attr-defined]

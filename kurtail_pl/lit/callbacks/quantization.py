@@ -6,7 +6,9 @@ from pathlib import Path
 
 import lightning as L
 
-from kurtail_pl.lit.callbacks.fusion import FUSED
+from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
+from kurtail_pl.lit.callbacks.order import require_before
+from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import ActivationDataModule
 from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize
 from kurtail_pl.stages.results import artefact_name
@@ -34,6 +36,7 @@ class WeightQuantization(L.Callback):
 
     def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
         """Refuse a folder that must not be replaced, and a calibration text that is too short."""
+        require_before(trainer, self, RotationWriter, Fusion)
         refuse_existing(self.folder(data.capture_spec.model), self.overwrite)
         calibration_windows(data.checkpoint, self.quantize_spec)
 

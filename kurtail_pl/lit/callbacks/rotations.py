@@ -28,17 +28,15 @@ class RotationWriter(L.Callback):
         self._meter.__enter__()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock and write; an interrupted training writes nothing."""
+        """Stop the clock and write."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
         assert isinstance(data, ActivationDataModule)
-        if trainer.global_step < data.steps:
-            return
         self._meter.__exit__(None, None, None)
         optimizer = trainer.optimizers[0]
         origin = {
             "seed": pl_module.rotation_seed,
-            "steps": data.steps,
+            "steps": trainer.global_step,
             "batch_rows": data.batch_rows,
             "training_rows": data.training_rows,
             "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},

@@ -1,0 +1,205 @@
+"""`kurtail fit`: what it refuses before any work, what it replaces, and the configuration that it keeps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+Kurtail = Callable[..., None]
+ARTEFACT = "artifacts/tied-kurtail-w4a4kv4"
+
+
+def refused(kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path, *arguments: object) -> str:
+    """The one line that a refused run leaves."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(recipe.parent, "fit", "--config", recipe, *arguments)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kurtail ")]
+    return line
+
+
+def edit(recipe: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    settings = yaml.safe_load(recipe.read_text())
+    change(settings)
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def callback(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [c for c in settings["trainer"]["callbacks"] if c["class_path"].endswith(f".{name}")]
+    return found
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of all files but TensorBoard's, which every run opens anew."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def trained(recipe: Path) -> bool:
+    return any((recipe.parent / "runs" / made).exists() for made in ("rotations.safetensors", "checkpoints", "fused"))
+
+
+def test_an_existing_folder_is_refused_before_training_and_replaced_when_asked(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    artefact = recipe.parent / ARTEFACT
+    artefact.mkdir(parents=True)
+    (artefact / "mine.txt").write_text("keep me")
+    line = refused(kurtail, capsys, recipe)
+    assert ARTEFACT in line
+    assert "--overwrite" in line
+    assert snapshot(artefact) == {"mine.txt": b"keep me"}
+    assert not trained(recipe)
+
+    kurtail(recipe.parent, "fit", "--config", recipe, "--overwrite")
+    first = snapshot(recipe.parent)
+    assert f"{ARTEFACT}/kurtail.json" in first
+    assert f"{ARTEFACT}/mine.txt" not in first
+    refused(kurtail, capsys, recipe)
+    assert snapshot(recipe.parent) == first
+
+
+def test_evaluation_text_that_is_too_short_is_refused_before_training(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    edit(recipe, lambda settings: callback(settings, "Evaluation")["init_args"]["text"].update(windows=10**5))
+    assert "100000 were asked for" in refused(kurtail, capsys, recipe)
+    assert not trained(recipe)
+
+
+def test_calibration_text_that_does_not_exist_is_refused_before_anything(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    edit(recipe, lambda settings: settings["data"]["init_args"]["capture"]["text"].update(source="nowhere.txt"))
+    assert "nowhere.txt" in refused(kurtail, capsys, recipe)
+    assert {path.name for path in recipe.parent.iterdir()} <= {recipe.name, "runs"}
+    assert not trained(recipe)
+
+
+def test_gptq_text_that_is_too_short_is_refused_before_training(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    def lengthen(settings: dict[str, Any]) -> None:
+        callback(settings, "WeightQuantization")["init_args"]["quantize"]["text"]["windows"] = 10**5
+
+    edit(recipe, lengthen)
+    assert "100000 were asked for" in refused(kurtail, capsys, recipe)
+    assert not trained(recipe)
+
+
+def test_evaluation_without_quantization_is_refused_before_training(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    edit(recipe, lambda s: s["trainer"]["callbacks"].remove(callback(s, "WeightQuantization")))
+    assert "add WeightQuantization before Evaluation" in refused(kurtail, capsys, recipe)
+    assert not trained(recipe)
+
+
+def test_evaluation_listed_before_quantization_is_refused_before_training(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    edit(recipe, lambda s: s["trainer"]["callbacks"].reverse())
+    assert "WeightQuantization" in refused(kurtail, capsys, recipe)
+    assert not trained(recipe)
+
+
+def test_quantization_without_fusion_is_refused_before_training(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    edit(recipe, lambda s: s["trainer"]["callbacks"].remove(callback(s, "Fusion")))
+    assert "Fusion" in refused(kurtail, capsys, recipe)
+    assert not trained(recipe)
+
+
+def test_rotations_alone_can_be_learned(kurtail: Kurtail, recipe: Path) -> None:
+    def shorten(settings: dict[str, Any]) -> None:
+        settings["trainer"]["callbacks"] = [callback(settings, "RotationWriter")]
+
+    edit(recipe, shorten)
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    assert (recipe.parent / "runs" / "rotations.safetensors").is_file()
+    assert not (recipe.parent / "artifacts").exists()
+
+
+def test_a_store_of_another_origin_is_refused(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    before = snapshot(recipe.parent / "runs" / "store")
+    line = refused(kurtail, capsys, recipe, "--overwrite", "--data.init_args.capture.seed", 1)
+    assert "seed is 0, wanted 1" in line
+    assert snapshot(recipe.parent / "runs" / "store") == before
+
+
+def test_printed_configuration_runs_and_gives_the_same_rotations(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path
+) -> None:
+    kurtail(tmp_path, "fit", "--config", recipe)
+    rotations = load_file(tmp_path / "runs" / "rotations.safetensors")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        kurtail(tmp_path, "fit", "--config", recipe, "--print_config")
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    (saved,) = tmp_path.rglob("config.yaml")
+    for config in (tmp_path / "printed.yaml", saved):
+        kurtail(tmp_path, "fit", "--config", config, "--overwrite")
+        assert_equal(load_file(tmp_path / "runs" / "rotations.safetensors"), rotations)
+
+
+@pytest.mark.parametrize("logger", [[], ["--trainer.logger", "false"]], ids=["tensorboard", "no logger"])
+def test_a_resume_keeps_its_configuration_beside_the_first_one(
+    kurtail: Kurtail, recipe: Path, logger: list[str]
+) -> None:
+    place = recipe.parent
+    kurtail(place, "fit", "--config", recipe, *logger)
+    (first,) = place.rglob("config*.yaml")
+    content = first.read_bytes()
+    assert yaml.safe_load(content)["ckpt_path"] is None
+    last = place / "runs" / "checkpoints" / "last.ckpt"
+    resume = ["--config", recipe, *logger, "--ckpt_path", last, "--overwrite"]
+    for _ in range(2):
+        kurtail(place, "fit", *resume)
+    resumed = sorted(path for path in place.rglob("config*.yaml") if path != first)
+    assert [path.name.split("-")[0] for path in resumed] == ["config.resume", "config.resume"]
+    assert {yaml.safe_load(path.read_text())["ckpt_path"] for path in resumed} == {str(last)}
+    assert first.read_bytes() == content
+    if logger:
+        assert [path.name for path in resumed] == ["config.resume-1.yaml", "config.resume-2.yaml"]
+    kurtail(place, "fit", "--config", recipe, *logger, "--overwrite")  # a fresh run, not a resume
+    assert {yaml.safe_load(path.read_text())["ckpt_path"] for path in place.rglob("config.yaml")} == {None}
+
+
+def test_another_seed_gives_other_rotations(kurtail: Kurtail, recipe: Path) -> None:
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    first = load_file(recipe.parent / "runs" / "rotations.safetensors")
+    kurtail(recipe.parent, "fit", "--config", recipe, "--overwrite", "--model.init_args.rotation_seed", 1)
+    second = load_file(recipe.parent / "runs" / "rotations.safetensors")
+    assert not any(torch.equal(first[name], second[name]) for name in ("residual", "value"))
+
+
+def test_validate_reports_the_kurtosis_of_a_checkpoint(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    kurtail(recipe.parent, "fit", "--config", recipe, "--overwrite")
+    before = snapshot(recipe.parent / "artifacts")
+    capsys.readouterr()
+    checkpoint = recipe.parent / "runs" / "checkpoints" / "last.ckpt"
+    kurtail(recipe.parent, "validate", "--config", recipe, "--ckpt_path", checkpoint)
+    printed = capsys.readouterr().out
+    assert "kurtosis/validation/mean" in printed
+    assert "kurtosis_site/layer003.ffn_in" in printed
+    assert snapshot(recipe.parent / "artifacts") == before

@@ -1,0 +1,80 @@
+"""Ctrl-C in the real command, and what comes back with --ckpt_path."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+Kurtail = Callable[..., None]
+Start = Callable[..., subprocess.Popen[str]]
+SECONDS = 60
+STEPS = ["--data.init_args.steps", 400]
+
+
+def wait_for(process: subprocess.Popen[str], seen: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not seen():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def interrupted(start: Start, recipe: Path) -> tuple[int, str]:
+    """Exit code and messages of a run that was interrupted after its first checkpoint."""
+    process = start(recipe.parent, "fit", "--config", recipe, *STEPS)
+    checkpoints = recipe.parent / "runs" / "checkpoints"
+    try:
+        wait_for(process, lambda: (checkpoints / "last.ckpt").is_file())
+        process.send_signal(signal.SIGINT)
+        _, messages = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    return process.returncode, messages
+
+
+def test_an_interrupted_run_goes_on_to_the_same_rotations(
+    interrupted: tuple[int, str], kurtail: Kurtail, recipe: Path, tmp_path: Path
+) -> None:
+    runs = recipe.parent / "runs"
+    assert (runs / "checkpoints" / "last.ckpt").is_file()
+    assert not (runs / "rotations.safetensors").exists()
+    assert not (recipe.parent / "artifacts").exists()
+    kurtail(recipe.parent, "fit", "--config", recipe, *STEPS, "--ckpt_path", runs / "checkpoints" / "last.ckpt")
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    kurtail(undisturbed, "fit", "--config", recipe, *STEPS)
+    resumed, expected = (load_file(root / "rotations.safetensors") for root in (runs, undisturbed / "runs"))
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_an_interrupted_run_says_so_in_its_exit_code(interrupted: tuple[int, str]) -> None:
+    code, messages = interrupted
+    assert "Traceback" not in messages
+    assert "kurtail fit: interrupted" in messages
+    assert code == 130
+
+
+def test_a_run_that_finished_its_steps_goes_on_with_the_later_stages(kurtail: Kurtail, recipe: Path) -> None:
+    # As when Ctrl-C came during GPTQ: the steps are done, the artefact is not there.
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    artefact = recipe.parent / "artifacts" / "tied-kurtail-w4a4kv4"
+    weights = {path.name: path.read_bytes() for path in artefact.glob("model-*.safetensors")}
+    for path in artefact.iterdir():
+        path.unlink()
+    artefact.rmdir()
+    last = recipe.parent / "runs" / "checkpoints" / "last.ckpt"
+    kurtail(recipe.parent, "fit", "--config", recipe, "--ckpt_path", last)
+    assert {path.name: path.read_bytes() for path in artefact.glob("model-*.safetensors")} == weights
+    assert (artefact / "report.md").is_file()

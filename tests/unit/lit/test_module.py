@@ -1,0 +1,235 @@
+"""The rotation module in a real trainer, against SciPy and against rotations that learn alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit import RotationModule
+from kurtail_pl.lit.loader import BlockLoader
+from kurtail_pl.optim import CayleyAdam, CayleySGD
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Precision 16-mixed is not supported|.*float16 is not supported on CPU"),
+]
+EPS = 1e-2
+MakeTrainer = Callable[..., L.Trainer]
+
+
+def module_of(lr: float = 0.3, **changes: Any) -> RotationModule:
+    sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "rms_norm_eps": EPS, **changes}
+    return RotationModule(**sizes, optimizer=lambda parameters: CayleyAdam(parameters, lr=lr))
+
+
+def loader_of(known: Any, steps: int = 10, batch_rows: int = 20) -> BlockLoader:
+    return BlockLoader(known.store, batch_rows, steps, seed=1, first_row=0, last_row=100)
+
+
+class Record(L.Callback):
+    """What was logged, and the rotations, after each step."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.rotations: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+        self.rotations.append((module.residual.detach().clone(), module.value.detach().clone()))
+
+
+def train(make_trainer: MakeTrainer, module: RotationModule, loader: BlockLoader, **settings: Any) -> Record:
+    record = Record()
+    make_trainer(callbacks=[record], **settings).fit(module, loader)
+    return record
+
+
+def scipy_kurtosis(values: np.ndarray) -> float:
+    return float(scipy.stats.kurtosis(values, axis=None, fisher=False, bias=True))
+
+
+def rotated_kurtosis(batch: dict[str, Tensor], module: RotationModule) -> tuple[list[float], list[float]]:
+    """Of every block input after RMSNorm and R1, and of every layer's values after its R2."""
+    r1, r2 = module.residual.detach().double().numpy(), module.value.detach().double().numpy()
+    residual, value = batch["residual"].double().numpy(), batch["value"].double().numpy()
+    normed = residual / np.sqrt((residual**2).mean(-1, keepdims=True) + EPS)
+    return [scipy_kurtosis(x @ r1) for x in normed], [scipy_kurtosis(x @ r) for x, r in zip(value, r2, strict=True)]
+
+
+def torch_distance(values: Tensor) -> Tensor:
+    """|E[(x - mu)^4] / E[(x - mu)^2]^2 - 1.8|, written out."""
+    deviation = values - values.mean()
+    return ((deviation**4).mean() / (deviation**2).mean() ** 2 - 1.8).abs()
+
+
+def learn_alone(start: Tensor, losses: list[Callable[[Tensor], Tensor]], lr: float) -> Tensor:
+    """Where one matrix arrives when only its own loss is differentiated."""
+    matrix = start.clone().requires_grad_()
+    optimizer = CayleyAdam([matrix], lr=lr)
+    for loss in losses:
+        (matrix.grad,) = torch.autograd.grad(loss(matrix), matrix)
+        optimizer.step()
+    return matrix.detach()
+
+
+def loss_alone(batch: dict[str, Tensor], layer: int | None) -> Callable[[Tensor], Tensor]:
+    """Of R1 (no layer) on one batch, or of one layer's R2."""
+    if layer is not None:
+        return lambda r2: torch_distance(batch["value"][layer].double() @ r2)
+    rows = batch["residual"].double()
+    normed = rows / (rows.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return lambda r1: torch.stack([torch_distance(site @ r1) for site in normed]).mean()
+
+
+@pytest.mark.parametrize("lr", [0.05, 1.5])
+def test_together_equals_each_rotation_learned_alone(known: Any, make_trainer: MakeTrainer, lr: float) -> None:
+    module = module_of(lr)
+    starts = [module.residual.detach().double(), *module.value.detach().double()]
+    train(make_trainer, module, loader_of(known), precision="64-true")
+    batches = [loader_of(known).batch(step) for step in range(10)]
+    for matrix, start, layer in zip([module.residual, *module.value], starts, [None, 0, 1, 2], strict=True):
+        expected = learn_alone(start, [loss_alone(batch, layer) for batch in batches], lr)
+        torch.testing.assert_close(matrix.detach(), expected, rtol=0, atol=1e-9)
+        assert (matrix - start).abs().max() > 0.02
+
+
+def test_loss_is_equation_4_for_r1_plus_the_sum_over_r2(known: Any, make_trainer: MakeTrainer) -> None:
+    module, batch = module_of(), loader_of(known).batch(0)
+    k1, k2 = rotated_kurtosis(batch, module)
+    logged = train(make_trainer, module, loader_of(known, steps=1)).metrics[0]
+    loss_r1 = float(np.mean(np.abs(np.array(k1) - 1.8)))
+    loss_r2 = float(np.sum(np.abs(np.array(k2) - 1.8)))
+    expected = {
+        "loss/total": loss_r1 + loss_r2,
+        "loss": loss_r1 + loss_r2,
+        "loss/r1": loss_r1,
+        "loss/r2": loss_r2,
+        "kurtosis/r1/mean": np.mean(k1),
+        "kurtosis/r1/max": max(k1),
+        "kurtosis/r2/mean": np.mean(k2),
+        "kurtosis/r2/max": max(k2),
+        "k_r1": np.mean(k1),
+        "k_r2": np.mean(k2),
+    }
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_and_kurtosis_fall_and_rotations_stay_orthogonal(known: Any, make_trainer: MakeTrainer) -> None:
+    module = module_of(lr=1.5)
+    before = rotated_kurtosis({"residual": known.residual, "value": known.value}, module)
+    record = train(make_trainer, module, loader_of(known, steps=60, batch_rows=50))
+    after = rotated_kurtosis({"residual": known.residual, "value": known.value}, module)
+    for k_before, k_after in zip(before, after, strict=True):
+        assert np.mean(np.abs(np.array(k_after) - 1.8)) < 0.7 * np.mean(np.abs(np.array(k_before) - 1.8))
+        assert np.mean(k_after) < np.mean(k_before)
+    for name in ("loss/r1", "loss/r2", "loss/total"):
+        losses = [metrics[name] for metrics in record.metrics]
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:2])
+    for rotations in record.rotations:
+        for matrix in rotations:
+            error = matrix.double().mT @ matrix.double() - torch.eye(matrix.shape[-1]).double()
+            assert error.abs().max() < 1e-5
+
+
+def test_logged_orthogonality_is_the_largest_deviation(known: Any, make_trainer: MakeTrainer) -> None:
+    module = module_of()
+    with torch.no_grad():
+        module.residual[0] *= 1.01
+        module.value[1, 0] *= 1.02
+    logged = train(make_trainer, module, loader_of(known, steps=1)).metrics[0]
+    # The row times f adds (f^2 - 1) r_i r_j to X^T X; every entry of a Hadamard's row has the size 1/sqrt(n).
+    assert logged["orthogonality/r1"] == pytest.approx((1.01**2 - 1) / 16, rel=1e-3)
+    assert logged["orthogonality/r2"] == pytest.approx((1.02**2 - 1) / 4, rel=1e-3)
+
+
+def test_start_is_a_random_hadamard_of_the_seed() -> None:
+    first, again, other = module_of(rotation_seed=1), module_of(rotation_seed=1), module_of(rotation_seed=2)
+    for matrix in (first.residual, *first.value):
+        n = len(matrix)
+        torch.testing.assert_close(matrix.detach().abs(), torch.full((n, n), n**-0.5))
+        torch.testing.assert_close(matrix.detach().mT @ matrix.detach(), torch.eye(n), rtol=0, atol=1e-6)
+    assert torch.equal(first.residual, again.residual)
+    assert torch.equal(first.value, again.value)
+    assert not torch.equal(first.residual, other.residual)
+    assert not torch.equal(first.value[0], first.value[1])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_that_wreck_orthogonality_are_refused(known: Any, make_trainer: MakeTrainer, precision: str) -> None:
+    module = module_of()
+    before = module.residual.detach().double()
+    with pytest.raises(ConfigError, match=precision):
+        make_trainer(precision=precision).fit(module, loader_of(known))
+    torch.testing.assert_close(module.residual.detach().double(), before, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions_learn_nearly_the_same(known: Any, make_trainer: MakeTrainer, precision: str) -> None:
+    usual, other = module_of(), module_of()
+    train(make_trainer, usual, loader_of(known))
+    train(make_trainer, other, loader_of(known), precision=precision)
+    torch.testing.assert_close(other.residual.detach().float(), usual.residual.detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(other.value.detach().float(), usual.value.detach(), rtol=0, atol=1e-4)
+
+
+def test_learned_rotations_are_orthogonal_in_float64(known: Any, make_trainer: MakeTrainer) -> None:
+    module = module_of()
+    train(make_trainer, module, loader_of(known))
+    for learned, parameter in zip(module.learned(), (module.residual, module.value), strict=True):
+        assert learned.dtype == torch.float64
+        assert (learned.mT @ learned - torch.eye(learned.shape[-1]).double()).abs().max() < 1e-12
+        torch.testing.assert_close(learned, parameter.detach().double(), rtol=0, atol=1e-5)
+
+
+def test_validation_kurtosis_of_every_site_is_scipys(known: Any, make_trainer: MakeTrainer) -> None:
+    module, trainer = module_of(), make_trainer()
+    rows = BlockLoader(known.store, 5, 4, seed=0, first_row=100, last_row=120)
+    for _ in range(2):  # the second pass forgets the first
+        (reported,) = trainer.validate(module, rows, verbose=False)
+    k1, _ = rotated_kurtosis({"residual": known.residual[:, 100:], "value": known.value[:, 100:]}, module)
+    names = [f"layer{layer:03d}.{block}" for layer in range(3) for block in ("attn_in", "ffn_in")]
+    expected = {f"kurtosis_site/{name}": value for name, value in zip(names, k1, strict=True)}
+    expected |= {"kurtosis/validation/mean": np.mean(k1), "kurtosis/validation/max": max(k1)}
+    assert reported == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_recipes_optimizer_is_used() -> None:
+    module = RotationModule(3, 16, 4, EPS, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
+    optimizer = module.configure_optimizers()
+    assert type(optimizer) is CayleySGD
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(module.residual), id(module.value)]
+
+
+def test_checkpoint_holds_plain_data_and_gives_the_module_back(
+    known: Any, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module, trainer = module_of(), make_trainer()
+    trainer.fit(module, loader_of(known))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["residual"], module.residual)
+    assert torch.equal(saved["state_dict"]["value"], module.value)
+    loaded = RotationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(loaded.residual, module.residual)
+    assert loaded.rms_norm_eps == EPS
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"head_dim": 8}, {"layers": 2}])
+def test_checkpoint_of_other_sizes_is_refused(
+    known: Any, make_trainer: MakeTrainer, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    trainer = make_trainer()
+    trainer.fit(module_of(), loader_of(known, steps=1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ConfigError, match=r"\(16, 16\).*this model needs"):
+        make_trainer().fit(module_of(**changes), loader_of(known), ckpt_path=tmp_path / "a.ckpt")

@@ -1,0 +1,320 @@
+"""Quantized folders against a brute-force search of the grids, GPTQ against RTN, sizes on disk, the card."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kurtail_pl
+from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, TextError
+from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages import quantize as stage
+from kurtail_pl.stages.fuse import UNROTATED, fuse
+from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.equip import empty_model, equip_model
+from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.scheme import Scheme
+
+WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(folder.glob("model-*.safetensors")) for name, t in load_file(path).items()}
+
+
+def codes_of(packed: Tensor) -> np.ndarray:
+    """Signed codes of packed bytes: low nibbles are the first half."""
+    data = packed.numpy().astype(np.int16)
+    codes = np.concatenate([data % 16, data // 16], -1)
+    return np.where(codes > 7, codes - 16, codes)
+
+
+def best_row(row: np.ndarray, bits: int) -> tuple[float, float]:
+    """Least error of norm 2.4 over the 80 ratios, and its scale, each weight on the nearest of all values."""
+    grid = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    found = []
+    for step in range(80):
+        scale = np.abs(row).max() * (1 - step / 100) / (2 ** (bits - 1) - 1)
+        nearest = np.abs(row[:, None] - grid * scale).min(-1)
+        found.append(((nearest**2.4).sum(), scale))
+    return min(found)
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.down_proj"])
+def test_rtn_is_the_best_of_all_grids(fused: Path, tmp_path: Path, name: str) -> None:
+    folder = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "rtn")
+    weights, packed = tensors_of(fused), tensors_of(folder)
+    for layer in (0, 3):
+        full = f"model.layers.{layer}.{name}"
+        weight = weights[f"{full}.weight"].double().numpy()
+        codes, scale = codes_of(packed[f"{full}.codes"]), packed[f"{full}.scale"].double().numpy()
+        assert packed[f"{full}.scale"].dtype == torch.float32
+        assert f"{full}.weight" not in packed
+        assert np.abs(weight - codes * scale).max() < np.abs(weight).max()
+        for row, row_codes, row_scale in zip(weight, codes, scale[:, 0], strict=True):
+            error, _ = best_row(row, 4)
+            assert (np.abs(row - row_codes * row_scale) ** 2.4).sum() == pytest.approx(error, rel=1e-3)
+        torch.testing.assert_close(packed[f"{full}.bias"], weights[f"{full}.bias"].half(), rtol=0, atol=0)
+
+
+def test_a_card_holds_all_that_repeats_it(fused: Path, artefact: Path, text: TextSpec) -> None:
+    card = json.loads((artefact / "kurtail.json").read_text())
+    before = json.loads((fused / "kurtail.json").read_text())
+    for key in ("source", "tokenizer_sha256", "rotations", "rotations_sha256", "gate"):
+        assert card[key] == before[key]
+    assert card["method"] == "quarot"
+    assert card["scheme"] == Scheme().to_dict()
+    assert Scheme.from_dict(card["quantize"]["scheme"]) == Scheme()
+    assert card["quantize"]["method"] == "gptq"
+    assert card["quantize"]["gptq"] == {"block_size": 128, "percdamp": 0.01, "act_order": True}
+    assert card["quantize"]["text"] == {"source": text.source, "windows": 6, "seqlen": 48}
+    assert card["calibration_text_sha256"] == sha256_of(Path(text.source))
+    assert card["fallbacks"] == []
+    assert set(card["cost"]) == {"fuse", "quantize"}
+    assert card["sha256"] == {p.name: sha256_of(p) for p in artefact.iterdir() if p.name != "kurtail.json"}
+
+
+def test_the_rotations_hash_is_that_of_the_artefacts_own_file(artefact: Path) -> None:
+    card = json.loads((artefact / "kurtail.json").read_text())
+    assert card["rotations_sha256"] == sha256_of(artefact / "rotations.safetensors")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_without_rotations_the_method_is_the_rounding(tiny: Path, tmp_path: Path, text: TextSpec, method: str) -> None:
+    plain = fuse(Checkpoint(tiny), Rotations(), UNROTATED, tmp_path / "plain")
+    spec = QuantizeSpec(Scheme(), method, text=text)  # type: ignore[arg-type]
+    card = json.loads((quantize(plain, spec, tmp_path / "out") / "kurtail.json").read_text())
+    assert card["method"] == method
+    assert (card["calibration_text_sha256"] is None) == (method == "rtn")
+
+
+def test_what_is_not_a_layers_linear_is_float16(fused: Path, artefact: Path) -> None:
+    before, after = tensors_of(fused), tensors_of(artefact)
+    quantized = {f"model.layers.{i}.{name}.weight" for i in range(4) for name in LINEARS}
+    assert set(after) == (set(before) - quantized) | {
+        name.replace("weight", part) for name in quantized for part in ("codes", "scale")
+    }
+    for name in set(before) - quantized:
+        assert torch.equal(after[name], before[name].half()), name
+
+
+def test_16_bit_weights_are_the_fused_ones(fused: Path, tmp_path: Path, text: TextSpec) -> None:
+    spec = QuantizeSpec(replace(Scheme(), weights=None), text=text)
+    folder = quantize(fused, spec, tmp_path / "w16")
+    before, after = tensors_of(fused), tensors_of(folder)
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor.half()), name
+    card = json.loads((folder / "kurtail.json").read_text())
+    assert card["scheme"]["weights"] is None
+    assert card["scheme"]["activations"]["bits"] == 4
+    linear = kurtail_pl.load(folder).model.layers[0].mlp.down_proj
+    assert linear.activations == Scheme().activations
+
+
+def calibration(folder: Path, text: TextSpec) -> Tensor:
+    return cut_windows(Checkpoint(folder).tokenizer(), text, "calibration", seed=0).tokens
+
+
+@torch.no_grad()
+def inputs_of(folder: Path, windows: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """What each linear's weight multiplies, ``[tokens, in]`` float64: hooked inputs times the dense online rotation."""
+    model = kurtail_pl.load(folder)
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name in names:
+        linear = model.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _, args, name=name: rows[name].append(args[0][0].double()))
+    for window in windows:
+        model(window.unsqueeze(0))
+    found = {name: torch.cat(parts) for name, parts in rows.items()}
+    for name in names:
+        rotation = model.get_submodule(name).rotation
+        if rotation is not None:
+            found[name] = found[name] @ torch.kron(rotation.left, rotation.right)
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_method(fused: Path, text: TextSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Weights alone in 4 bits, by both methods."""
+    root = tmp_path_factory.mktemp("methods")
+    text = replace(text, windows=12)
+    specs = {m: QuantizeSpec(WEIGHTS_ONLY, m, text=text) for m in ("rtn", "gptq")}  # type: ignore[arg-type]
+    return {method: quantize(fused, spec, root / method) for method, spec in specs.items()}
+
+
+def test_gptq_has_less_error_on_the_calibration_text(fused: Path, by_method: dict[str, Path], text: TextSpec) -> None:
+    windows = calibration(fused, replace(text, windows=12))
+    names = [f"model.layers.0.{name}" for name in LINEARS]
+    inputs = inputs_of(fused, windows, names)
+    models = {m: kurtail_pl.load(folder) for m, folder in {**by_method, "float": fused}.items()}
+    dense = {m: {n: model.get_submodule(n).dense_weight().double() for n in names} for m, model in models.items()}
+    for name in names:
+        errors = {m: ((dense[m][name] - dense["float"][name]) @ inputs[name].T).norm().item() for m in by_method}
+        assert errors["gptq"] < 0.9 * errors["rtn"], name
+    with torch.no_grad():
+        logits = {m: model(windows).logits for m, model in models.items()}
+    errors = {m: (logits[m] - logits["float"]).norm().item() for m in by_method}
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_hessians_see_the_rotated_inputs_of_the_quantized_layers(
+    fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded as GPTQ gets them; compared with inputs hooked in the finished artefact, biases and norms in float16."""
+    seen: list[Tensor] = []
+    real: Callable[..., object] = stage.gptq
+
+    def record(weight: Tensor, hessian: Tensor, *rest: object) -> object:
+        seen.append(hessian.clone())
+        return real(weight, hessian, *rest)
+
+    monkeypatch.setattr(stage, "gptq", record)
+    folder = quantize(fused, QuantizeSpec(WEIGHTS_ONLY, text=text), tmp_path / "gptq")
+    assert len(seen) == 4 * 7
+    names = [f"model.layers.{i}.{name}" for i in (0, 2) for name in LINEARS]
+    inputs = inputs_of(folder, calibration(fused, text), names)
+    for index, name in enumerate(names):
+        expected = inputs[name].T @ inputs[name]
+        hessian = seen[index if index < 7 else index + 7]
+        assert (hessian - expected).norm() < 1e-2 * expected.norm(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("quantized_activations", [True, False])
+def test_states_after_a_layer_are_those_of_the_quantized_layer(
+    fused: Path, rotations: Rotations, text: TextSpec, method: str, quantized_activations: bool
+) -> None:
+    checkpoint, scheme = Checkpoint(fused), Scheme()
+    model = empty_model(checkpoint.config)
+    equip_model(model, scheme if quantized_activations else WEIGHTS_ONLY, rotations)
+    walker = Walker(checkpoint, model)
+    hidden = walker.embed(calibration(fused, text))
+    solver = stage._Solver(QuantizeSpec(scheme, method, text=text))  # type: ignore[arg-type]
+    for index, layer in walker.layers("test"):
+        advanced = stage._quantize_layer(walker, layer, hidden, solver, f"model.layers.{index}")
+        assert all(layer.get_submodule(name).weight is None for name in LINEARS)
+        positions = model.model.rotary_emb(hidden[0], torch.arange(text.seqlen).unsqueeze(0))
+        for before, after in zip(hidden, advanced, strict=True):
+            expected = layer(before, position_embeddings=positions, attention_mask=None)
+            torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+        hidden = advanced
+
+
+def test_a_hessian_of_too_few_tokens_falls_back_to_rtn(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    few = replace(text, windows=1, seqlen=8)
+    spec = QuantizeSpec(WEIGHTS_ONLY, gptq=GPTQ(percdamp=1e-300), text=few)
+    folder = quantize(fused, spec, tmp_path / "few")
+    rtn = tensors_of(quantize(fused, replace(spec, method="rtn"), tmp_path / "rtn"))
+    fallbacks = json.loads((folder / "kurtail.json").read_text())["fallbacks"]
+    assert {f"model.layers.{i}.{name}" for i in range(4) for name in LINEARS} >= set(fallbacks)
+    assert len(fallbacks) > 7
+    for name in fallbacks:
+        assert torch.equal(tensors_of(folder)[f"{name}.codes"], rtn[f"{name}.codes"])
+
+
+def test_four_bit_linears_take_about_a_quarter_of_bfloat16(tiny: Path, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for path in tiny.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "model")
+    wide = fuse(Checkpoint(tmp_path / "model"), Rotations(), "rtn", tmp_path / "wide")
+    folder = quantize(wide, QuantizeSpec(method="rtn"), tmp_path / "rtn")
+    parameters = 4 * 256 * 256 + 3 * 256 * 512
+    stored = sum(t.nbytes for n, t in tensors_of(folder).items() if n.endswith(("codes", "scale", "zero_point")))
+    assert stored == parameters // 2 + 4 * (5 * 256 + 256 + 2 * 512 - 256)
+    assert (folder / "model-00002-of-00003.safetensors").stat().st_size <= 0.27 * 2 * parameters
+
+
+def test_groups_and_eight_bits(fused: Path, tmp_path: Path) -> None:
+    scheme = replace(WEIGHTS_ONLY, weights=Quantizer(8, symmetric=False, group_size=4))
+    folder = quantize(fused, QuantizeSpec(scheme, "rtn"), tmp_path / "w8")
+    name = "model.layers.1.mlp.down_proj"
+    tensors, weight = tensors_of(folder), tensors_of(fused)[f"{name}.weight"]
+    assert tensors[f"{name}.codes"].shape == (48, 172)
+    assert tensors[f"{name}.scale"].shape == tensors[f"{name}.zero_point"].shape == (48, 43)
+    zero, scale = (tensors[f"{name}.{part}"].repeat_interleave(4, 1).float() for part in ("zero_point", "scale"))
+    values = (tensors[f"{name}.codes"].float() - zero) * scale
+    assert (values - weight).abs().max() <= 0.51 * scale.max()
+    assert torch.equal(kurtail_pl.load(folder).get_submodule(name).dense_weight(), values)
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(ConfigError, match=r"method is 'awq'; .*rtn or gptq"):
+        QuantizeSpec(method="awq")  # type: ignore[arg-type]
+
+
+def test_a_plain_model_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="tiny is no folder of ours"):
+        quantize(tiny, QuantizeSpec(method="rtn"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_short_a_text_leaves_nothing(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="were asked for"):
+        quantize(fused, QuantizeSpec(text=replace(text, windows=10_000)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused(fused: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("mine")
+    with pytest.raises(ArtefactError, match="exists"):
+        quantize(fused, QuantizeSpec(method="rtn"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("damage", ["tensor gone", "wrong shape"])
+def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, damage: str) -> None:
+    """Layers 0 and 1 have been written when layer 2 cannot be read."""
+    copy = shutil.copytree(fused, tmp_path / "fused")
+    shard = copy / "model-00004-of-00006.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.2.mlp.up_proj.weight"
+    weight = tensors.pop(name)
+    if damage == "wrong shape":
+        tensors[name] = weight[:-1].contiguous()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.layers.2.*up_proj"):
+        quantize(copy, QuantizeSpec(method="rtn"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["fused"]
+
+
+def test_an_interrupted_run_leaves_nothing_and_the_old_folder(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control-C while layer 2 is being rounded."""
+    calls = 0
+    real: Callable[..., object] = stage.round_to_nearest
+
+    def interrupted(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 15:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(stage, "round_to_nearest", interrupted)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "out", overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "new")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["out", "out/old"]

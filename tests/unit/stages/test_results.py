@@ -1,0 +1,184 @@
+"""Results of a folder: kurtosis by definition, cost, names; the table of methods and the model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import kurtail_pl
+from kurtail_pl.errors import ArtefactError
+from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.report import COLUMNS, markdown_table, report, row, siblings
+from kurtail_pl.stages.results import RESULTS, artefact_name, block_kurtosis, evaluate_folder, read_results
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.activations import ActivationStore, block_sites
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
+
+
+def kurtosis_by_hand(store: ActivationStore, rotation: np.ndarray | None, start: int, stop: int) -> dict[str, float]:
+    """Of each block input: every row divided by its root mean square, rotated, all entries pooled."""
+    found = {}
+    for site in block_sites(4):
+        rows = store.read(site, start, stop).double().numpy()
+        rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
+        rows = rows if rotation is None else rows @ rotation
+        found[site] = float(scipy.stats.kurtosis(rows, axis=None, fisher=False))
+    return found
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_kurtosis_is_the_fourth_moment(store: ActivationStore, rotations: Rotations, rotated: bool) -> None:
+    residual = rotations.residual if rotated else None
+    values = block_kurtosis(store, residual, 30, 50, eps=1e-6)
+    expected = kurtosis_by_hand(store, None if residual is None else residual.numpy(), 30, 50)
+    assert values.tolist() == pytest.approx(list(expected.values()), rel=1e-9)
+
+
+@pytest.mark.parametrize("which", ["tiny", "artefact"])
+def test_results_of_a_folder(
+    which: str,
+    request: pytest.FixtureRequest,
+    store: ActivationStore,
+    text: TextSpec,
+    rotations: Rotations,
+    tmp_path: Path,
+) -> None:
+    folder: Path = request.getfixturevalue(which)
+    ours = which == "artefact"
+    results = evaluate_folder(Checkpoint(folder), tmp_path, text, store, 20)
+    assert json.loads((tmp_path / RESULTS).read_text()) == results == read_results(tmp_path)
+    assert rotations.residual is not None
+    expected = kurtosis_by_hand(store, rotations.residual.numpy() if ours else None, 30, 50)
+    assert results["kurtosis"]["sites"] == pytest.approx(expected, rel=1e-9)
+    assert results["kurtosis"]["mean"] == pytest.approx(np.mean(list(expected.values())), rel=1e-9)
+    assert results["kurtosis"]["max"] == pytest.approx(max(expected.values()), rel=1e-9)
+    assert results["kurtosis"]["rows"] == 20
+    assert results["evaluation"]["perplexity"] == perplexity(Checkpoint(folder), text)["perplexity"]
+    assert "cost" not in results["evaluation"]
+    assert results["method"] == ("quarot" if ours else "float")
+    assert Scheme.from_dict(results["scheme"]) == (Scheme() if ours else FLOAT)
+    assert list(results["cost"]) == (["learn", "fuse", "quantize", "evaluate"] if ours else ["evaluate"])
+    if ours:
+        assert results["cost"]["learn"] == rotations.origin["cost"]
+    assert results["disk_bytes"] == sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_no_results(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / RESULTS).write_text(content)
+    with pytest.raises(ArtefactError, match=r"has no results.*kurtail eval"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m", "smollm2-135m-quarot-w4a4kv4"),
+        ("models/Tiny", "tiny-quarot-w4a4kv4"),
+        ("models/Tiny.Q4_1.gguf", "tiny.q4_1-quarot-w4a4kv4"),
+        ("HuggingFaceTB/SmolLM2-1.7B", "smollm2-1.7b-quarot-w4a4kv4"),
+        ("meta-llama/Llama-3.2-1B", "llama-3.2-1b-quarot-w4a4kv4"),
+    ],
+)
+def test_artefact_names_tell_models_apart(model: str, name: str) -> None:
+    assert artefact_name(model, "quarot", Scheme()) == name
+
+
+def results_of(method: str, **changes: Any) -> dict[str, Any]:
+    """What `evaluate_folder` writes, made up."""
+    cost = {"seconds": 10.4, "cpu_seconds": 12.0, "peak_bytes": 250_000_000, "device_peak_bytes": 0}
+    making = {"fuse": cost, "quantize": {**cost, "peak_bytes": 350_000_000}}
+    evaluation = {
+        "perplexity": 12.3456, "source": "some/tales.txt", "windows": 6, "seqlen": 48, "tokens": 282,
+        "text_sha256": "a" * 64,
+    }  # fmt: skip
+    evaluation |= changes.pop("evaluation", {})
+    return {
+        "method": method,
+        "model": "tiny",
+        "scheme": (FLOAT if method == "float" else Scheme()).to_dict(),
+        "evaluation": evaluation,
+        "kurtosis": {"mean": 1.914, "max": 2.086, "rows": 20, "sites": dict.fromkeys(block_sites(4), 2.0)},
+        "disk_bytes": 1000,
+        "cost": {**({} if method == "float" else making), "evaluate": {**cost, "peak_bytes": 300_000_000}},
+        **changes,
+    }
+
+
+@pytest.fixture
+def artefacts(tmp_path: Path) -> Path:
+    """All methods in no good order, one of a user's own, and three measured on something else."""
+    folders = {
+        "a": results_of("kurtail"),
+        "b": results_of("mine"),
+        "c": results_of("quarot"),
+        "d": results_of("gptq"),
+        "e": results_of("rtn"),
+        "f": results_of("float"),
+        "other-text": results_of("rtn", evaluation={"text_sha256": "b" * 64}),
+        "other-windows": results_of("rtn", evaluation={"windows": 7}),
+        "other-length": results_of("rtn", evaluation={"seqlen": 49}),
+        "other-model": results_of("rtn", model="huge"),
+    }
+    for name, results in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RESULTS).write_text(json.dumps(results))
+    (tmp_path / "not-measured").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("own", ["a", "f", "b"])
+def test_siblings_are_those_measured_alike_in_the_tables_order(artefacts: Path, own: str) -> None:
+    methods = [results["method"] for results in siblings(artefacts / own)]
+    assert methods == ["float", "rtn", "gptq", "quarot", "kurtail", "mine"]
+    assert len(siblings(artefacts / "other-windows")) == 1
+
+
+def test_a_row_of_the_table() -> None:
+    assert row(results_of("kurtail")) == ("KurTail", "w4a4kv4", "1.91", "2.09", "12.35", "21", "0.35 GB")
+    assert row(results_of("float")) == ("float", "w16a16kv16", "1.91", "2.09", "12.35", "-", "0.30 GB")
+    assert row(results_of("mine"))[0] == "mine"
+
+
+def test_the_table_is_aligned_markdown() -> None:
+    lines = markdown_table([row(results_of("kurtail")), row(results_of("float"))]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert tuple(cells[0]) == COLUMNS
+    assert all(set(cell) == {"-"} for cell in cells[1])
+    assert [line[0] for line in cells[2:]] == ["KurTail", "float"]
+
+
+def test_report_of_an_artefact(store: ActivationStore, artefact: Path, text: TextSpec, tmp_path: Path) -> None:
+    folder = shutil.copytree(artefact, tmp_path / "tiny-quarot-w4a4kv4")
+    results = evaluate_folder(Checkpoint(folder), folder, text, store, 20)
+    page = report(folder)
+    assert (folder / "report.md").read_text() == f"# tiny-quarot-w4a4kv4\n\n{page}"
+    assert f"{results['evaluation']['perplexity']:.2f}" in page
+    assert "tales.txt: 6 windows of 48 tokens, 282 predicted" in page
+    card = (folder / "README.md").read_text()
+    for part in ("weights: 4 bits, symmetric", "keys: 4 bits, asymmetric, clip ratio:0.95", "QuaRot", "by GPTQ"):
+        assert part in card
+    assert f"{results['evaluation']['perplexity']:.3f}" in card
+    # Results and pages are no part of the model: it still loads.
+    kurtail_pl.load(folder)
+
+
+def test_report_of_the_float_reference_has_no_model_card(artefacts: Path) -> None:
+    page = report(artefacts / "f")
+    assert page.count("\n|") == 7
+    assert not (artefacts / "f" / "README.md").exists()
+
+
+def test_report_without_folder_or_results(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="none does not exist"):
+        report(tmp_path / "none")
+    with pytest.raises(ArtefactError, match="has no results"):
+        report(tmp_path)

@@ -1,0 +1,166 @@
+"""Text sources and their windows against slices of the tokenizer's own output."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from kurtail_pl.errors import ConfigError, TextError
+from kurtail_pl.stages.text import TextSpec, cut_windows, read_text
+from kurtail_pl.storage.files import sha256_of_text
+
+
+def tokens(folder: Path, text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+
+def test_windows_are_slices_of_the_tokens(tiny: Path, text_file: Path) -> None:
+    ids = tokens(tiny, text_file.read_text(encoding="utf-8"))
+    spec = TextSpec(str(text_file), windows=5, seqlen=33)
+    windows = cut_windows(AutoTokenizer.from_pretrained(tiny), spec, "evaluation")
+    assert windows.tokens.dtype == torch.int64
+    assert windows.tokens.tolist() == [ids[i * 33 : (i + 1) * 33] for i in range(5)]
+    assert windows.text_sha256 == sha256_of_text(text_file.read_text(encoding="utf-8"))
+
+
+def test_no_special_tokens(stories: Path, text_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    windows = cut_windows(tokenizer, TextSpec(str(text_file), windows=1, seqlen=16), "evaluation")
+    assert windows.tokens[0].tolist() == tokens(stories, text_file.read_text(encoding="utf-8"))[:16]
+    assert tokenizer.bos_token_id not in windows.tokens
+
+
+def test_a_seed_draws_a_permutation_of_the_same_windows(tiny: Path, text_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = tokens(tiny, text_file.read_text(encoding="utf-8"))
+    count = len(ids) // 40
+    whole = TextSpec(str(text_file), windows=count, seqlen=40)
+    first, again, other = (cut_windows(tokenizer, whole, "calibration", seed=s).tokens.tolist() for s in (1, 1, 2))
+    in_order = [ids[i * 40 : (i + 1) * 40] for i in range(count)]
+    assert first == again
+    assert first not in (other, in_order)
+    assert sorted(first) == sorted(other) == sorted(in_order)
+    # Fewer windows of the same seed are the first of them.
+    some = cut_windows(tokenizer, TextSpec(str(text_file), windows=7, seqlen=40), "calibration", seed=1)
+    assert some.tokens.tolist() == first[:7]
+
+
+def test_exactly_enough_text_and_one_window_too_few(tiny: Path, text_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    total = len(tokens(tiny, text_file.read_text(encoding="utf-8")))
+    count = total // 64
+    assert len(cut_windows(tokenizer, TextSpec(str(text_file), count, 64), "evaluation").tokens) == count
+    with pytest.raises(TextError) as error:
+        cut_windows(tokenizer, TextSpec(str(text_file), count + 1, 64), "evaluation")
+    for part in (f"{total} tokens", f"{count} windows of 64", f"{count + 1} were asked for", str(text_file)):
+        assert part in str(error.value)
+
+
+def test_an_empty_text_is_too_short(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(TextError, match="has 0 tokens"):
+        cut_windows(AutoTokenizer.from_pretrained(tiny), TextSpec(str(tmp_path / "empty.txt"), 1, 2), "evaluation")
+
+
+ROWS = ["First row,\nof two lines.", "größer", "", "last"]
+
+
+def jsonl(rows: list[str]) -> str:
+    return "\n".join(json.dumps({"text": row, "other": 1}, ensure_ascii=False) for row in rows) + "\n\n"
+
+
+def as_json(rows: list[str]) -> str:
+    return json.dumps([{"text": row} for row in rows])
+
+
+@pytest.mark.parametrize(("suffix", "write"), [("jsonl", jsonl), ("json", as_json)])
+def test_rows_are_joined_by_blank_lines(tmp_path: Path, suffix: str, write: Callable[[list[str]], str]) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(write(ROWS), encoding="utf-8")
+    assert read_text(str(path), "evaluation") == "First row,\nof two lines.\n\ngrößer\n\n\n\nlast"
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.md", "text"])
+def test_other_files_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
+    content = "Line one\n\n  line two\n"
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_text(str(tmp_path / name), "calibration") == content
+
+
+def test_raw_rows_are_those_of_the_hugging_face_data_set(tmp_path: Path) -> None:
+    # datasets' wikitext: "" for a blank line, else the line with its newline; perplexity joins them by blank lines.
+    (tmp_path / "wiki.raw").write_text(" \n = Title = \n \n Some text . \n", encoding="utf-8")
+    assert read_text(str(tmp_path / "wiki.raw"), "evaluation") == "\n\n = Title = \n\n\n\n\n Some text . \n"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085"])
+def test_jsonl_rows_may_hold_any_character(tmp_path: Path, separator: str) -> None:
+    """Only a newline ends a line of JSONL; JSON allows U+2028 and NEL inside a string, and C4 has them."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": f"a{separator}b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_text(str(path), "evaluation") == f"a{separator}b"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x0b"])
+def test_only_newlines_end_a_raw_row(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "wiki.raw"
+    path.write_text(f" one{separator}two \n three \n", encoding="utf-8")
+    assert read_text(str(path), "evaluation") == f" one{separator}two \n\n\n three \n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"txt": "b"}\n'),
+        ("rows.jsonl", '{"text": "a"}\n{"text": '),
+        ("rows.jsonl", '"a"\n'),
+        ("rows.json", '{"text": "a"}'),
+        ("rows.json", "[1, 2]"),
+        ("rows.json", "["),
+    ],
+)
+def test_rows_without_text_raise(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(TextError, match=rf"{name} is not made of rows with a field 'text'"):
+        read_text(str(tmp_path / name), "evaluation")
+
+
+@pytest.mark.parametrize("value", ["null", "3", '["a"]'])
+def test_rows_whose_text_is_no_text_raise(tmp_path: Path, value: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n', encoding="utf-8")
+    with pytest.raises(TextError, match=r"rows.jsonl"):
+        read_text(str(tmp_path / "rows.jsonl"), "evaluation")
+
+
+def test_a_file_that_is_no_utf8_raises(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(TextError, match=r"latin.txt"):
+        read_text(str(tmp_path / "latin.txt"), "evaluation")
+
+
+@pytest.mark.parametrize("source", ["wikitext9", "no/such/file.txt"])
+def test_unknown_source(source: str) -> None:
+    with pytest.raises(TextError, match=rf"'{source}' is no file here.*'pydoc'"):
+        read_text(source, "evaluation")
+
+
+def test_embedded_text_is_split_in_two() -> None:
+    calibration, evaluation = read_text("pydoc", "calibration"), read_text("pydoc", "evaluation")
+    placed = {name: (topic in calibration, topic in evaluation) for name, topic in topics.items() if len(topic) > 2000}
+    assert len(placed) > 20
+    # Each long topic is in one part; both parts have their share.
+    assert all(a != b for a, b in placed.values())
+    share = sum(b for _, b in placed.values()) / len(placed)
+    assert 0.1 < share < 0.4
+    joints = 2 * (len(topics) - 2)
+    assert len(calibration) + len(evaluation) == sum(map(len, topics.values())) + joints
+
+
+@pytest.mark.parametrize(("windows", "seqlen", "field"), [(0, 8, "windows is 0"), (1, 1, "seqlen is 1")])
+def test_unusable_sizes(windows: int, seqlen: int, field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        TextSpec("pydoc", windows, seqlen)

@@ -1,0 +1,135 @@
+"""The activation store: written and read rows, origins, damage, size."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kurtail_pl.errors import StoreMismatch
+from kurtail_pl.storage import activations
+from kurtail_pl.storage.activations import ActivationStore, Origin, Shape
+
+SHAPE = Shape(layers=2, hidden_size=12, kv_heads=2, head_dim=5)
+ORIGIN = Origin("tiny", "m" * 64, "t" * 64, "tales.txt", "x" * 64, windows=3, seqlen=9, rows=20, seed=4)
+SITES = ["layer000.attn_in", "layer000.ffn_in", "layer001.attn_in", "layer001.ffn_in"]
+VALUES = ["layer000.value", "layer001.value"]
+
+
+def rows_of(site: str) -> Tensor:
+    width = 10 if site.endswith("value") else 12
+    return torch.randn(20, width, generator=torch.Generator().manual_seed(len(site) + int(site[7])))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for site in SITES + VALUES:
+        activations.write_site(tmp_path, site, rows_of(site))
+    activations.write_manifest(tmp_path, ORIGIN, SHAPE, {"torch": "2"})
+    return tmp_path
+
+
+def test_sites_in_the_models_order() -> None:
+    assert activations.block_sites(2) == SITES
+    assert activations.value_sites(2) == VALUES
+    assert activations.block_sites(12)[-1] == "layer011.ffn_in"
+    assert [SHAPE.width(site) for site in (SITES[0], SITES[1], VALUES[0])] == [12, 12, 10]
+
+
+def test_round_trip_in_bfloat16(folder: Path) -> None:
+    store = ActivationStore(folder)
+    assert store.origin == ORIGIN
+    assert store.shape == SHAPE
+    for site in SITES + VALUES:
+        expected = rows_of(site).to(torch.bfloat16).float()
+        for start, stop in ((0, 20), (3, 11), (19, 20), (5, 5)):
+            block = store.read(site, start, stop)
+            assert block.dtype == torch.float32
+            assert torch.equal(block, expected[start:stop])
+    store.require_intact()
+    store.require_origin(ORIGIN)
+
+
+def test_bytes_are_those_of_the_tensors_on_disk(folder: Path) -> None:
+    payload = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            payload += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - not a dict
+    assert activations.store_bytes(SHAPE, 20) == payload == 2 * 20 * (4 * 12 + 2 * 10)
+
+
+CHANGES = {
+    "model": "other",
+    "model_sha256": "n" * 64,
+    "tokenizer_sha256": "u" * 64,
+    "text": "c4",
+    "text_sha256": "y" * 64,
+    "windows": 4,
+    "seqlen": 8,
+    "rows": 21,
+    "seed": 5,
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_each_difference_is_named(folder: Path, key: str) -> None:
+    wanted = replace(ORIGIN, **{key: CHANGES[key]})
+    with pytest.raises(StoreMismatch) as error:
+        ActivationStore(folder).require_origin(wanted)
+    message = str(error.value)
+    assert f"{key} is {getattr(ORIGIN, key)!r}, wanted {CHANGES[key]!r}" in message
+    assert str(folder) in message
+    assert message.count("wanted") == 1
+
+
+def test_all_differences_are_named_at_once(folder: Path) -> None:
+    with pytest.raises(StoreMismatch) as error:
+        ActivationStore(folder).require_origin(Origin(**CHANGES))  # type: ignore[arg-type]
+    assert str(error.value).count("wanted") == 9
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreMismatch, match=r"is no activation store.*run capture"):
+        ActivationStore(tmp_path / "none")
+    activations.write_site(tmp_path, SITES[0], rows_of(SITES[0]))
+    with pytest.raises(StoreMismatch, match="is no activation store"):
+        ActivationStore(tmp_path)  # sites without a manifest
+
+
+def test_damaged_or_foreign_manifest(folder: Path) -> None:
+    manifest = folder / activations.MANIFEST
+    text = manifest.read_text()
+    manifest.write_text(text[: len(text) // 2])
+    with pytest.raises(StoreMismatch, match="is no activation store"):
+        ActivationStore(folder)
+    manifest.write_text(json.dumps({**json.loads(text), "format": 99}))
+    with pytest.raises(StoreMismatch, match="format 99, expected 1"):
+        ActivationStore(folder)
+
+
+@pytest.mark.parametrize("damage", ["byte", "gone"])
+def test_damaged_site(folder: Path, damage: str) -> None:
+    store, path = ActivationStore(folder), folder / f"{SITES[2]}.safetensors"
+    if damage == "gone":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 4
+        path.write_bytes(data)
+    with pytest.raises(StoreMismatch, match=rf"{path.name} is missing or damaged"):
+        store.require_intact()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_unreadable_site(folder: Path, damage: str) -> None:
+    store, path = ActivationStore(folder), folder / f"{SITES[2]}.safetensors"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(StoreMismatch, match=rf"{SITES[2]}.*cannot be read"):
+        store.read(SITES[2], 0, 4)
+    assert store.read(SITES[1], 0, 4).shape == (4, 12)

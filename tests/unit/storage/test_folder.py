@@ -1,0 +1,143 @@
+"""Folders of ours: rotations bit for bit, shards and their index, the card and its hashes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kurtail_pl.errors import ArtefactError, CheckpointError
+from kurtail_pl.storage import folder as ours
+from kurtail_pl.storage.checkpoint import INDEX, Checkpoint
+from kurtail_pl.storage.rotation_file import FILE, read_rotations, write_rotations
+from kurtail_pl.surgery.rotations import Rotations, random_rotations
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
+
+NAMES = ("residual", "value", "query_key", "attention_output", "mlp_hidden")
+
+
+@pytest.fixture
+def rotations(tiny: Path) -> Rotations:
+    return random_rotations(AutoConfig.from_pretrained(tiny), 7)
+
+
+@pytest.mark.parametrize("kept", [NAMES, (), *[(name,) for name in NAMES], ("residual", "mlp_hidden")])
+def test_rotations_come_back_bit_for_bit(rotations: Rotations, tmp_path: Path, kept: tuple[str, ...]) -> None:
+    origin = {"seed": 7, "settings": {"lr": 0.1, "name": "größer"}, "cost": None}
+    write_rotations(tmp_path / FILE, Rotations(**{name: getattr(rotations, name) for name in kept}, origin=origin))
+    read = read_rotations(tmp_path / FILE)
+    assert read.origin == origin
+    for name in NAMES:
+        value, expected = getattr(read, name), getattr(rotations, name) if name in kept else None
+        if expected is None:
+            assert value is None
+        elif name in ("residual", "value"):
+            assert value.dtype == torch.float64
+            assert torch.equal(value, expected)
+        else:
+            assert torch.equal(value.left, expected.left)
+            assert torch.equal(value.right, expected.right)
+            assert value.construction == expected.construction
+
+
+def test_equal_rotations_give_equal_files(rotations: Rotations, tmp_path: Path) -> None:
+    """The file's hash goes into `kurtail.json` as what identifies the rotations."""
+    for number in range(8):
+        write_rotations(tmp_path / f"{number}", rotations)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_missing_or_damaged_rotations(rotations: Rotations, tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read"):
+        read_rotations(path)
+    write_rotations(path, rotations)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read"):
+        read_rotations(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_that_is_no_rotations_file(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    save_file({"residual": torch.eye(4)}, tmp_path / FILE, metadata=metadata)
+    with pytest.raises(CheckpointError, match=FILE):
+        read_rotations(tmp_path / FILE)
+
+
+def test_shards_are_what_transformers_reads(tiny: Path, tmp_path: Path) -> None:
+    """Written layer by layer, loaded by transformers itself."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    writer = ours.ShardWriter(tmp_path, shards=6)
+    for prefix in ("model.embed_tokens", *[f"model.layers.{i}" for i in range(4)]):
+        writer.write(ours.named(prefix, model.get_submodule(prefix).state_dict()))
+    writer.write({**ours.named("model.norm", model.model.norm.state_dict()), "lm_head.weight": model.lm_head.weight})
+    writer.close()
+    model.config.save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter)
+
+
+@pytest.fixture
+def carded(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "b.bin").write_bytes(bytes(range(100)))
+    ours.write_card(tmp_path, {"method": "test", "scheme": FLOAT.to_dict()})
+    return tmp_path
+
+
+def test_card_round_trip(carded: Path) -> None:
+    card = ours.read_card(carded)
+    assert card["method"] == "test"
+    assert card["format"] == 1
+    assert set(card["sha256"]) == {"a.txt", "b.bin"}
+    ours.require_intact(carded)
+    (carded / "results.json").write_text("{}")  # written later, and no part of the model
+    ours.require_intact(carded)
+
+
+@pytest.mark.parametrize(("name", "word"), [("a.txt", "damaged"), ("b.bin", "damaged"), ("b.bin", "missing")])
+def test_changed_or_missing_files(carded: Path, name: str, word: str) -> None:
+    path = carded / name
+    if word == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ArtefactError, match=rf"{name} is {word}"):
+        ours.require_intact(carded)
+
+
+def test_missing_damaged_or_foreign_card(carded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="is no folder of ours"):
+        ours.read_card(tmp_path / "none")
+    (carded / ours.CARD).write_text("{")
+    with pytest.raises(ArtefactError, match="is no folder of ours"):
+        ours.read_card(carded)
+    (carded / ours.CARD).write_text('{"format": 7}')
+    with pytest.raises(ArtefactError, match="format 7, expected 1"):
+        ours.read_card(carded)
+
+
+def test_a_plain_folder_is_float_and_not_rotated(tiny: Path) -> None:
+    assert not ours.is_ours(tiny)
+    assert ours.scheme_of(tiny) == FLOAT
+    assert ours.rotations_of(tiny) == Rotations()
+    assert set(ours.skeleton(Checkpoint(tiny)).state_dict()) == set(Checkpoint(tiny).names)
+
+
+def test_scheme_and_rotations_of_our_folder(tmp_path: Path, rotations: Rotations) -> None:
+    write_rotations(tmp_path / FILE, rotations)
+    ours.write_card(tmp_path, {"scheme": Scheme().to_dict()})
+    assert ours.is_ours(tmp_path)
+    assert ours.scheme_of(tmp_path) == Scheme()
+    assert torch.equal(ours.rotations_of(tmp_path).residual, rotations.residual)  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""The walk, one layer at a time, against transformers' whole model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
+
+MODELS = ["tiny", "tied", "stories"]
+WINDOWS = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def walk(walker: Walker, windows: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+    """Hidden states of every window after the embedding and after each layer, and the logits."""
+    hidden = walker.embed(windows)
+    states = [list(hidden)]
+    for _, layer in walker.layers("test"):
+        hidden = [walker.advance(layer, h) for h in hidden]
+        states.append(list(hidden))
+    norm, head = walker.head()
+    return states, torch.cat([head(norm(h)) for h in hidden])
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_states_and_logits_are_those_of_the_whole_model(which: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(which)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    states, logits = walk(Walker(Checkpoint(folder)), WINDOWS)
+    assert len(states) == model.config.num_hidden_layers + 1
+    # Hooks, since the last of transformers' own hidden states has been normed.
+    seen: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    for number, window in enumerate(WINDOWS):
+        seen.clear()
+        with torch.no_grad():
+            output = model(window.unsqueeze(0), output_hidden_states=True)
+        torch.testing.assert_close(states[0][number], output.hidden_states[0], rtol=0, atol=0)
+        for index, expected in enumerate(seen, start=1):
+            torch.testing.assert_close(states[index][number], expected, rtol=1e-5, atol=1e-5)
+        for index, expected in enumerate(output.hidden_states[1:-1], start=1):
+            torch.testing.assert_close(states[index][number], expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits[number], output.logits[0])
+
+
+def test_float64(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    _, logits = walk(Walker(Checkpoint(tiny), dtype=torch.float64), WINDOWS)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, model(WINDOWS).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_only_the_current_layer_has_weights(which: str, request: pytest.FixtureRequest) -> None:
+    walker = Walker(Checkpoint(request.getfixturevalue(which)))
+
+    def held() -> set[str]:
+        return {name for name, p in walker.model.named_parameters() if p.device.type != "meta"}
+
+    assert held() == set()
+    walker.embed(WINDOWS)
+    assert held() == set()
+    for index, layer in walker.layers("test"):
+        assert held() == {f"model.layers.{index}.{name}" for name, _ in layer.named_parameters()}
+    assert held() == set()
+    walker.head()
+    assert held() == {"model.norm.weight", "lm_head.weight"}
+
+
+def test_a_walk_can_be_repeated(tiny: Path) -> None:
+    walker = Walker(Checkpoint(tiny))
+    assert torch.equal(walk(walker, WINDOWS)[1], walk(walker, WINDOWS)[1])
+
+
+def test_windows_of_several_lengths(tiny: Path) -> None:
+    """Positions are kept by length; a causal model gives a prefix the same states."""
+    walker = Walker(Checkpoint(tiny))
+    long, short = walk(walker, WINDOWS)[1], walk(walker, WINDOWS[:, :7])[1]
+    torch.testing.assert_close(short, long[:, :7], rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_head_reads_the_embedding(tied: Path) -> None:
+    checkpoint = Checkpoint(tied)
+    assert "lm_head.weight" not in checkpoint.names
+    _, head = Walker(checkpoint).head()
+    assert torch.equal(head.weight, checkpoint.tensor("model.embed_tokens.weight"))
+
+
+def test_unknown_family(tiny: Path, tmp_path: Path) -> None:
+    text = (tiny / "config.json").read_text().replace('"llama"', '"mistral"')
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    with pytest.raises(UnsupportedArchitecture, match="mistral"):
+        Walker(Checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["gone", "wrong shape"])
+def test_weights_that_do_not_belong_to_the_config(tiny: Path, tmp_path: Path, damage: str) -> None:
+    tensors = load_file(tiny / "model.safetensors")
+    weight = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    if damage == "wrong shape":
+        tensors["model.layers.2.mlp.up_proj.weight"] = weight[:-1].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    walker = Walker(Checkpoint(tmp_path))
+    with pytest.raises(CheckpointError, match=r"up_proj"):
+        walk(walker, WINDOWS)

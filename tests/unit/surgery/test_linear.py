@@ -1,0 +1,158 @@
+"""The quantized linear against rotation, per-token quantizer and weight written out in float64; its packed state."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kurtail_pl.maths.hadamard import HadamardFactors, random_hadamard_factors
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
+from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.surgery.linear import QuantizedLinear
+
+IN, OUT = 48, 10
+WEIGHTS = [
+    Quantizer(4),
+    Quantizer(4, group_size=12),
+    Quantizer(3),
+    Quantizer(4, symmetric=False),
+    Quantizer(4, symmetric=False, group_size=16),
+    Quantizer(8),
+    Quantizer(8, symmetric=False, group_size=24),
+]
+
+
+def linear(inputs: int = IN, bias: bool = True) -> nn.Linear:
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Linear(inputs, OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
+    layer.weight.copy_(torch.randn(OUT, inputs, generator=draw))
+    if bias:
+        layer.bias.copy_(torch.randn(OUT, generator=draw))
+    return layer
+
+
+def rows(inputs: int = IN) -> Tensor:
+    return torch.randn(2, 5, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def codes_of(layer: nn.Linear, quantizer: Quantizer) -> Quantized:
+    """Codes on a grid of the layer's dtype (the search gives float32)."""
+    scale, zero_point = search_grid(layer.weight, quantizer)
+    zero_point = None if zero_point is None else zero_point.to(layer.weight)
+    return round_to_nearest(layer.weight, Grid(scale.to(layer.weight), zero_point), quantizer)
+
+
+def dense(quantized: Quantized) -> Tensor:
+    """Every weight by itself: (code - zero point) * scale of its group."""
+    codes, (scale, zero) = quantized
+    size = codes.shape[1] // scale.shape[1]
+    values = torch.empty(codes.shape, dtype=torch.float64)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            offset = 0 if zero is None else zero[i, j // size].item()
+            values[i, j] = (codes[i, j].item() - offset) * scale[i, j // size].item()
+    return values
+
+
+def per_token(x: Tensor, bits: int, ratio: float) -> Tensor:
+    """Symmetric, a scale for each token."""
+    flat = x.reshape(-1, x.shape[-1])
+    top = 2 ** (bits - 1) - 1
+    out = torch.empty_like(flat)
+    for token, row in enumerate(flat):
+        scale = ratio * row.abs().max() / top
+        out[token] = torch.clamp(torch.round(row / scale), -top - 1, top) * scale
+    return out.reshape(x.shape)
+
+
+def factors(inputs: int = IN) -> HadamardFactors:
+    return random_hadamard_factors(inputs, torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_forward_is_rotate_quantize_multiply(quantizer: Quantizer, rotated: bool, bits: int | None) -> None:
+    layer, x = linear(), rows()
+    quantized = codes_of(layer, quantizer)
+    activations = None if bits is None else Quantizer(bits, clip="ratio:0.9")
+    module = QuantizedLinear(layer, factors() if rotated else None, activations)
+    module.pack(quantized, quantizer)
+    inputs = x @ factors().dense() if rotated else x
+    if bits is not None:
+        inputs = per_token(inputs, bits, 0.9)
+    expected = inputs @ dense(quantized).T + layer.bias
+    torch.testing.assert_close(module(x), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(module.prepare(x), inputs, rtol=1e-11, atol=1e-11)
+
+
+def test_a_float_weight_stays_float() -> None:
+    layer, x = linear(), rows()
+    assert torch.equal(QuantizedLinear(layer, None, None)(x), layer(x))
+    module = QuantizedLinear(layer, None, None)
+    assert module.weight is layer.weight
+    assert set(module.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "codes", "scale", "zero_point"),
+    [
+        (Quantizer(4), (OUT, IN // 2), (OUT, 1), None),
+        (Quantizer(2), (OUT, IN // 2), (OUT, 1), None),
+        (Quantizer(4, group_size=12), (OUT, IN // 2), (OUT, 4), None),
+        (Quantizer(4, symmetric=False, group_size=8), (OUT, IN // 2), (OUT, 6), (OUT, 6)),
+        (Quantizer(8), (OUT, IN), (OUT, 1), None),
+        (Quantizer(5, symmetric=False), (OUT, IN), (OUT, 1), (OUT, 1)),
+    ],
+    ids=str,
+)
+def test_state(
+    quantizer: Quantizer, codes: tuple[int, int], scale: tuple[int, int], zero_point: tuple[int, int] | None
+) -> None:
+    layer = linear().float()
+    packed, expecting = (QuantizedLinear(layer, factors(), None) for _ in range(2))
+    packed.pack(codes_of(layer, quantizer), quantizer)
+    expecting.expect_codes(quantizer)
+    for state in (packed.state_dict(), expecting.state_dict()):
+        names = {"codes", "scale", "bias"} | (set() if zero_point is None else {"zero_point"})
+        assert set(state) == names
+        assert state["codes"].shape == codes
+        assert state["codes"].dtype == (torch.int8 if quantizer.bits > 4 and quantizer.symmetric else torch.uint8)
+        assert state["scale"].shape == scale
+        assert state["scale"].dtype == torch.float32
+        if zero_point is not None:
+            assert state["zero_point"].shape == zero_point
+            assert state["zero_point"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
+@pytest.mark.parametrize("inputs", [IN, 144])
+def test_codes_travel_through_the_state(quantizer: Quantizer, inputs: int) -> None:
+    layer, x = linear(inputs), rows(inputs)
+    packed, other = QuantizedLinear(layer, None, None), QuantizedLinear(linear(inputs), None, None)
+    packed.pack(codes_of(layer, quantizer), quantizer)
+    other.expect_codes(quantizer)
+    other.load_state_dict(packed.state_dict(), assign=True)
+    assert torch.equal(other.dense_weight(), dense(codes_of(layer, quantizer)))
+    assert torch.equal(other(x), packed(x))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_odd_width_takes_a_byte_for_each_code(symmetric: bool) -> None:
+    layer, quantizer, x = linear(43), Quantizer(4, symmetric), rows(43)
+    quantized = codes_of(layer, quantizer)
+    module, other = (QuantizedLinear(layer, None, None) for _ in range(2))
+    module.pack(quantized, quantizer)
+    assert module.codes.shape == (OUT, 43)
+    torch.testing.assert_close(module(x), x @ dense(quantized).T + layer.bias, rtol=1e-12, atol=1e-12)
+    other.expect_codes(quantizer)
+    assert {k: (v.shape, v.dtype) for k, v in other.state_dict().items() if k == "codes"} == {
+        "codes": (module.codes.shape, module.codes.dtype)
+    }
+
+
+def test_no_bias() -> None:
+    layer, x = linear(bias=False), rows()
+    module = QuantizedLinear(layer, None, None)
+    module.pack(codes_of(layer, Quantizer(4)), Quantizer(4))
+    assert set(module.state_dict()) == {"codes", "scale"}
+    torch.testing.assert_close(module(x), x @ dense(codes_of(layer, Quantizer(4))).T, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,61 @@
+"""Names, plain data and refusals of schemes."""
+
+import json
+
+import pytest
+
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
+
+CACHE2 = Quantizer(2, symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        (Scheme(), "w4a4kv4"),
+        (FLOAT, "w16a16kv16"),
+        (Scheme(weights=None, values=CACHE2), "w16a4k4v2"),
+        (Scheme(activations=Quantizer(8), keys=None, values=None), "w4a8kv16"),
+        (Scheme(keys=None), "w4a4k16v4"),
+        (Scheme(weights=Quantizer(3), keys=CACHE2, values=CACHE2), "w3a4kv2"),
+    ],
+)
+def test_name(scheme: Scheme, name: str) -> None:
+    assert scheme.name == name
+
+
+def test_defaults_are_the_papers() -> None:
+    scheme = Scheme()
+    assert scheme.weights == Quantizer(4, symmetric=True)
+    assert scheme.activations == Quantizer(4, symmetric=True, clip="ratio:0.9")
+    assert scheme.keys == scheme.values == Quantizer(4, symmetric=False, clip="ratio:0.95")
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme(), FLOAT, Scheme(weights=Quantizer(3, False, "ratio:0.9", 16), activations=None, values=CACHE2)]
+)
+def test_round_trip_through_json(scheme: Scheme) -> None:
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+def test_plain_data_names_every_setting() -> None:
+    data = Scheme(values=None).to_dict()
+    assert data["values"] is None
+    assert data["activations"] == {"bits": 4, "symmetric": True, "clip": "ratio:0.9", "group_size": None}
+
+
+def test_weights_refuse_a_quantile() -> None:
+    with pytest.raises(ValueError, match=r"weights.clip is 'quantile:0.98'.*ratio:1.0"):
+        Scheme(weights=Quantizer(4, clip="quantile:0.98"))
+
+
+@pytest.mark.parametrize("data", [{"weights": {"bits": 1}}, {"keys": {"clip": "ratio:2"}}])
+def test_unusable_data_raises(data: dict[str, dict[str, object]]) -> None:
+    with pytest.raises(ValueError, match=r"bits is 1|clip is 'ratio:2'"):
+        Scheme.from_dict(data)
+
+
+def test_unknown_parts_raise() -> None:
+    with pytest.raises(TypeError, match="biases"):
+        Scheme.from_dict({"biases": None})
