@@ -124,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    capture = CaptureSpec(args.model, TextSpec(args.calibration, 32, 1024), rows=9216)
+    capture = CaptureSpec(args.model, TextSpec(args.calibration, 512, 64), rows=9216)
     data = ActivationDataModule(capture, str(args.work / "store"))
     data.prepare_data()
     data.setup("fit")

@@ -105,7 +105,7 @@ def test_evaluation_without_quantization_is_refused_before_training(
     kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
     edit(recipe, lambda s: s["trainer"]["callbacks"].remove(callback(s, "WeightQuantization")))
-    assert "add WeightQuantization before Evaluation" in refused(kurtail, capsys, recipe)
+    assert "Evaluation needs WeightQuantization before it" in refused(kurtail, capsys, recipe)
     assert not trained(recipe)
 
 
