@@ -24,7 +24,8 @@ def smoke_recipe(model: Path, text: Path) -> str:
     for old, new in (
         ("model: smollm2-135m", f"model: {model}"),
         ("source: pydoc", f"source: {text}"),
-        ("runs/smollm2-135m", "runs"),
+        ("runs/smoke", "runs"),
+        ("artifacts/smoke", "artifacts"),
         ("method: rtn", "method: gptq"),
     ):
         assert old in recipe
