@@ -51,9 +51,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write indented JSON through a temporary name."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
