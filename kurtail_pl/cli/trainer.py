@@ -18,7 +18,7 @@ from kurtail_pl.stages.compare import run_baselines
 from kurtail_pl.stages.report import report
 from kurtail_pl.storage.activations import ActivationStore
 
-LINKED = ("layers", "hidden_size", "head_dim", "rms_norm_eps")
+LINKED = ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "deterministic": True,

@@ -72,6 +72,11 @@ class ActivationDataModule(L.LightningDataModule):
         return shape_of(self.checkpoint).head_dim
 
     @property
+    def kv_heads(self) -> int:
+        """Key and value heads; linked to the module."""
+        return shape_of(self.checkpoint).kv_heads
+
+    @property
     def rms_norm_eps(self) -> float:
         """The epsilon of the model's RMSNorm; linked to the module."""
         eps: float = self.checkpoint.config.rms_norm_eps

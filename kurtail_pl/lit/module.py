@@ -24,7 +24,7 @@ FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
 class RotationModule(L.LightningModule):
-    """Learns R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]`` together.
+    """Learns R1 ``[hidden, hidden]`` and every layer's R2 together.
 
     The two are independent (KurTail, Prop. 2.5), and the loss is a sum over them: each gets the gradient it would get
     alone. Sizes come from the data module when `kurtail fit` runs; a size given by hand is then ignored.
@@ -33,8 +33,11 @@ class RotationModule(L.LightningModule):
         layers: decoder layers.
         hidden_size: width of the residual stream.
         head_dim: width of a value head.
+        kv_heads: key and value heads.
         rms_norm_eps: of the model's norms.
         rotation_seed: decides the random Hadamards that the rotations start from.
+        value_per_head: one R2 for each KV head, ``[layers, kv_heads, head_dim, head_dim]``, instead of one for each
+            layer, ``[layers, head_dim, head_dim]``.
         optimizer: an optimizer on the Stiefel manifold.
     """
 
@@ -43,15 +46,19 @@ class RotationModule(L.LightningModule):
         layers: int,
         hidden_size: int,
         head_dim: int,
+        kv_heads: int,
         rms_norm_eps: float,
         rotation_seed: int = 0,
+        value_per_head: bool = False,
         optimizer: OptimizerCallable = CayleyAdam,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         self.layers, self.rms_norm_eps, self.rotation_seed = layers, rms_norm_eps, rotation_seed
         self.optimizer = optimizer
-        residual, value = random_fused(layers, hidden_size, head_dim, rotation_seed)
+        residual, value = random_fused(
+            layers, hidden_size, head_dim, rotation_seed, kv_heads if value_per_head else None
+        )
         self.residual = nn.Parameter(residual.float())
         self.value = nn.Parameter(value.float())
         self.site_kurtosis = Kurtosis(sites=2 * layers)
@@ -65,14 +72,15 @@ class RotationModule(L.LightningModule):
             )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Kurtosis of what the quantizers would see: of block inputs ``[2 layers]`` and of values ``[layers]``.
+        """Kurtosis of what the quantizers would see: of block inputs ``[2 layers]`` and of what each R2 turns.
 
         The RMSNorm has no weight (it is folded) and comes first: it commutes with the rotation and needs no gradient
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
         """
         normed = rms_norm(batch["residual"], self.rms_norm_eps)
         residual = torch.stack([kurtosis((site @ self.residual).flatten()) for site in normed])
-        return residual, kurtosis((batch["value"].flatten(1, 2) @ self.value).flatten(1))
+        value = batch["value"].flatten(1, 2) if self.value.ndim == 3 else batch["value"].transpose(1, 2)
+        return residual, kurtosis((value @ self.value).flatten(-2))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. 4 for R1 plus its twin for every R2."""

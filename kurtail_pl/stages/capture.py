@@ -26,7 +26,8 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import gigabytes, new_folder, require_space, write_json
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.architecture import Architecture, architecture_of
+from kurtail_pl.surgery.architecture import Architecture
+from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.rotations import head_dim_of
 
 log = logging.getLogger(__name__)
@@ -129,8 +130,9 @@ def _capture_layers(walker: Walker, windows: Tensor, spec: CaptureSpec, folder: 
     generator = torch.Generator().manual_seed(spec.seed)
     chosen = torch.randperm(windows.numel(), generator=generator)[: spec.rows]
     hidden = walker.embed(windows)
+    value_width = shape_of(walker.checkpoint).width("value")
     for index, layer in walker.layers("capture layers"):
-        taps = _Taps(layer, walker.architecture, chosen, windows.shape[1])
+        taps = _Taps(layer, walker.architecture, chosen, windows.shape[1], value_width)
         for number in range(len(hidden)):
             taps.window = number
             hidden[number] = walker.advance(layer, hidden[number])
@@ -142,7 +144,9 @@ def _capture_layers(walker: Walker, windows: Tensor, spec: CaptureSpec, folder: 
 class _Taps:
     """Hooks that keep the chosen tokens of one decoder layer's three sites; set `window` before each forward."""
 
-    def __init__(self, layer: nn.Module, architecture: Architecture, chosen: Tensor, seqlen: int) -> None:
+    def __init__(
+        self, layer: nn.Module, architecture: Architecture, chosen: Tensor, seqlen: int, value_width: int
+    ) -> None:
         self.window = 0
         self.rows: dict[str, Tensor] = {}
         self._chosen, self._seqlen = chosen, seqlen
@@ -153,7 +157,8 @@ class _Taps:
         self._handles = [
             attention_norm.register_forward_pre_hook(lambda _, args: self._keep("attn_in", args[0])),
             mlp_norm.register_forward_pre_hook(lambda _, args: self._keep("ffn_in", args[0])),
-            value.register_forward_hook(lambda _, __, output: self._keep("value", output)),
+            # The last channels: queries and keys come first where one linear makes all three.
+            value.register_forward_hook(lambda _, __, output: self._keep("value", output[..., -value_width:])),
         ]
 
     def _keep(self, name: str, x: Tensor) -> None:

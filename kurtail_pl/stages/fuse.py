@@ -20,11 +20,12 @@ from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.attention import ATTENTION
-from kurtail_pl.surgery.equip import equip_layer
+from kurtail_pl.surgery.equip import equip_layer, online_rotations
 from kurtail_pl.surgery.gate import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
     check,
+    use_exact_layer,
     use_exact_norm,
 )
 from kurtail_pl.surgery.rotations import Rotations
@@ -110,8 +111,7 @@ class _Fuser:
         """Fold and write everything; returns the relative change of the logits in both precisions."""
         reference, rotated, rounded = self._embedding()
         for index, layer in self.walker.layers("fuse layers"):
-            for norm in (self.architecture.attention_norm, self.architecture.mlp_norm):
-                use_exact_norm(layer, norm, self.eps)
+            use_exact_layer(layer, self.architecture, self.eps)
             reference_after = self.walker.advance(layer, reference)
             self._fold_layer(index, layer, reference, reference_after)
             reference, rotated = reference_after, self.walker.advance(layer, rotated)
@@ -151,12 +151,8 @@ class _Fuser:
         if rotations.value is not None:
             folding.rotate_values(layer, architecture, rotations.value[index])
             gate("rotating the values (R2)", before, after)
-        for name, online in (
-            (architecture.output, rotations.attention_output),
-            (architecture.down, rotations.mlp_hidden),
-        ):
-            if online is not None:
-                folding.absorb_online(folding.linear_of(layer, name), online)
+        for name, factors in online_rotations(layer, architecture, rotations).items():
+            folding.absorb_online(folding.linear_of(layer, name), factors)
         equip_layer(layer, architecture, FLOAT, rotations)
         gate("rotating online (R3, R4, R5)", before, after)
 

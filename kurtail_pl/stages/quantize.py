@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.gptq import GPTQ, gptq
-from kurtail_pl.maths.quantizers import Quantized, Quantizer
-from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages.fuse import UNROTATED, copy_companions
 from kurtail_pl.stages.meter import Meter
+from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -28,7 +24,6 @@ from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
-from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -92,12 +87,12 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     online = scheme if spec.quantized_activations else replace(scheme, activations=None, keys=None, values=None)
     equip_model(model, online, rotations)
     walker = Walker(checkpoint, model)
-    solver = _Solver(spec)
+    solver = LayerSolver(walker, spec.scheme.weights, spec.gptq if spec.needs_inputs else None)
     text = calibration_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     with new_folder(folder, overwrite) as partial:
         with Meter() as meter:
-            _write_weights(walker, solver, None if text is None else text.tokens, partial)
+            _write_weights(walker, solver, spec.method, None if text is None else text.tokens, partial)
         checkpoint.config.save_pretrained(partial)
         copy_companions(checkpoint, partial)
         write_rotations(partial / ROTATIONS, rotations)
@@ -109,6 +104,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "quantize": asdict(spec),
             "calibration_text_sha256": None if text is None else text.text_sha256,
             "fallbacks": solver.fallbacks,
+            "experts": solver.experts,
             "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),
         }
@@ -125,7 +121,7 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
 
 
 @torch.no_grad()
-def _write_weights(walker: Walker, solver: _Solver, windows: Tensor | None, folder: Path) -> None:
+def _write_weights(walker: Walker, solver: LayerSolver, method: str, windows: Tensor | None, folder: Path) -> None:
     architecture = walker.architecture
     shards = ShardWriter(folder, shards=walker.n_layers + 2)
 
@@ -138,8 +134,8 @@ def _write_weights(walker: Walker, solver: _Solver, windows: Tensor | None, fold
     shards.write(write(architecture.embedding, embedding))
     hidden = [] if windows is None else [embedding(window.unsqueeze(0)) for window in windows]
     embedding.to("meta")
-    for index, layer in walker.layers(f"{solver.spec.method} layers"):
-        hidden = _quantize_layer(walker, layer, hidden, solver, f"{architecture.layers}.{index}")
+    for index, layer in walker.layers(f"{method} layers"):
+        hidden = solver.solve_layer(layer, f"{architecture.layers}.{index}", hidden)
         shards.write(write(f"{architecture.layers}.{index}", layer))
     norm, head = walker.head()
     shards.write({**write(architecture.final_norm, norm), **write(architecture.head, head)})
@@ -148,85 +144,3 @@ def _write_weights(walker: Walker, solver: _Solver, windows: Tensor | None, fold
 
 def _half(tensor: Tensor) -> Tensor:
     return tensor.to(FLOAT_DTYPE) if tensor.is_floating_point() else tensor
-
-
-def _quantize_layer(
-    walker: Walker, layer: nn.Module, hidden: list[Tensor], solver: _Solver, prefix: str
-) -> list[Tensor]:
-    """Quantize a decoder layer's linears in the order data reaches them; returns the hidden states after it.
-
-    Each linear sees inputs that went through the linears already quantized. A block whose last linear is set aside
-    returns that linear's input, so one forward pass serves all Hessians of a layer.
-    """
-    architecture = walker.architecture
-
-    def linears(names: tuple[str, ...]) -> dict[str, QuantizedLinear]:
-        found = {name: layer.get_submodule(name) for name in names}
-        return {f"{prefix}.{name}": linear for name, linear in found.items() if isinstance(linear, QuantizedLinear)}
-
-    def block(name: str, x: Tensor) -> Tensor:
-        output = layer.get_submodule(name)(x, **(walker.positions(x) if name == architecture.attention else {}))
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
-
-    for block_name, norm_name, readers, writer in (
-        (architecture.attention, architecture.attention_norm, architecture.attention_readers, architecture.output),
-        (architecture.mlp, architecture.mlp_norm, architecture.mlp_readers, architecture.down),
-    ):
-        norm = layer.get_submodule(norm_name)
-        normed = [norm(h) for h in hidden]
-        solver.solve(linears(readers), normed)
-        last = linears((writer,))
-        with _set_aside(layer, writer) as linear:
-            inner = [block(block_name, x) for x in normed]
-            solver.solve(last, inner)
-            hidden = [h + linear(x) for h, x in zip(hidden, inner, strict=True)]
-    return hidden
-
-
-@contextmanager
-def _set_aside(layer: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Put the identity in a linear's place for a while."""
-    linear = layer.get_submodule(name)
-    layer.set_submodule(name, nn.Identity())
-    try:
-        yield linear
-    finally:
-        layer.set_submodule(name, linear)
-
-
-class _Solver:
-    """Turns weights into codes, by RTN or GPTQ, and remembers where GPTQ had to give way to RTN."""
-
-    def __init__(self, spec: QuantizeSpec) -> None:
-        self.spec = spec
-        self.fallbacks: list[str] = []
-
-    def solve(self, linears: dict[str, QuantizedLinear], inputs: list[Tensor]) -> None:
-        """Quantize linears that read the same inputs, a list of ``[1, tokens, in]``."""
-        quantizer = self.spec.scheme.weights
-        if quantizer is None:
-            return
-        hessian = _hessian(next(iter(linears.values())), inputs) if self.spec.needs_inputs else None
-        for name, linear in linears.items():
-            assert linear.weight is not None
-            linear.pack(self._codes(name, linear.weight, hessian, quantizer), quantizer)
-
-    def _codes(self, name: str, weight: Tensor, hessian: Tensor | None, quantizer: Quantizer) -> Quantized:
-        grid = search_grid(weight, quantizer)
-        if hessian is not None:
-            try:
-                return gptq(weight, hessian, grid, quantizer, self.spec.gptq)
-            except LinAlgError:
-                log.warning("%s: the Hessian is not positive definite; its weight is rounded to nearest", name)
-                self.fallbacks.append(name)
-        return round_to_nearest(weight, grid, quantizer)
-
-
-def _hessian(linear: QuantizedLinear, inputs: list[Tensor]) -> Tensor:
-    """``X^T X`` over all tokens of what the linear's weight multiplies, ``[in, in]`` float64."""
-    total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
-    for x in inputs:
-        rows = linear.prepare(x).flatten(0, -2)
-        total += rows.T @ rows
-    return total

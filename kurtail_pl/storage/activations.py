@@ -51,7 +51,7 @@ class Shape:
 
     def width(self, site: str) -> int:
         """Channels of one site's rows."""
-        return self.kv_heads * self.head_dim if site.endswith(".value") else self.hidden_size
+        return self.kv_heads * self.head_dim if site.endswith("value") else self.hidden_size
 
 
 def block_sites(layers: int) -> list[str]:

@@ -8,12 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
-from kurtail_pl.surgery.architecture import architecture_of
 from kurtail_pl.surgery.equip import empty_model, layers_of
+from kurtail_pl.surgery.experts import module_state
+from kurtail_pl.surgery.families import architecture_of
 
 
 class Walker:
@@ -35,10 +37,11 @@ class Walker:
         self.model = empty_model(checkpoint.config) if model is None else model
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))
-        self._positions: dict[tuple[int, torch.dtype], dict[str, object]] = {}
+        self._positions: dict[tuple[int, torch.dtype, bool], dict[str, object]] = {}
 
     def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
-        state = {name: to_float(t, self.dtype) for name, t in self.checkpoint.tensors_under(prefix).items()}
+        tensors = module_state(self.checkpoint.tensors_under(prefix), self.architecture)
+        state = {name: to_float(t, self.dtype) for name, t in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -75,23 +78,39 @@ class Walker:
         embedding.to("meta")
         return hidden
 
-    def positions(self, hidden: Tensor) -> dict[str, object]:
+    def positions(self, layer: nn.Module, hidden: Tensor) -> dict[str, object]:
         """Keyword arguments that a decoder layer, or its attention, needs beside ``[1, tokens, hidden]`` states."""
-        key = hidden.shape[1], hidden.dtype
+        slides = self._slides(layer)
+        key = hidden.shape[1], hidden.dtype, slides
         if key not in self._positions:
             position_ids = torch.arange(hidden.shape[1]).unsqueeze(0)
             rotary = self.model.get_submodule(self.architecture.rotary)
-            embeddings = rotary(hidden, position_ids)
-            # No mask: windows are unpadded, so the attention takes its causal path.
+            make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
             self._positions[key] = {
                 "position_ids": position_ids,
-                "position_embeddings": embeddings,
-                "attention_mask": None,
+                "position_embeddings": rotary(hidden, position_ids),
+                # None where windows are no longer than the sliding one: the attention then takes its causal path.
+                "attention_mask": make_mask(
+                    config=self.model.config,
+                    inputs_embeds=hidden,
+                    attention_mask=None,
+                    past_key_values=None,
+                    position_ids=position_ids,
+                ),
             }
         return self._positions[key]
+
+    def _slides(self, layer: nn.Module) -> bool:
+        """Whether a layer attends to a sliding window; families say so for each layer or for all."""
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return getattr(config, "sliding_window", None) is not None
+        index = cast(int, layer.get_submodule(self.architecture.attention).layer_idx)
+        return bool(kinds[index] == "sliding_attention")
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states after a decoder layer, ``[1, tokens, hidden]``."""
-        output: Tensor = layer(hidden, **self.positions(hidden))
+        output: Tensor = layer(hidden, **self.positions(layer, hidden))
         return output

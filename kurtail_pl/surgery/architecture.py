@@ -1,11 +1,10 @@
-"""What a model family looks like, as data: one frozen record for each `model_type`."""
+"""What a model family looks like, as data; the records themselves are in `families`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from kurtail_pl.errors import UnsupportedArchitecture
 
@@ -14,8 +13,31 @@ from kurtail_pl.errors import UnsupportedArchitecture
 class Architecture:
     """Where the parts of a decoder-only RMSNorm model are, by module name.
 
-    Names of the second block are relative to a decoder layer. Every norm is named with the linears that read it, since
-    folding the norm's weight and rotating the residual stream both act on those.
+    Args:
+        model_type: of the configuration.
+        embedding: token embedding; with `layers`, `final_norm`, `rotary` and `head` named from the model.
+        layers: list of decoder layers.
+        final_norm: norm before the head.
+        rotary: module that makes the rotary angles.
+        head: from hidden states to logits.
+        attention: attention block; with all that follow named from a decoder layer.
+        attention_norm: norm that the query, key and value projections read.
+        query: projections to queries, keys and values. A family that fuses them names one module three times; its rows
+            are queries, keys and values, in this order.
+        key: see `query`.
+        value: see `query`.
+        output: projection of the attention output.
+        head_norms: norms of single query and key heads; rotations leave them alone.
+        mlp: MLP block.
+        mlp_norm: norm that the MLP block reads.
+        gate: projections of a gated MLP, named from the MLP or, in a mixture, from one expert. A family that fuses
+            gate and up names one module twice.
+        up: see `gate`.
+        down: see `gate`.
+        mlp_width: key of the configuration that holds the width `down` reads.
+        router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
+        experts: list of experts; None for a dense model.
+        on_disk: (module name, name in checkpoints), parts of names that differ within a decoder layer.
     """
 
     model_type: str
@@ -38,75 +60,54 @@ class Architecture:
     up: str
     down: str
 
+    head_norms: tuple[str, ...] = ()
+    mlp_width: str = "intermediate_size"
+    router: str | None = None
+    experts: str | None = None
+    on_disk: tuple[tuple[str, str], ...] = ()
+
     @property
     def attention_readers(self) -> tuple[str, ...]:
         """Linears of a layer that read the attention norm."""
-        return (self.query, self.key, self.value)
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
 
-    @property
-    def mlp_readers(self) -> tuple[str, ...]:
+    def gated_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The gated MLPs of a layer: its only one, or every expert."""
+        if self.experts is None:
+            return (self.mlp,)
+        return tuple(f"{self.experts}.{name}" for name, _ in layer.get_submodule(self.experts).named_children())
+
+    def mlp_readers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that read the MLP norm."""
-        return (self.gate, self.up)
+        names = dict.fromkeys((self.gate, self.up))
+        return tuple(f"{mlp}.{name}" for mlp in self.gated_mlps(layer) for name in names)
 
-    @property
-    def linears(self) -> tuple[str, ...]:
+    def mlp_writers(self, layer: nn.Module) -> tuple[str, ...]:
+        """Linears of a layer that write the MLP's output into the residual stream."""
+        return tuple(f"{mlp}.{self.down}" for mlp in self.gated_mlps(layer))
+
+    def linears(self, layer: nn.Module) -> tuple[str, ...]:
         """All linears of a layer, in the order in which data reaches them."""
-        return (*self.attention_readers, self.output, *self.mlp_readers, self.down)
-
-
-LLAMA = Architecture(
-    model_type="llama",
-    embedding="model.embed_tokens",
-    layers="model.layers",
-    final_norm="model.norm",
-    rotary="model.rotary_emb",
-    head="lm_head",
-    attention="self_attn",
-    attention_norm="input_layernorm",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    output="self_attn.o_proj",
-    mlp="mlp",
-    mlp_norm="post_attention_layernorm",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-)
-
-REGISTRY: dict[str, Architecture] = {record.model_type: record for record in (LLAMA,)}
-"""The known families. A user's own record is added by assignment."""
-
-
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Record of a model's family.
-
-    Raises:
-        UnsupportedArchitecture: naming the type and the types known; nothing falls back to Llama's names.
-    """
-    record = REGISTRY.get(config.model_type)
-    if record is None:
-        known = ", ".join(sorted(REGISTRY))
-        raise UnsupportedArchitecture(
-            f"model type {config.model_type!r} has no architecture record (known: {known}); "
-            "use one of those, or add a record as CONTRIBUTING.md describes"
-        )
-    return record
+        return (*self.attention_readers, self.output, *self.mlp_readers(layer), *self.mlp_writers(layer))
 
 
 def check_layer(layer: nn.Module, architecture: Architecture) -> None:
     """Compare a decoder layer with its record, both ways.
 
     Raises:
-        UnsupportedArchitecture: naming the modules that the record expects and the layer lacks, and the linears that
-            the layer has and the record does not know.
+        UnsupportedArchitecture: naming the modules that the record expects and the layer lacks, and the modules with
+            weights that the layer has and the record does not know.
     """
-    names = dict(layer.named_modules())
-    expected = {*architecture.linears, architecture.attention_norm, architecture.mlp_norm}
-    missing = sorted(expected - set(names))
-    unknown = sorted(name for name, m in names.items() if isinstance(m, nn.Linear) and name not in expected)
+    modules = dict(layer.named_modules())
+    expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms}
+    expected |= {name for name in (architecture.router, architecture.experts) if name is not None}
+    if architecture.experts is None or architecture.experts in modules:
+        expected |= set(architecture.linears(layer))
+    missing = sorted(expected - set(modules))
+    weighted = {name or "(the layer itself)" for name, m in modules.items() if list(m.parameters(recurse=False))}
+    unknown = sorted(weighted - expected)
     if missing or unknown:
         raise UnsupportedArchitecture(
             f"the decoder layer does not match the record of {architecture.model_type!r}: "
-            f"missing modules {missing}, unknown linears {unknown}; correct the record"
+            f"missing modules {missing}, unknown modules {unknown}; correct the record"
         )

@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kurtail_pl.surgery.architecture import Architecture, architecture_of, check_layer
+from kurtail_pl.maths.hadamard import HadamardFactors
+from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention
+from kurtail_pl.surgery.experts import separate_experts
+from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import Scheme
@@ -16,7 +19,7 @@ from kurtail_pl.surgery.scheme import Scheme
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without memory for its weights (device ``meta``), in evaluation mode.
 
-    Rotary frequencies are no weights and are computed here.
+    Rotary frequencies are no weights and are computed here. Experts are modules of their own (`Experts`).
 
     Raises:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
@@ -27,6 +30,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
             config, attn_implementation="sdpa"
         )
     for layer in layers_of(model, architecture):
+        separate_experts(layer, architecture)
         check_layer(layer, architecture)
     rotary = model.get_submodule(architecture.rotary)
     model.set_submodule(architecture.rotary, type(rotary)(config=config))
@@ -51,12 +55,19 @@ def equip_model(model: PreTrainedModel, scheme: Scheme, rotations: Rotations) ->
 
 def equip_layer(layer: nn.Module, architecture: Architecture, scheme: Scheme, rotations: Rotations) -> None:
     """Replace linears and attention of one decoder layer; float weights stay what they are."""
-    online = {architecture.output: rotations.attention_output, architecture.down: rotations.mlp_hidden}
-    for name in architecture.linears:
+    online = online_rotations(layer, architecture, rotations)
+    for name in architecture.linears(layer):
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         layer.set_submodule(name, QuantizedLinear(linear, online.get(name), scheme.activations))
     equip_attention(layer.get_submodule(architecture.attention), rotations.query_key, scheme.keys, scheme.values)
+
+
+def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> dict[str, HadamardFactors]:
+    """The linears of a decoder layer whose input is rotated at run time, and by what: R4 and R5."""
+    online = {architecture.output: rotations.attention_output}
+    online |= dict.fromkeys(architecture.mlp_writers(layer), rotations.mlp_hidden)
+    return {name: factors for name, factors in online.items() if factors is not None}
 
 
 def expect_codes(model: PreTrainedModel, scheme: Scheme) -> None:

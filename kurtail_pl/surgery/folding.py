@@ -22,11 +22,11 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(name))
 
 
-def fold_norm(norm: nn.Module, readers: Iterable[nn.Linear]) -> None:
-    """Multiply a norm's weight into the linears that read it; the norm's weight becomes one."""
+def fold_norm(norm: nn.Module, readers: Iterable[nn.Module]) -> None:
+    """Multiply a norm's weight into what reads it, linears or a router; the norm's weight becomes one."""
     weight = cast(Tensor, norm.weight)
-    for linear in readers:
-        linear.weight.data *= weight.data
+    for reader in readers:
+        cast(Tensor, reader.weight).data *= weight.data
     weight.data = torch.ones_like(weight.data)
 
 
@@ -34,15 +34,22 @@ def fold_layer_norms(layer: nn.Module, architecture: Architecture) -> None:
     """Fold both norms of a decoder layer."""
     pairs = (
         (architecture.attention_norm, architecture.attention_readers),
-        (architecture.mlp_norm, architecture.mlp_readers),
+        (architecture.mlp_norm, mlp_norm_readers(layer, architecture)),
     )
     for norm, readers in pairs:
-        fold_norm(layer.get_submodule(norm), [linear_of(layer, name) for name in readers])
+        fold_norm(layer.get_submodule(norm), [layer.get_submodule(name) for name in readers])
 
 
-def rotate_input(linear: nn.Linear, rotation: Tensor) -> None:
-    """``W <- W R``: the linear reads ``x R`` from now on."""
-    linear.weight.data = linear.weight.data @ rotation
+def mlp_norm_readers(layer: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """All that reads the MLP norm: linears and, in a mixture, the router."""
+    router = () if architecture.router is None else (architecture.router,)
+    return (*router, *architecture.mlp_readers(layer))
+
+
+def rotate_input(reader: nn.Module, rotation: Tensor) -> None:
+    """``W <- W R``: a linear or router reads ``x R`` from now on."""
+    weight = cast(Tensor, reader.weight)
+    weight.data = weight.data @ rotation
 
 
 def rotate_output(linear: nn.Linear, rotation: Tensor) -> None:
@@ -54,9 +61,9 @@ def rotate_output(linear: nn.Linear, rotation: Tensor) -> None:
 
 def rotate_residual(layer: nn.Module, architecture: Architecture, rotation: Tensor) -> None:
     """R1 into a decoder layer whose norms are folded: what reads the residual stream, and what writes it."""
-    for name in (*architecture.attention_readers, *architecture.mlp_readers):
-        rotate_input(linear_of(layer, name), rotation)
-    for name in (architecture.output, architecture.down):
+    for name in (*architecture.attention_readers, *mlp_norm_readers(layer, architecture)):
+        rotate_input(layer.get_submodule(name), rotation)
+    for name in (architecture.output, *architecture.mlp_writers(layer)):
         rotate_output(linear_of(layer, name), rotation)
 
 
@@ -70,11 +77,16 @@ def rotate_values(layer: nn.Module, architecture: Architecture, rotation: Tensor
     """
     value, output = linear_of(layer, architecture.value), linear_of(layer, architecture.output)
     head_dim = rotation.shape[-1]
-    kv_heads, heads = value.weight.shape[0] // head_dim, output.weight.shape[1] // head_dim
+    projected, heads = value.weight.shape[0] // head_dim, output.weight.shape[1] // head_dim
+    fused = architecture.value == architecture.query
+    kv_heads = (projected - heads) // 2 if fused else projected
     per_head = rotation.expand(kv_heads, head_dim, head_dim)
-    value.weight.data = (per_head.mT @ value.weight.data.view(kv_heads, head_dim, -1)).flatten(0, 1)
+    # In place, on the values' rows: the last ones where queries and keys stand in the same weight.
+    weight = value.weight.data[-kv_heads * head_dim :]
+    weight.copy_((per_head.mT @ weight.view(kv_heads, head_dim, -1)).flatten(0, 1))
     if value.bias is not None:
-        value.bias.data = (per_head.mT @ value.bias.data.view(kv_heads, head_dim, 1)).flatten()
+        bias = value.bias.data[-kv_heads * head_dim :]
+        bias.copy_((per_head.mT @ bias.view(kv_heads, head_dim, 1)).flatten())
     by_head = output.weight.data.view(-1, heads, 1, head_dim)
     output.weight.data = (by_head @ per_head.repeat_interleave(heads // kv_heads, 0)).flatten(1)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kurtail_pl.errors import GateError
+from kurtail_pl.surgery.architecture import Architecture
 
 FLOAT64_TOLERANCE = 1e-8
 FLOAT32_TOLERANCE = 1e-4
@@ -42,3 +45,32 @@ def use_exact_norm(module: nn.Module, name: str, eps: float) -> None:
     norm = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
     norm.weight = nn.Parameter(weight.data, requires_grad=False)
     module.set_submodule(name, norm)
+
+
+class ExactRouter(nn.Module):
+    """transformers' top-k router, computing in its input's dtype instead of float32.
+
+    Args:
+        router: the module to stand in for; its weight is shared. Families that do not always normalise the chosen
+            weights say so in `norm_topk_prob`.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, router.weight)
+        self.top_k = cast(int, router.top_k)
+        self.normalise = bool(getattr(router, "norm_topk_prob", True))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[tokens, hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``."""
+        logits = F.linear(x, self.weight)
+        weights, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+        return logits, weights / weights.sum(-1, keepdim=True) if self.normalise else weights, index
+
+
+def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) -> None:
+    """Make a decoder layer's norms and router compute in their input's dtype."""
+    for norm in (architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms):
+        use_exact_norm(layer, norm, eps)
+    if architecture.router is not None:
+        layer.set_submodule(architecture.router, ExactRouter(layer.get_submodule(architecture.router)))

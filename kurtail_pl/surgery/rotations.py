@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
+from kurtail_pl.surgery.families import architecture_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Rotations:
         value: R2, value heads, ``[layers, head_dim, head_dim]`` (or ``[layers, kv_heads, head_dim, head_dim]``); fused.
         query_key: R3, queries and keys after RoPE, size head_dim; online, scores are unchanged.
         attention_output: R4, input of `o_proj`, size heads * head_dim; online, inverse fused.
-        mlp_hidden: R5, input of `down_proj`, size intermediate; online, inverse fused.
+        mlp_hidden: R5, input of `down_proj` (of every expert), size of the MLP's width; online, inverse fused.
         origin: how they came about (seed, settings, cost), as plain data for JSON.
     """
 
@@ -46,6 +47,7 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
     R1 with the same seed are compared with the same online rotations.
     """
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
+    mlp_width: int = getattr(config, architecture_of(config).mlp_width)
     online = torch.Generator().manual_seed(seed)
     residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed)
     return Rotations(
@@ -53,16 +55,24 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
         value=value,
         query_key=random_hadamard_factors(head_dim, online),
         attention_output=random_hadamard_factors(heads * head_dim, online),
-        mlp_hidden=random_hadamard_factors(config.intermediate_size, online),
+        mlp_hidden=random_hadamard_factors(mlp_width, online),
         origin={"seed": seed},
     )
 
 
-def random_fused(layers: int, hidden_size: int, head_dim: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random Hadamards for R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]``, float64."""
+def random_fused(
+    layers: int, hidden_size: int, head_dim: int, seed: int, kv_heads: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random Hadamards that R1 and R2 are, or start from.
+
+    Returns:
+        R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]``, or one for each KV head when
+        their number is given, ``[layers, kv_heads, head_dim, head_dim]``; float64.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     residual = random_hadamard(hidden_size, generator)
-    return residual, torch.stack([random_hadamard(head_dim, generator) for _ in range(layers)])
+    value = torch.stack([random_hadamard(head_dim, generator) for _ in range(layers * (kv_heads or 1))])
+    return residual, value if kv_heads is None else value.view(layers, kv_heads, head_dim, head_dim)
 
 
 class OnlineHadamard(nn.Module):

@@ -28,6 +28,7 @@ def test_a_recipe_with_the_sizes_written_out_runs_under_a_bare_script(
         "layers": model["num_hidden_layers"],
         "hidden_size": model["hidden_size"],
         "head_dim": model["head_dim"],
+        "kv_heads": model["num_key_value_heads"],
         "rms_norm_eps": model["rms_norm_eps"],
     }
     (place / "bare" / "recipe.yaml").write_text(yaml.safe_dump(settings))

@@ -27,7 +27,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 
 def module_of(lr: float = 0.3, **changes: Any) -> RotationModule:
-    sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "rms_norm_eps": EPS, **changes}
+    sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "kv_heads": 2, "rms_norm_eps": EPS, **changes}
     return RotationModule(**sizes, optimizer=lambda parameters: CayleyAdam(parameters, lr=lr))
 
 
@@ -203,7 +203,7 @@ def test_validation_kurtosis_of_every_site_is_scipys(known: Any, make_trainer: M
 
 
 def test_the_recipes_optimizer_is_used() -> None:
-    module = RotationModule(3, 16, 4, EPS, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
+    module = RotationModule(3, 16, 4, 2, EPS, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
     optimizer = module.configure_optimizers()
     assert type(optimizer) is CayleySGD
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]

@@ -59,7 +59,7 @@ class InterruptedAdam(CayleyAdam):
 
 
 def module(optimizer: type[CayleyAdam] = CayleyAdam) -> RotationModule:
-    return RotationModule(3, 16, 4, 1e-2, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
+    return RotationModule(3, 16, 4, 2, 1e-2, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
 
 
 def loader(known: Any) -> BlockLoader:

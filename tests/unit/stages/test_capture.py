@@ -156,7 +156,7 @@ def test_rows_do_not_depend_on_the_order_of_the_windows(tiny: Path, text: TextSp
     found = []
     _, layer = next(iter(walker.layers("test")))
     for order in (range(6), [4, 1, 5, 0, 3, 2]):
-        taps = _Taps(layer, walker.architecture, chosen, text.seqlen)
+        taps = _Taps(layer, walker.architecture, chosen, text.seqlen, value_width=32)
         for number in order:
             taps.window = number
             walker.advance(layer, hidden[number])

@@ -226,8 +226,8 @@ def test_a_full_disk_leaves_nothing(
 
 def test_an_unknown_family_is_refused(tiny: Path, rotations: Rotations, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny, tmp_path / "model")
-    config = (copy / "config.json").read_text().replace('"llama"', '"mistral"')
+    config = (copy / "config.json").read_text().replace('"llama"', '"bert"')
     (copy / "config.json").write_text(config)
-    with pytest.raises(UnsupportedArchitecture, match="mistral"):
+    with pytest.raises(UnsupportedArchitecture, match="bert"):
         fuse(Checkpoint(copy), rotations, "test", tmp_path / "fused")
     assert not (tmp_path / "fused").exists()

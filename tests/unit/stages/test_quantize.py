@@ -17,9 +17,10 @@ import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, TextError
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.stages import quantize as stage
+from kurtail_pl.stages import solver as solver_module
 from kurtail_pl.stages.fuse import UNROTATED, fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
@@ -177,13 +178,13 @@ def test_hessians_see_the_rotated_inputs_of_the_quantized_layers(
 ) -> None:
     """Recorded as GPTQ gets them; compared with inputs hooked in the finished artefact, biases and norms in float16."""
     seen: list[Tensor] = []
-    real: Callable[..., object] = stage.gptq
+    real: Callable[..., object] = solver_module.gptq
 
     def record(weight: Tensor, hessian: Tensor, *rest: object) -> object:
         seen.append(hessian.clone())
         return real(weight, hessian, *rest)
 
-    monkeypatch.setattr(stage, "gptq", record)
+    monkeypatch.setattr(solver_module, "gptq", record)
     folder = quantize(fused, QuantizeSpec(WEIGHTS_ONLY, text=text), tmp_path / "gptq")
     assert len(seen) == 4 * 7
     names = [f"model.layers.{i}.{name}" for i in (0, 2) for name in LINEARS]
@@ -205,9 +206,9 @@ def test_states_after_a_layer_are_those_of_the_quantized_layer(
     equip_model(model, scheme if quantized_activations else WEIGHTS_ONLY, rotations)
     walker = Walker(checkpoint, model)
     hidden = walker.embed(calibration(fused, text))
-    solver = stage._Solver(QuantizeSpec(scheme, method, text=text))  # type: ignore[arg-type]
+    solver = LayerSolver(walker, scheme.weights, GPTQ() if method == "gptq" else None)
     for index, layer in walker.layers("test"):
-        advanced = stage._quantize_layer(walker, layer, hidden, solver, f"model.layers.{index}")
+        advanced = solver.solve_layer(layer, f"model.layers.{index}", hidden)
         assert all(layer.get_submodule(name).weight is None for name in LINEARS)
         positions = model.model.rotary_emb(hidden[0], torch.arange(text.seqlen).unsqueeze(0))
         for before, after in zip(hidden, advanced, strict=True):
@@ -301,7 +302,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_old_folder(
 ) -> None:
     """Control-C while layer 2 is being rounded."""
     calls = 0
-    real: Callable[..., object] = stage.round_to_nearest
+    real: Callable[..., object] = solver_module.round_to_nearest
 
     def interrupted(*args: object) -> object:
         nonlocal calls
@@ -310,7 +311,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_old_folder(
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(stage, "round_to_nearest", interrupted)
+    monkeypatch.setattr(solver_module, "round_to_nearest", interrupted)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("kept")
     with pytest.raises(KeyboardInterrupt):

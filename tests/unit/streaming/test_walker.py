@@ -94,10 +94,10 @@ def test_a_tied_head_reads_the_embedding(tied: Path) -> None:
 
 
 def test_unknown_family(tiny: Path, tmp_path: Path) -> None:
-    text = (tiny / "config.json").read_text().replace('"llama"', '"mistral"')
+    text = (tiny / "config.json").read_text().replace('"llama"', '"bert"')
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
-    with pytest.raises(UnsupportedArchitecture, match="mistral"):
+    with pytest.raises(UnsupportedArchitecture, match="bert"):
         Walker(Checkpoint(tmp_path))
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config
 
 from kurtail_pl.errors import UnsupportedArchitecture
-from kurtail_pl.surgery.architecture import LLAMA, architecture_of, check_layer
+from kurtail_pl.surgery.architecture import check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_codes, layers_of
+from kurtail_pl.surgery.families import LLAMA, architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
 from kurtail_pl.surgery.scheme import Scheme
@@ -19,8 +20,8 @@ def decoder_layer(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder).model.layers[0]
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), MistralConfig()], ids=lambda c: c.model_type)
-def test_unknown_type_names_itself_and_the_known_ones(config: GPT2Config) -> None:
+@pytest.mark.parametrize("config", [BertConfig(), T5Config()], ids=lambda c: c.model_type)
+def test_unknown_type_names_itself_and_the_known_ones(config: BertConfig | T5Config) -> None:
     with pytest.raises(UnsupportedArchitecture, match=rf"'{config.model_type}'.*known: .*llama"):
         architecture_of(config)
     with pytest.raises(UnsupportedArchitecture, match=config.model_type):
@@ -31,8 +32,8 @@ def test_llama_record_names_every_linear_and_norm_of_a_real_model(tiny: Path) ->
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert architecture_of(model.config) is LLAMA
     linears = {name for name, m in model.model.layers[0].named_modules() if isinstance(m, nn.Linear)}
-    assert set(LLAMA.linears) == linears
-    assert len(LLAMA.linears) == 7
+    assert set(LLAMA.linears(model.model.layers[0])) == linears
+    assert len(linears) == 7
     for layer in model.model.layers:
         check_layer(layer, LLAMA)
     for name in (LLAMA.embedding, LLAMA.layers, LLAMA.final_norm, LLAMA.rotary, LLAMA.head):
@@ -44,9 +45,9 @@ def test_half_matching_layer_names_missing_and_unknown(tiny: Path) -> None:
     layer.mlp.w2 = layer.mlp.down_proj
     del layer.mlp.down_proj
     del layer.input_layernorm
-    with pytest.raises(UnsupportedArchitecture, match=r"missing modules \[(.*)\], unknown linears \[(.*)\]") as error:
+    with pytest.raises(UnsupportedArchitecture, match=r"missing modules \[(.*)\], unknown modules \[(.*)\]") as error:
         check_layer(layer, LLAMA)
-    missing, unknown = str(error.value).split("unknown linears")
+    missing, unknown = str(error.value).split("unknown modules")
     assert "'mlp.down_proj'" in missing
     assert "'input_layernorm'" in missing
     assert "up_proj" not in missing
@@ -56,7 +57,7 @@ def test_half_matching_layer_names_missing_and_unknown(tiny: Path) -> None:
 def test_an_extra_linear_alone_raises(tiny: Path) -> None:
     layer = decoder_layer(tiny)
     layer.self_attn.gate = nn.Linear(2, 2)
-    with pytest.raises(UnsupportedArchitecture, match=r"missing modules \[\], unknown linears \['self_attn.gate'\]"):
+    with pytest.raises(UnsupportedArchitecture, match=r"missing modules \[\], unknown modules \['self_attn.gate'\]"):
         check_layer(layer, LLAMA)
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kurtail_pl.errors import GateError
 from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.surgery import folding
-from kurtail_pl.surgery.architecture import LLAMA
 from kurtail_pl.surgery.equip import equip_model
+from kurtail_pl.surgery.families import LLAMA
 from kurtail_pl.surgery.gate import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, check, relative_change, use_exact_norm
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import FLOAT
@@ -61,7 +61,7 @@ def rotate_values(model: PreTrainedModel, rotation: Tensor) -> None:
 
 def rotate_online(model: PreTrainedModel, rotations: Rotations) -> None:
     for layer in model.model.layers:
-        for name, factors in ((LLAMA.output, rotations.attention_output), (LLAMA.down, rotations.mlp_hidden)):
+        for name, factors in ((LLAMA.output, rotations.attention_output), ("mlp.down_proj", rotations.mlp_hidden)):
             if factors is not None:
                 folding.absorb_online(folding.linear_of(layer, name), factors)
     equip_model(model, FLOAT, rotations)
@@ -160,7 +160,7 @@ def wrong_transposed(model: PreTrainedModel, rotation: Tensor) -> None:
     """What is written to the residual stream is rotated the wrong way round."""
     rotate_residual(model, rotation)
     for layer in model.model.layers:
-        for name in (LLAMA.output, LLAMA.down):
+        for name in (LLAMA.output, "mlp.down_proj"):
             folding.rotate_output(folding.linear_of(layer, name), rotation.T @ rotation.T)
 
 

@@ -1,0 +1,106 @@
+"""The known model families, one record for each `model_type`, and those that cannot be rotated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PretrainedConfig
+
+from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.surgery.architecture import Architecture
+
+LLAMA = Architecture(
+    model_type="llama",
+    embedding="model.embed_tokens",
+    layers="model.layers",
+    final_norm="model.norm",
+    rotary="model.rotary_emb",
+    head="lm_head",
+    attention="self_attn",
+    attention_norm="input_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    mlp="mlp",
+    mlp_norm="post_attention_layernorm",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+)
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+QWEN3 = replace(LLAMA, model_type="qwen3", head_norms=HEAD_NORMS)
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    query="self_attn.qkv_proj",
+    key="self_attn.qkv_proj",
+    value="self_attn.qkv_proj",
+    gate="gate_up_proj",
+    up="gate_up_proj",
+)
+MIXTRAL = replace(
+    LLAMA,
+    model_type="mixtral",
+    router="mlp.gate",
+    experts="mlp.experts",
+    on_disk=(
+        ("mlp.", "block_sparse_moe."),
+        (".gate_proj.", ".w1."),
+        (".up_proj.", ".w3."),
+        (".down_proj.", ".w2."),
+    ),
+)
+QWEN3_MOE = replace(
+    QWEN3, model_type="qwen3_moe", mlp_width="moe_intermediate_size", router="mlp.gate", experts="mlp.experts"
+)
+
+REGISTRY: dict[str, Architecture] = {
+    record.model_type: record
+    for record in (
+        LLAMA,
+        replace(LLAMA, model_type="mistral"),
+        replace(LLAMA, model_type="qwen2"),
+        replace(LLAMA, model_type="smollm3"),
+        QWEN3,
+        PHI3,
+        MIXTRAL,
+        QWEN3_MOE,
+    )
+}
+"""The known families. A user's own record is added by assignment."""
+
+_LAYER_NORM = "its LayerNorm subtracts the mean of a token, which a rotation does not keep"
+_POST_NORM = "it normalises what a block writes into the residual stream, where no linear can take the norm's weight"
+_SCALED = "its embeddings are multiplied by a constant"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "olmo"), _LAYER_NORM),
+    **dict.fromkeys(("opt", "phi", "stablelm", "starcoder2"), _LAYER_NORM),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"), _POST_NORM),
+    **dict.fromkeys(("granite", "granitemoe"), _SCALED),
+    "gemma": f"its norms multiply by 1 + weight, and {_SCALED}",
+    "gpt_oss": "its attention has learned sinks, and its experts have biases and a clamp",
+}
+"""Families that cannot be rotated exactly as they are, and why."""
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """Record of a model's family.
+
+    Raises:
+        UnsupportedArchitecture: naming the type, the types known and, where it is known, why this one cannot be
+            rotated; nothing falls back to Llama's names.
+    """
+    record = REGISTRY.get(config.model_type)
+    if record is None:
+        known = ", ".join(sorted(REGISTRY))
+        if config.model_type in REFUSED:
+            raise UnsupportedArchitecture(
+                f"model type {config.model_type!r} cannot be rotated exactly: {REFUSED[config.model_type]}; "
+                f"use one of {known}"
+            )
+        raise UnsupportedArchitecture(
+            f"model type {config.model_type!r} has no architecture record (known: {known}); "
+            "use one of those, or add a record as CONTRIBUTING.md describes"
+        )
+    return record
