@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from kurtail_onnx.build.activations import CODE_TYPES
-from kurtail_onnx.build.linear import KERNEL_BLOCK, WeightForm
+from kurtail_onnx.graph.activations import CODE_TYPES
+from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.surgery.scheme import Scheme
