@@ -73,7 +73,7 @@ def _times(g: GraphBuilder, x: ir.Value, ratio: float) -> ir.Value:
 
 
 def _upper_quantile(g: GraphBuilder, x: ir.Value, size: int, q: float) -> ir.Value:
-    """The q-quantile of each row, ``[..., 1]``: the two order statistics around it, interpolated as `torch.lerp` does."""
+    """The q-quantile of each row, ``[..., 1]``: the order statistics around it, interpolated as `torch.lerp` does."""
     position = q * (size - 1)
     below = int(position)
     count = size - below

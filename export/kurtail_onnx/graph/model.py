@@ -36,11 +36,18 @@ def build_model(source: Source, spec: ExportSpec) -> ir.Model:
     input_ids = g.input(INPUT_IDS, ir.DataType.INT64, ["batch", "tokens"])
     step = _step(g, source, spec, input_ids)
     hidden = _embedding(g, source, input_ids)
+    hidden.name = hidden_name(0)
     for index in range(len(source.layers)):
         hidden = decoder_layer(step, index, hidden)
+        hidden.name = hidden_name(index + 1)
     logits = _head(step, hidden)
     g.output(logits, LOGITS, ir.DataType.FLOAT, ["batch", "tokens", source.config.vocab_size])
     return g.model({"kurtail.kv": spec.kv, "kurtail.weights": spec.weights, "kurtail.act": spec.act})
+
+
+def hidden_name(layer: int) -> str:
+    """Name of the residual stream before a decoder layer, or, after the last one, before the final norm."""
+    return f"hidden.{layer}"
 
 
 def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:

@@ -1,0 +1,46 @@
+"""The torch side of a comparison: the artefact's model as an export runs it, and the codes of its cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from kurtail_onnx.graph.source import Source
+from kurtail_onnx.spec import ExportSpec
+from kurtail_pl.maths.quantizers import Quantizer, quantize
+from kurtail_pl.storage.checkpoint import to_float
+from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.surgery.linear import QuantizedLinear
+
+
+def empty_reference(source: Source, spec: ExportSpec) -> PreTrainedModel:
+    """Modules of the artefact without weights; activations stay float where the export leaves them."""
+    model = skeleton(source.checkpoint)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and spec.act == "none":
+            module.activations = None
+    return model
+
+
+def whole_reference(source: Source, spec: ExportSpec) -> PreTrainedModel:
+    """The artefact's model, float32, all of it in memory."""
+    model = empty_reference(source, spec)
+    names = source.checkpoint.names
+    model.load_state_dict({name: to_float(source.tensor(name), torch.float32) for name in names}, assign=True)
+    return model
+
+
+def cached_codes(attention: nn.Module, cache: DynamicCache, layer: int) -> dict[str, Tensor]:
+    """Codes of a layer's cached keys and values, ``[batch, kv_heads, tokens, head_dim]``; float parts are left out.
+
+    The cache of the simulation holds keys before R3 and quantization, and values before quantization.
+    """
+    keys, values = cache.layers[layer].keys, cache.layers[layer].values
+    assert keys is not None and values is not None  # noqa: PT018 - the layer has run
+    rotation = attention.query_key_rotation
+    states: dict[str, tuple[Tensor, Quantizer | None]] = {
+        "key": (keys if rotation is None else rotation(keys), attention.keys),  # type: ignore[dict-item, operator]
+        "value": (values, attention.values),  # type: ignore[dict-item]
+    }
+    return {name: quantize(x, q).codes for name, (x, q) in states.items() if q is not None}
