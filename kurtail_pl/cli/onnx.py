@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def _generate(
     tokenizer = opened.tokenizer()
     ids = np.array(tokenizer([prompt])["input_ids"], np.int64)
     decoder = Decoder(opened, open_session(opened.model, profile, device, threads), device=device)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True)  # its methods have no types
     streamer.put(torch.from_numpy(ids))
     for token in generate_tokens(decoder, ids, sampling):
         streamer.put(torch.tensor([token]))

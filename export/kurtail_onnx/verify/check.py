@@ -24,10 +24,9 @@ LARGEST_BY_DEFAULT = 1_000_000_000
 """Bytes of weights up to which an export is checked when nobody says so."""
 
 LOGITS_TOLERANCE = 1e-5
-CODES_DIFFERING = 1e-4
-TOKENS_ON_A_BORDER = 0.02
-"""Tolerances in fp32: the head's logits relative to the largest; the share of cached codes that may differ, by one step;
-the share of a layer stack's tokens in which some activation may be rounded to the neighbouring code."""
+"""Of the head's logits in fp32, relative to the largest."""
+CODES_DIFFERING, TOKENS_ON_A_BORDER = 1e-4, 0.02
+"""Shares, in fp32, of the cached codes and of the tokens whose values may be rounded to the neighbouring code."""
 
 
 def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _require_agreement(layers: dict[str, Any]) -> None:
     ]
     if any(failures):
         raise CheckFailed(
-            f"the export is not the artefact's model: {layers}; please report it with the artefact's card"
+            f"the export does not compute the artefact's model: {layers}; report it with its kurtail.json"
         )
 
 

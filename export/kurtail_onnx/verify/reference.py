@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.spec import ExportSpec
@@ -36,8 +39,8 @@ def cached_codes(attention: nn.Module, cache: DynamicCache, layer: int) -> dict[
 
     The cache of the simulation holds keys before R3 and quantization, and values before quantization.
     """
-    keys, values = cache.layers[layer].keys, cache.layers[layer].values
-    assert keys is not None and values is not None  # noqa: PT018 - the layer has run
+    cached = cast(DynamicLayer, cache.layers[layer])
+    keys, values = cast(Tensor, cached.keys), cast(Tensor, cached.values)
     rotation = attention.query_key_rotation
     states: dict[str, tuple[Tensor, Quantizer | None]] = {
         "key": (keys if rotation is None else rotation(keys), attention.keys),  # type: ignore[dict-item, operator]

@@ -12,13 +12,13 @@ from kurtail_onnx.describe import MODEL
 from kurtail_pl.errors import CheckFailed
 
 ALLOWED = {
-    "": set(
-        "Abs Add And Attention Cast Clip Concat DequantizeLinear Div Equal Floor Gather Greater LessOrEqual MatMul "
-        "MatMulInteger Max Min Mul Neg Or QuantizeLinear RMSNormalization Range ReduceMax ReduceMin Reshape "
-        "RotaryEmbedding Round Shape Sigmoid Slice Split Squeeze Sub TopK Transpose Unsqueeze Where "
-        # Of a mixture of experts.
-        "GatherElements NonZero ReduceSum ScatterElements ScatterND Softmax".split()
-    ),
+    "": {
+        *("Add", "And", "Cast", "Div", "Equal", "Floor", "Greater", "LessOrEqual", "Mul", "Neg", "Or", "Round", "Sub"),
+        *("Abs", "Clip", "Max", "Min", "ReduceMax", "ReduceMin", "TopK", "Where"),
+        *("Concat", "Gather", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+        *("Attention", "MatMul", "MatMulInteger", "RMSNormalization", "RotaryEmbedding", "Sigmoid"),
+        *("DequantizeLinear", "QuantizeLinear"),
+    },
     "kurtail": {"Hadamard"},
     "com.microsoft": {"MatMulNBits"},
 }
