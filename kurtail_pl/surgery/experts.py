@@ -59,10 +59,11 @@ class Experts(nn.ModuleList):
 
 
 def separate_experts(layer: nn.Module, architecture: Architecture) -> None:
-    """Put `Experts` in the place of a decoder layer's fused experts."""
-    if architecture.experts is not None:
+    """Put `Experts` in the place of a decoder layer's fused experts; a layer without any is left as it is."""
+    modules = dict(layer.named_modules())
+    if architecture.experts in modules:
         with torch.device("meta"):
-            layer.set_submodule(architecture.experts, Experts(layer.get_submodule(architecture.experts)))
+            layer.set_submodule(architecture.experts, Experts(modules[architecture.experts]))
 
 
 def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
