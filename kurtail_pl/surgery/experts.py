@@ -60,10 +60,10 @@ class Experts(nn.ModuleList):
 
 def separate_experts(layer: nn.Module, architecture: Architecture) -> None:
     """Put `Experts` in the place of a decoder layer's fused experts; a layer without any is left as it is."""
-    modules = dict(layer.named_modules())
-    if architecture.experts in modules:
+    name = architecture.experts
+    if name is not None and name in dict(layer.named_modules()):
         with torch.device("meta"):
-            layer.set_submodule(architecture.experts, Experts(modules[architecture.experts]))
+            layer.set_submodule(name, Experts(layer.get_submodule(name)))
 
 
 def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
