@@ -23,9 +23,9 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, online_rotations
-from kurtail_pl.surgery.experts import module_state
 from kurtail_pl.surgery.families import LLAMA, architecture_of
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
+from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
 from kurtail_pl.surgery.scheme import FLOAT
 
