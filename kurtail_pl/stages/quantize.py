@@ -104,7 +104,8 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "quantize": asdict(spec),
             "calibration_text_sha256": None if text is None else text.text_sha256,
             "fallbacks": solver.fallbacks,
-            "experts": solver.experts,
+            "expert_tokens": solver.expert_tokens,
+            "borrowers": solver.borrowers,
             "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),
         }

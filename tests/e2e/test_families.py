@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, re_expressed, tiny_family
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kurtail_pl
@@ -59,9 +60,25 @@ def test_the_road(
         assert generated[0, length] == loaded(**prompt).logits[0, -1].argmax()
 
 
-def experts_of(folder: Path) -> dict[str, dict[str, Any]]:
-    experts: dict[str, dict[str, Any]] = json.loads((folder / "kurtail.json").read_text())["experts"]
-    return experts
+def test_the_road_with_an_r2_for_each_head(
+    kurtail: Kurtail, write_recipe: Callable[[Path, Path], str], tied: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(write_recipe(tied, text_file))
+    kurtail(tmp_path, "fit", "--config", "recipe.yaml", "--model.init_args.value_per_head", "true")
+    folder = tmp_path / "artifacts" / f"{tied.name}-kurtail-w4a4kv4"
+    value = load_file(folder / "rotations.safetensors")["value"]
+    assert value.shape == (4, 2, 16, 16)
+    identity = torch.eye(16, dtype=value.dtype).expand_as(value)
+    assert torch.allclose(value.mT @ value, identity, atol=1e-10)
+    assert not torch.allclose(value[:, 0], value[:, 1], atol=0.1)
+    assert card_of(folder)["gate"]["float64"] < 1e-8
+    own = perplexity_of(kurtail_pl.load(folder), AutoTokenizer.from_pretrained(folder), text_file, 2, 128)
+    assert json.loads((folder / "results.json").read_text())["evaluation"]["perplexity"] == pytest.approx(own, rel=1e-5)
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((folder / "kurtail.json").read_text())
+    return card
 
 
 def made_by(kurtail: Kurtail, place: Path, model: Path, text: Path, method: str) -> Path:
@@ -101,13 +118,20 @@ def test_an_expert_with_few_tokens_borrows_and_is_named(
     mixture.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "model")
     gptq = made_by(kurtail, tmp_path, tmp_path / "model", text_file, "gptq")
-    block = experts_of(gptq)["model.layers.1.mlp"]
-    assert sum(block["tokens"]) == 2 * 4 * 128
-    assert block["tokens"][4] == 0
-    assert block["borrowed"] == ["model.layers.1.mlp.experts.4"]
-    assert min(block["tokens"][:4]) >= 60
+    tokens = [card_of(gptq)["expert_tokens"][f"model.layers.1.mlp.experts.{number}"] for number in range(5)]
+    assert sum(tokens) == 2 * 4 * 128
+    assert tokens[4] == 0
+    few = {name for name, count in card_of(gptq)["expert_tokens"].items() if count < 60}
+    assert set(card_of(gptq)["borrowers"]) == few
     rtn = made_by(kurtail, tmp_path, tmp_path / "model", text_file, "rtn")
-    assert experts_of(rtn) == {}
+    assert card_of(rtn)["expert_tokens"] == {}
+    store = tmp_path / "store"
+    capture = ["--spec.model", tmp_path / "model", "--spec.text.source", text_file, "--store", store]
+    kurtail(tmp_path, "capture", *capture, "--spec.text.windows", 4, "--spec.text.seqlen", 64, "--spec.rows", 200)
+    measure = ["--text.source", text_file, "--text.windows", 2, "--text.seqlen", 64, "--validation_rows", 50]
+    kurtail(tmp_path, "eval", "--model", gptq, "--store", store, *measure)
+    kurtail(tmp_path, "report", "--folder", gptq)
+    assert "`model.layers.1.mlp.experts.4`: 0 calibration tokens" in (gptq / "report.md").read_text()
     name = "model.layers.1.mlp.experts.4.down_proj.codes"
     codes = [Checkpoint(folder).tensor(name) for folder in (gptq, rtn)]
     assert not torch.equal(*codes)  # GPTQ, on borrowed tokens, not RTN
