@@ -16,7 +16,8 @@ def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dic
     """A decoder layer's tensors by the names of our modules.
 
     Args:
-        state: tensors by their names in the checkpoint, relative to the layer; experts one by one, as on the hub, or
+        state: tensors by their names in the checkpoint, relative to the layer or, where no experts are stacked, to the
+            model; experts one by one, as on the hub, or
             stacked, as transformers holds them.
         architecture: record of the family.
     """
@@ -30,7 +31,18 @@ def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dic
     return named
 
 
+def checkpoint_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Inverse of `module_state`: a decoder layer's tensors by the names that checkpoints on the hub have."""
+    return {_theirs(name, architecture): tensor for name, tensor in state.items()}
+
+
 def _ours(name: str, architecture: Architecture) -> str:
     for ours, theirs in architecture.on_disk:
         name = name.replace(theirs, ours)
+    return name
+
+
+def _theirs(name: str, architecture: Architecture) -> str:
+    for ours, theirs in architecture.on_disk:
+        name = name.replace(ours, theirs)
     return name

@@ -108,6 +108,18 @@ def test_re_expressed_stories_have_the_llamas_perplexity(
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "phi3"])
+def test_a_copied_model_is_transformers_own(name: str, kurtail: Kurtail, tied: Path, tmp_path: Path) -> None:
+    """Names and stacking on disk are the hub's, both ways: transformers reads back every tensor as it was."""
+    model = tiny_family(name)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "model")
+    kurtail(tmp_path, "fuse", "--model", tmp_path / "model", "--method", "none", "--folder", tmp_path / "copy")
+    copied = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=torch.float32).state_dict()
+    assert set(copied) == set(model.state_dict())
+    assert [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, copied[key])] == []
+
+
 def test_an_expert_with_few_tokens_borrows_and_is_named(
     kurtail: Kurtail, tied: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +144,7 @@ def test_an_expert_with_few_tokens_borrows_and_is_named(
     kurtail(tmp_path, "eval", "--model", gptq, "--store", store, *measure)
     kurtail(tmp_path, "report", "--folder", gptq)
     assert "`model.layers.1.mlp.experts.4`: 0 calibration tokens" in (gptq / "report.md").read_text()
-    name = "model.layers.1.mlp.experts.4.down_proj.codes"
+    name = "model.layers.1.block_sparse_moe.experts.4.w2.codes"
     codes = [Checkpoint(folder).tensor(name) for folder in (gptq, rtn)]
     assert not torch.equal(*codes)  # GPTQ, on borrowed tokens, not RTN
     assert all(torch.isfinite(kurtail_pl.load(folder)(torch.arange(9)[None]).logits).all() for folder in (gptq, rtn))
