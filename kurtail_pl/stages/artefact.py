@@ -10,6 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.storage.folder import is_ours, require_intact, skeleton
+from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.layout import module_state
 
 
 def load(folder: str | Path) -> PreTrainedModel:
@@ -38,7 +40,7 @@ def load(folder: str | Path) -> PreTrainedModel:
     checkpoint = Checkpoint(folder)
     model = skeleton(checkpoint)
     state = {name: to_float(checkpoint.tensor(name), torch.float32) for name in checkpoint.names}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(module_state(state, architecture_of(model.config)), assign=True)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -28,6 +28,7 @@ from kurtail_pl.surgery.gate import (
     use_exact_layer,
     use_exact_norm,
 )
+from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT
 
@@ -116,7 +117,8 @@ class _Fuser:
             self._fold_layer(index, layer, reference, reference_after)
             reference, rotated = reference_after, self.walker.advance(layer, rotated)
             rounded = self.walker.advance(layer.float(), rounded)
-            self.shards.write(named(f"{self.architecture.layers}.{index}", layer.state_dict()))
+            state = checkpoint_state(layer.state_dict(), self.architecture)
+            self.shards.write(named(f"{self.architecture.layers}.{index}", state))
         return self._head(reference, rotated, rounded)
 
     def _into_residual(self, hidden: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
+from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,8 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "quantize": asdict(spec),
             "calibration_text_sha256": None if text is None else text.text_sha256,
             "fallbacks": solver.fallbacks,
-            "experts": solver.experts,
+            "expert_tokens": solver.expert_tokens,
+            "borrowers": solver.borrowers,
             "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),
         }
@@ -126,7 +128,7 @@ def _write_weights(walker: Walker, solver: LayerSolver, method: str, windows: Te
     shards = ShardWriter(folder, shards=walker.n_layers + 2)
 
     def write(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-        state = module.state_dict()
+        state = checkpoint_state(module.state_dict(), architecture)
         # Scales stay float32: there is one for thousands of weights.
         return named(prefix, {k: v if k.endswith("scale") else _half(v) for k, v in state.items()})
 

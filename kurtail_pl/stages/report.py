@@ -75,10 +75,21 @@ def report(folder: Path) -> str:
     if not folder.is_dir():
         raise ArtefactError(f"artefact {folder} does not exist; name a folder that kurtail fit or quantize made")
     text = comparison(folder)
-    write_text(folder / REPORT, f"# {folder.name}\n\n{text}")
+    exceptions = _exceptions(read_card(folder)) if is_ours(folder) else ""
+    write_text(folder / REPORT, f"# {folder.name}\n\n{text}{exceptions}")
     if is_ours(folder):
-        write_text(folder / MODEL_CARD, _model_card(folder))
+        write_text(folder / MODEL_CARD, _model_card(folder) + exceptions)
     return text
+
+
+def _exceptions(card: dict[str, Any]) -> str:
+    """Weights that were not quantized as the rest; empty when there are none."""
+    lines = [f"- `{name}`: rounded to nearest, its Hessian was not positive definite" for name in card["fallbacks"]]
+    lines += [
+        f"- `{name}`: {card['expert_tokens'][name]} calibration tokens of its own, the rest borrowed from its block"
+        for name in card["borrowers"]
+    ]
+    return "\n".join(["\n## Exceptions\n", *lines, ""]) if lines else ""
 
 
 def _model_card(folder: Path) -> str:

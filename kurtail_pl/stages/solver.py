@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,10 @@ class LayerSolver:
         self.walker, self.quantizer, self.settings = walker, quantizer, settings
         self.fallbacks: list[str] = []
         """Linears whose Hessian was not positive definite, and which were rounded to nearest."""
-        self.experts: dict[str, dict[str, Any]] = {}
-        """For each block of experts: tokens routed to each, and the experts that borrowed."""
+        self.expert_tokens: dict[str, int] = {}
+        """How many calibration tokens the router sent to each expert."""
+        self.borrowers: list[str] = []
+        """Experts that borrowed tokens."""
 
     def solve_layer(self, layer: nn.Module, prefix: str, hidden: list[Tensor]) -> list[Tensor]:
         """Quantize a layer's linears in place.
@@ -95,22 +96,19 @@ class LayerSolver:
             return
         tokens = torch.cat([x.flatten(0, 1) for x in normed])
         index = routed(layer.get_submodule(architecture.router), tokens)
-        counts: list[int] = []
-        borrowed: list[str] = []
-        for number, mlp in enumerate(mlps):
-            own = (index == number).any(-1)
-            counts.append(int(own.sum()))
+        counts = [int((index == number).sum()) for number in range(len(mlps))]
+        log.info("%s: tokens routed to each expert %s", prefix, counts)
+        for number, (mlp, count) in enumerate(zip(mlps, counts, strict=True)):
+            chosen = (index == number).any(-1)
             down = layer.get_submodule(f"{mlp}.{architecture.down}")
             assert isinstance(down, QuantizedLinear)
-            missing = max(down.in_features, tokens.shape[1]) - counts[-1]
+            missing = max(down.in_features, tokens.shape[1]) - count
             if missing > 0:
-                borrowed.append(f"{prefix}.{mlp}")
-                own |= _evenly(~own, missing)
-            self._gated_mlp(layer, prefix, mlp, [tokens[own].unsqueeze(0)])
-        self.experts[f"{prefix}.{architecture.mlp}"] = {"tokens": counts, "borrowed": borrowed}
-        log.info("%s: tokens routed to each expert %s", prefix, counts)
-        if borrowed:
-            log.warning("%s: %d experts had too few and borrowed tokens of others", prefix, len(borrowed))
+                log.warning("%s.%s borrows %d tokens of the other experts", prefix, mlp, missing)
+                self.borrowers.append(f"{prefix}.{mlp}")
+                chosen |= _evenly(~chosen, missing)
+            self.expert_tokens[f"{prefix}.{mlp}"] = count
+            self._gated_mlp(layer, prefix, mlp, [tokens[chosen].unsqueeze(0)])
 
     def _solve(self, layer: nn.Module, prefix: str, names: tuple[str, ...], inputs: list[Tensor]) -> None:
         """Quantize linears that read the same inputs, a list of ``[1, tokens, in]``."""

@@ -75,7 +75,8 @@ def _from_hub(model: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer*"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        # Mistral's repositories hold the weights twice, once in its own layout.
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         packaged = ", ".join(PACKAGED)
         raise CheckpointError(

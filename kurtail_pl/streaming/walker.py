@@ -14,8 +14,8 @@ from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.surgery.equip import empty_model, layers_of
-from kurtail_pl.surgery.experts import module_state
 from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.layout import module_state
 
 
 class Walker:

@@ -1,12 +1,10 @@
 """Experts of a mixture as modules of their own, so that folds, rotations and quantizers treat each as a gated MLP.
 
-transformers keeps all experts of a layer in two three-dimensional parameters; checkpoints on the hub keep a tensor for
-each expert and projection. Here the modules are as on the hub, and both kinds of checkpoint are read.
+transformers keeps all experts of a layer in two three-dimensional parameters; here each has linears of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -59,33 +57,11 @@ class Experts(nn.ModuleList):
 
 
 def separate_experts(layer: nn.Module, architecture: Architecture) -> None:
-    """Put `Experts` in the place of a decoder layer's fused experts."""
-    if architecture.experts is not None:
+    """Put `Experts` in the place of a decoder layer's fused experts; a layer without any is left as it is."""
+    name = architecture.experts
+    if name is not None and name in dict(layer.named_modules()):
         with torch.device("meta"):
-            layer.set_submodule(architecture.experts, Experts(layer.get_submodule(architecture.experts)))
-
-
-def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """A decoder layer's tensors by the names of our modules, from a checkpoint's.
-
-    Args:
-        state: tensors by their names in the checkpoint, relative to the layer; experts apart or fused.
-        architecture: record of the family.
-    """
-    named = {_module_name(name, architecture): tensor for name, tensor in state.items()}
-    gate_up, down = (named.pop(f"{architecture.experts}.{name}", None) for name in ("gate_up_proj", "down_proj"))
-    if gate_up is not None and down is not None:
-        for number, (both, last) in enumerate(zip(gate_up, down, strict=True)):
-            parts = (architecture.gate, architecture.up, architecture.down)
-            for part, weight in zip(parts, (*both.chunk(2), last), strict=True):
-                named[f"{architecture.experts}.{number}.{part}.weight"] = weight
-    return named
-
-
-def _module_name(name: str, architecture: Architecture) -> str:
-    for ours, theirs in architecture.on_disk:
-        name = name.replace(theirs, ours)
-    return name
+            layer.set_submodule(name, Experts(layer.get_submodule(name)))
 
 
 def routed(router: nn.Module, x: Tensor) -> Tensor:

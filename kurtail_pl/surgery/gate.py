@@ -59,13 +59,13 @@ class ExactRouter(nn.Module):
         super().__init__()
         self.weight = cast(nn.Parameter, router.weight)
         self.top_k = cast(int, router.top_k)
-        self.normalise = bool(getattr(router, "norm_topk_prob", True))
+        self.norm_topk_prob = bool(getattr(router, "norm_topk_prob", True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[tokens, hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``."""
         logits = F.linear(x, self.weight)
         weights, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
-        return logits, weights / weights.sum(-1, keepdim=True) if self.normalise else weights, index
+        return logits, weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights, index
 
 
 def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) -> None:

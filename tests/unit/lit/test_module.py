@@ -1,5 +1,6 @@
 """The rotation module in a real trainer, against SciPy and against rotations that learn alone."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_together_equals_each_rotation_learned_alone(known: Any, make_trainer: M
         expected = learn_alone(start, [loss_alone(batch, layer) for batch in batches], lr)
         torch.testing.assert_close(matrix.detach(), expected, rtol=0, atol=1e-9)
         assert (matrix - start).abs().max() > 0.02
+
+
+def test_an_r2_for_each_head_sees_that_head_alone(known: Any, make_trainer: MakeTrainer) -> None:
+    module = module_of(0.5, value_per_head=True)
+    starts = module.value.detach().double()
+    assert starts.shape == (3, 2, 4, 4)
+    train(make_trainer, module, loader_of(known), precision="64-true")
+    batches = [loader_of(known).batch(step)["value"].double() for step in range(10)]
+    for layer, head in itertools.product(range(3), range(2)):
+        losses = [lambda r2, x=batch[layer, :, head]: torch_distance(x @ r2) for batch in batches]
+        expected = learn_alone(starts[layer, head], losses, 0.5)
+        torch.testing.assert_close(module.value[layer, head].detach(), expected, rtol=0, atol=1e-9)
+        assert (expected - starts[layer, head]).abs().max() > 0.02
 
 
 def test_loss_is_equation_4_for_r1_plus_the_sum_over_r2(known: Any, make_trainer: MakeTrainer) -> None:

@@ -112,3 +112,13 @@ def test_weights_that_do_not_belong_to_the_config(tiny: Path, tmp_path: Path, da
     walker = Walker(Checkpoint(tmp_path))
     with pytest.raises(CheckpointError, match=r"up_proj"):
         walk(walker, WINDOWS)
+
+
+def test_rotary_frequencies_in_an_old_checkpoint_are_ignored(tiny: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny / "model.safetensors")
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((8,), 7.0) for i in range(4)}
+    save_file(tensors | old, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    _, logits = walk(Walker(Checkpoint(tmp_path)), WINDOWS)
+    _, expected = walk(Walker(Checkpoint(tiny)), WINDOWS)
+    assert torch.equal(logits, expected)

@@ -1,0 +1,165 @@
+"""A tiny model of every family, each odd case switched on; and a Llama's weights re-expressed in other layouts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+
+WINDOW = 24
+"""Sliding window of the families that have one, shorter than the tests' texts."""
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    """Heads wider than hidden / heads, grouped queries, and a width that Paley cannot do."""
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    widths = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 172, "num_hidden_layers": 3}
+    return {**widths, **heads, **tokens, "max_position_embeddings": 256, "tie_word_embeddings": False, **changes}
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+def llama3() -> PretrainedConfig:
+    scaling = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    return LlamaConfig(**sizes(attention_bias=True, mlp_bias=True), **scaling)
+
+
+def mistral() -> PretrainedConfig:
+    return MistralConfig(**sizes(sliding_window=WINDOW, num_key_value_heads=1))
+
+
+def qwen2() -> PretrainedConfig:
+    yarn = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+    return Qwen2Config(
+        **sizes(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, tie_word_embeddings=True), **yarn
+    )
+
+
+def qwen3() -> PretrainedConfig:
+    return Qwen3Config(**sizes(attention_bias=True))
+
+
+def phi3() -> PretrainedConfig:
+    """Fused projections, half of each head rotated by position, factors for long texts, heads of 96."""
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(24)], "long_factor": [2.0 + 0.2 * i for i in range(24)]}
+    longrope = rope("longrope", partial_rotary_factor=0.5, original_max_position_embeddings=32, **factors)
+    shape = {"hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 96}
+    return Phi3Config(
+        **sizes(**shape, sliding_window=WINDOW, original_max_position_embeddings=32, resid_pdrop=0.0), **longrope
+    )
+
+
+def mixtral() -> PretrainedConfig:
+    return MixtralConfig(**sizes(intermediate_size=60, num_local_experts=4, sliding_window=WINDOW))
+
+
+def qwen3_moe() -> PretrainedConfig:
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": False}
+    return Qwen3MoeConfig(**sizes(attention_bias=True), **experts)
+
+
+def smollm3() -> PretrainedConfig:
+    return SmolLM3Config(**sizes(attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]))
+
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    maker.__name__: maker for maker in (llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3)
+}
+
+
+def tiny_family(name: str, **changes: Any) -> PreTrainedModel:
+    """Weights large enough that every part matters: norms far from one, biases and the embedding's mean not zero.
+
+    Keyword arguments change the configuration.
+    """
+    config = FAMILIES[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, experts_implementation="eager"
+    )
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if "norm" in parameter_name:
+                parameter.copy_(1.5 + 0.8 * noise)
+            elif "embed" in parameter_name:
+                parameter.copy_(0.3 + 0.5 * noise)
+            elif parameter_name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def re_expressed(llama: Path, layout: str) -> PreTrainedModel:
+    """A Llama's weights in the layout of `phi3`, `qwen2` or `mixtral`; the function stays the same.
+
+    A Qwen2 gets biases of zero. A Mixtral gets four times the same expert and a router that has its preferences: the
+    weights of the chosen experts sum to one.
+    """
+    source = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    config = source.config.to_dict()
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keep += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+    keep += ("bos_token_id", "eos_token_id", "tie_word_embeddings")
+    kept = {key: config[key] for key in keep} | {"pad_token_id": None}
+    target: PretrainedConfig = {
+        "phi3": lambda: Phi3Config(**kept),
+        "qwen2": lambda: Qwen2Config(**kept),
+        "mixtral": lambda: MixtralConfig(**kept, num_local_experts=4),
+    }[layout]()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        target, dtype=torch.float32, experts_implementation="eager"
+    )
+    rewrite = {"phi3": _fused, "qwen2": _with_biases, "mixtral": _mixture}[layout]
+    state = rewrite(source.state_dict(), target)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    model.tie_weights()
+    return model.eval()
+
+
+def _fused(state: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    for i in range(config.num_hidden_layers):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        parts = [state.pop(f"{attention}.{name}_proj.weight") for name in "qkv"]
+        state[f"{attention}.qkv_proj.weight"] = torch.cat(parts)
+        parts = [state.pop(f"{mlp}.{name}_proj.weight") for name in ("gate", "up")]
+        state[f"{mlp}.gate_up_proj.weight"] = torch.cat(parts)
+    return state
+
+
+def _with_biases(state: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    weights = [name for name in state if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
+    return state | {name.replace("weight", "bias"): torch.zeros(len(state[name])) for name in weights}
+
+
+def _mixture(state: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    for i in range(config.num_hidden_layers):
+        mlp = f"model.layers.{i}.mlp"
+        gate, up, down = (state.pop(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
+        state[f"{mlp}.experts.gate_up_proj"] = torch.cat([gate, up]).repeat(4, 1, 1)
+        state[f"{mlp}.experts.down_proj"] = down.repeat(4, 1, 1)
+        state[f"{mlp}.gate.weight"] = torch.randn(4, config.hidden_size, generator=draw)
+    return state

@@ -1,0 +1,69 @@
+"""Hessians of experts against transformers' own routing of the same tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_family
+from torch import Tensor
+
+from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages import solver as solver_module
+from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.equip import equip_model
+from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.scheme import FLOAT
+
+WINDOWS = torch.randint(300, (8, 100), generator=torch.Generator().manual_seed(0))
+
+
+def rows_of(model: torch.nn.Module, expert: int) -> Tensor:
+    """What transformers' first layer gives to one of its experts, window by window, ``[tokens, hidden]``."""
+    rows = []
+
+    def keep(_: torch.nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, index, _weights = args
+        rows.append(hidden[(index == expert).any(-1)])
+
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(keep)
+    for window in WINDOWS:
+        model(window[None])
+    handle.remove()
+    return torch.cat(rows).double()
+
+
+@torch.no_grad()
+def test_an_experts_hessian_is_of_the_tokens_routed_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bits: the experts then read nearly what they read in the float model."""
+    model = tiny_family("mixtral")
+    model.save_pretrained(tmp_path)
+    seen: list[Tensor] = []
+    real: Callable[..., object] = solver_module.gptq
+
+    def record(weight: Tensor, hessian: Tensor, *rest: object) -> object:
+        seen.append(hessian.clone())
+        return real(weight, hessian, *rest)
+
+    monkeypatch.setattr(solver_module, "gptq", record)
+    walker = Walker(Checkpoint(tmp_path))
+    equip_model(walker.model, FLOAT, Rotations())
+    solver = LayerSolver(walker, Quantizer(8), GPTQ())
+    hidden = walker.embed(WINDOWS)
+    _, layer = next(walker.layers("test"))
+    solver.solve_layer(layer, "model.layers.0", hidden)
+    assert len(seen) == 4 + 4 * 3
+    assert solver.borrowers == []
+    experts = model.model.layers[0].mlp.experts
+    for expert in range(4):
+        rows = rows_of(model, expert)
+        # The attention before them is in 8 bits: a token between two experts may change sides.
+        assert solver.expert_tokens[f"model.layers.0.mlp.experts.{expert}"] == pytest.approx(len(rows), abs=16)
+        gate, up = (rows @ experts.gate_up_proj[expert].double().T).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+        for hessian, x in zip(seen[4 + 3 * expert :][:3], (rows, rows, inner), strict=True):
+            expected = x.T @ x
+            assert (hessian - expected).norm() < 0.05 * expected.norm(), expert

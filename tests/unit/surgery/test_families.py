@@ -1,0 +1,176 @@
+"""Every family: folded and rotated models against transformers' own, and the layouts of mixtures on disk."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, WINDOW, re_expressed, tiny_family
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    Olmo2Config,
+    PreTrainedModel,
+)
+
+from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery import folding
+from kurtail_pl.surgery.architecture import check_layer
+from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, online_rotations
+from kurtail_pl.surgery.families import LLAMA, architecture_of
+from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
+from kurtail_pl.surgery.layout import module_state
+from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
+from kurtail_pl.surgery.scheme import FLOAT
+
+IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def make_exact(model: PreTrainedModel) -> PreTrainedModel:
+    """Float64 through and through: transformers' norms and routers compute in float32."""
+    architecture = architecture_of(model.config)
+    for layer in layers_of(model, architecture):
+        use_exact_layer(layer, architecture, model.config.rms_norm_eps)
+    use_exact_norm(model, architecture.final_norm, model.config.rms_norm_eps)
+    return model.double()
+
+
+def rotated(reference: PreTrainedModel, rotations: Rotations) -> PreTrainedModel:
+    """The same weights in our modules, with all five rotations, float64."""
+    config = reference.config
+    model, architecture = empty_model(config), architecture_of(config)
+    state = {}
+    for name, tensor in reference.state_dict().items():
+        state[name] = tensor.double().clone()
+    for i in range(config.num_hidden_layers):
+        prefix = f"{architecture.layers}.{i}."
+        own = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+        layer = module_state({n.removeprefix(prefix): t for n, t in own.items()}, architecture)
+        state |= {prefix + name: tensor for name, tensor in layer.items()}
+    model.load_state_dict(state, assign=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
+    residual, value = rotations.residual, rotations.value
+    assert residual is not None
+    assert value is not None
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data @ residual
+    folding.fold_norm(model.model.norm, [model.lm_head])
+    folding.rotate_input(model.lm_head, residual)
+    for layer, per_layer in zip(layers_of(model, architecture), value, strict=True):
+        folding.fold_layer_norms(layer, architecture)
+        folding.rotate_residual(layer, architecture, residual)
+        folding.rotate_values(layer, architecture, per_layer)
+        for name, factors in online_rotations(layer, architecture, rotations).items():
+            folding.absorb_online(folding.linear_of(layer, name), factors)
+    equip_model(model, FLOAT, rotations)
+    return model
+
+
+def prefill(model: PreTrainedModel) -> Tensor:
+    logits: Tensor = model(IDS).logits
+    return logits
+
+
+def decode(model: PreTrainedModel) -> Tensor:
+    """A prefix at once, then token after token through the cache."""
+    cache = DynamicCache(config=model.config)
+    cuts = [0, 28, *range(29, IDS.shape[1] + 1)]
+    parts = [model(IDS[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(cuts)]
+    return torch.cat(parts, 1)
+
+
+def change(expected: Tensor, value: Tensor) -> float:
+    return ((value.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_head", [False, True], ids=["R2 a layer", "R2 a head"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_and_rotating_changes_nothing(name: str, per_head: bool) -> None:
+    plain, exact = tiny_family(name), make_exact(tiny_family(name))
+    config = plain.config
+    rotations = random_rotations(config, 1)
+    if per_head:
+        sizes = config.num_hidden_layers, config.hidden_size, head_dim_of(config)
+        residual, value = random_fused(*sizes, 2, config.num_key_value_heads)
+        rotations = Rotations(residual, value, rotations.query_key, rotations.attention_output, rotations.mlp_hidden)
+    ours = make_exact(rotated(plain, rotations))
+    in_float32 = rotated(plain, rotations).float()
+    for run in (prefill, decode):
+        assert change(run(exact), run(ours)) < 1e-8, run
+        assert change(run(plain), run(in_float32)) < 1e-4, run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "phi3", "mixtral"])
+def test_these_families_slide(name: str) -> None:
+    """What the test above says of sliding windows is about windows that matter."""
+    assert IDS.shape[1] > WINDOW
+    everywhere = {"layer_types": ["full_attention"] * 3} if name == "qwen2" else {}
+    wide = tiny_family(name, sliding_window=None, **everywhere)
+    assert change(wide(IDS).logits, tiny_family(name)(IDS).logits) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("fused_on_disk", [False, True])
+def test_experts_are_read_apart_and_fused(name: str, fused_on_disk: bool, tmp_path: Path) -> None:
+    model = tiny_family(name)
+    model.save_pretrained(tmp_path, save_original_format=not fused_on_disk)
+    checkpoint = Checkpoint(tmp_path)
+    assert any("experts.gate_up_proj" in tensor for tensor in checkpoint.names) == fused_on_disk
+    walker = Walker(checkpoint)
+    (hidden,) = walker.embed(IDS[:1])
+    for _, layer in walker.layers("test"):
+        hidden = walker.advance(layer, hidden)
+    norm, head = walker.head()
+    torch.testing.assert_close(head(norm(hidden)), model(IDS[:1]).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["phi3", "qwen2", "mixtral"])
+def test_re_expressed_weights_are_the_same_function(layout: str, stories: Path) -> None:
+    llama = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    model = re_expressed(stories, layout)
+    assert model.config.model_type == layout
+    assert change(llama(IDS).logits, model(IDS).logits) < 1e-5
+    exact = make_exact(re_expressed(stories, layout))
+    ours = make_exact(rotated(model, random_rotations(model.config, 1)))
+    for run in (prefill, decode):
+        assert change(run(exact), run(ours)) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GemmaConfig(), r"multiply by 1 \+ weight"),
+        (Gemma2Config(), "normalises what a block writes"),
+        (Olmo2Config(), "normalises what a block writes"),
+        (GPT2Config(), "LayerNorm subtracts the mean"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_cannot_be_rotated_is_refused_with_the_reason(config: GPT2Config, reason: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=rf"{config.model_type}.*{reason}.*use one of .*llama"):
+        empty_model(config)
+
+
+def test_a_dense_layer_among_experts_is_refused() -> None:
+    config = FAMILIES["qwen3_moe"]()
+    config.mlp_only_layers = [1]
+    with pytest.raises(UnsupportedArchitecture, match=r"missing modules \['mlp.experts', 'mlp.gate'\]"):
+        empty_model(config)
+
+
+def test_weights_that_a_record_does_not_know_are_named() -> None:
+    """A Qwen3 called a Llama: the head norms are no linears, and still not Llama's."""
+    config = FAMILIES["qwen3"]()
+    layer = tiny_family("qwen3").model.layers[0]
+    with pytest.raises(UnsupportedArchitecture, match=r"unknown modules \['self_attn.k_norm', 'self_attn.q_norm'\]"):
+        check_layer(layer, LLAMA)
+    check_layer(layer, architecture_of(config))
