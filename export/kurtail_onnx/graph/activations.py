@@ -21,14 +21,14 @@ CODE_TYPES |= {(4, False): ir.DataType.UINT4, (8, False): ir.DataType.UINT8}
 
 
 class IntegerRows(NamedTuple):
-    """Codes ``[rows, n]`` int8, their scales ``[rows, 1]``, and the shape that a product of them takes in the end."""
+    """Codes ``[rows, n]`` int8, their scales ``[rows, 1]``, and the shape of their product as in `fake_quantized`."""
 
     codes: ir.Value
     scale: ir.Value
-    shape: ir.Value
+    shape: ir.Value | None
 
 
-def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value) -> ir.Value:
+def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value | None) -> ir.Value:
     """Quantize and dequantize each token.
 
     Args:
@@ -36,7 +36,7 @@ def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer
         x: ``[batch, tokens, size]``.
         size: channels.
         quantizer: bits, symmetry, clip, group.
-        shape: int64 ``[batch, tokens, -1]``, to give the rows their shape back.
+        shape: int64 ``[batch, tokens, -1]``, to give the rows their shape back; None where batch is 1.
     """
     group = quantizer.group_size or size
     rows = g.reshape(x, -1, group)
@@ -48,10 +48,10 @@ def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer
         values = g.op("DequantizeLinear", codes, scale, axis=0)
     else:
         values = values_of(g, codes_on(g, rows, grid, quantizer), grid)
-    return g.op("Reshape", values, shape)
+    return g.reshape(values, 1, -1, size) if shape is None else g.op("Reshape", values, shape)
 
 
-def integer_rows(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value) -> IntegerRows:
+def integer_rows(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value | None) -> IntegerRows:
     """Codes and scales of each token, symmetric, one scale a token; arguments as for `fake_quantized`."""
     rows = g.reshape(x, -1, size)
     grid = dynamic_grid(g, rows, size, quantizer)

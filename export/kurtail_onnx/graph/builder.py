@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 OPSET, IR_VERSION = 23, 10
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 Array = NDArray[np.generic]
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 
 
 class GraphBuilder:

@@ -33,7 +33,7 @@ def hadamard(g: GraphBuilder, x: ir.Value, factors: HadamardFactors, name: str, 
     kept = [0] * (rank - 1)
     return g.call(
         hadamard_function(), x, left, right, name=f"{name}/{NAME}",
-        split_shape=[*kept, rows, columns], merge_shape=[*kept, -1],
+        split_shape=[*kept, rows, columns], merge_shape=[*kept, factors.size],
     )  # fmt: skip
 
 

@@ -127,7 +127,8 @@ def _integer_product(g: GraphBuilder, weight: _Weight, x: IntegerRows) -> ir.Val
         codes = g.cast(codes, ir.DataType.INT8)
     product = g.cast(g.op("MatMulInteger", x.codes, codes), g.dtype)
     scale = initializer(g, f"{weight.name}.scale", g.dtype, (weight.rows,), lambda: weight.scale()[:, 0])
-    return g.op("Reshape", g.op("Mul", g.op("Mul", product, x.scale), scale), x.shape)
+    product = g.op("Mul", g.op("Mul", product, x.scale), scale)
+    return g.reshape(product, 1, -1, weight.rows) if x.shape is None else g.op("Reshape", product, x.shape)
 
 
 def _kernel_product(g: GraphBuilder, weight: _Weight, quantizer: Quantizer, x: ir.Value) -> ir.Value:

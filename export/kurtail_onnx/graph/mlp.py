@@ -19,14 +19,14 @@ def mlp(step: Step, index: int, x: ir.Value) -> ir.Value:
         return gated_mlp(step, f"{source.layer_name(index)}.{source.architecture.mlp}", read)
 
 
-def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, shape: ir.Value | None = None) -> ir.Value:
+def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, some: bool = False) -> ir.Value:
     """``down(silu(gate(x)) * up(x))``.
 
     Args:
         step: what layers share.
         name: of the MLP, or of one expert, in the whole model.
         read: what gate and up multiply.
-        shape: of the rows with -1 for the channels, where they are not all tokens.
+        some: of some tokens as one text, not of all.
     """
     g, source, names = step.g, step.source, step.source.architecture
     states: Sequence[ir.Value] = [step.linear(f"{name}.{part}", read) for part in dict.fromkeys((names.gate, names.up))]
@@ -37,4 +37,4 @@ def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, shape: ir.Val
     if source.rotations.mlp_hidden is not None:
         hidden = hadamard(g, hidden, source.rotations.mlp_hidden, "mlp_hidden_R5", rank=3)
     down = f"{name}.{names.down}"
-    return step.linear(down, step.read(hidden, source.linear(down).in_features, "down_in", shape))
+    return step.linear(down, step.read(hidden, source.linear(down).in_features, "down_in", some))

@@ -10,6 +10,7 @@ from torch import Tensor
 from kurtail_onnx.graph.attention import attention
 from kurtail_onnx.graph.builder import FLOATS, GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.mixture import mixture
 from kurtail_onnx.graph.mlp import mlp
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.source import Source
@@ -58,7 +59,8 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
         normed = rms_norm(step, f"{prefix}.{names.attention_norm}", hidden)
         hidden = g.op("Add", hidden, attention(step, index, normed), name="attention_residual")
         normed = rms_norm(step, f"{prefix}.{names.mlp_norm}", hidden)
-        return g.op("Add", hidden, mlp(step, index, normed), name="mlp_residual")
+        block = mlp if names.experts is None else mixture
+        return g.op("Add", hidden, block(step, index, normed), name="mlp_residual")
 
 
 def cache_parts(source: Source, spec: ExportSpec) -> tuple[CachePart, CachePart]:

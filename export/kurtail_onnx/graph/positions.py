@@ -13,38 +13,56 @@ from kurtail_pl.errors import UnsupportedArchitecture
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary types whose angles depend on a token's position alone."""
+LONGROPE = "longrope"
+"""Rotary type with angles of its own for texts longer than the original positions."""
 
 
 def rope(step: Step, x: ir.Value) -> ir.Value:
     """Rotate queries or keys ``[batch, heads, tokens, head_dim]``, or the first part of each head, by position."""
-    cos = step.shared("rotary.cos", lambda: _table(step, "cos"))
-    sin = step.shared("rotary.sin", lambda: _table(step, "sin"))
-    assert cos.const_value is not None
-    width = 2 * cos.const_value.numpy().shape[-1]
-    return step.g.op("RotaryEmbedding", x, cos, sin, step.position_ids, rotary_embedding_dim=width)
-
-
-def _table(step: Step, name: str) -> ir.Value:
-    cos, sin = rotary_tables(step.source)
-    table = {"cos": cos, "sin": sin}[name]
-    return step.g.constant(table.numpy().astype(step.g.dtype.numpy()), f"rotary.{name}")
+    g, tables = step.g, rotary_tables(step.source)
+    cos, sin = (
+        g.constant(table.numpy().astype(g.dtype.numpy()), f"rotary.{name}")
+        for name, table in zip(("cos", "sin"), tables, strict=True)
+    )
+    long = getattr(step.source.model.get_submodule(step.source.architecture.rotary), "rope_type", None) == LONGROPE
+    rows = step.shared("rotary_rows", lambda: _longrope_rows(step)) if long else step.position_ids
+    return g.op("RotaryEmbedding", x, cos, sin, rows, rotary_embedding_dim=2 * tables[0].shape[-1])
 
 
 def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, ``[positions, rotary_dim / 2]`` float32, scaling applied.
 
+    Of the type longrope, those of short texts stand before those of long ones.
+
     Raises:
-        UnsupportedArchitecture: when the angles depend on more than the position.
+        UnsupportedArchitecture: when the angles depend on more than position and kind of text.
     """
     module = source.model.get_submodule(source.architecture.rotary)
     kind = getattr(module, "rope_type", "default")
-    if kind not in STATIC_ROPE:
+    if kind not in (*STATIC_ROPE, LONGROPE):
         raise UnsupportedArchitecture(
-            f"rotary type {kind!r} changes with the length of the text; exported are {', '.join(STATIC_ROPE)}"
+            f"rotary type {kind!r} changes with the length of the text; exported are {LONGROPE}, {', '.join(STATIC_ROPE)}"
         )
-    cos, sin = module(torch.zeros(1), torch.arange(source.config.max_position_embeddings)[None])
+    lengths = [source.config.max_position_embeddings]
+    if kind == LONGROPE:
+        lengths.insert(0, _original_positions(source))
+    pairs = [module(torch.zeros(1), torch.arange(length)[None]) for length in lengths]
+    cos, sin = (torch.cat([pair[part][0] for pair in pairs]) for part in (0, 1))
     half = cos.shape[-1] // 2
-    return cos[0, :, :half], sin[0, :, :half]
+    return cos[:, :half], sin[:, :half]
+
+
+def _original_positions(source: Source) -> int:
+    positions: int = source.config.rope_parameters["original_max_position_embeddings"]
+    return positions
+
+
+def _longrope_rows(step: Step) -> ir.Value:
+    """Rows of the tables, ``[batch, tokens]``: those of long texts when any position is beyond the original ones."""
+    g, original = step.g, step.g.index(_original_positions(step.source))
+    last = g.op("ReduceMax", step.position_ids, keepdims=0)
+    shift = g.op("Where", g.op("Greater", original, last), g.index(0), original)
+    return g.op("Add", step.position_ids, shift)
 
 
 def window_of(config: PretrainedConfig, layer: int) -> int | None:

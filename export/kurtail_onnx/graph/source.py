@@ -14,6 +14,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import is_ours, require_intact, rotations_of, scheme_of, skeleton
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.layout import checkpoint_name
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import head_dim_of
 
@@ -59,9 +60,9 @@ class Source:
         return cast(QuantizedLinear, self.model.get_submodule(name))
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor of the artefact."""
-        return self.checkpoint.tensor(name)
+        """Read one tensor of the artefact, by its name in the model."""
+        return self.checkpoint.tensor(checkpoint_name(name, self.architecture))
 
     def dtype(self, name: str) -> torch.dtype:
         """Element type of one tensor."""
-        return self.checkpoint.dtype(name)
+        return self.checkpoint.dtype(checkpoint_name(name, self.architecture))

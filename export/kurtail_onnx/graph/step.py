@@ -47,21 +47,21 @@ class Step:
                 self._shared[name] = make()
         return self._shared[name]
 
-    def read(self, x: ir.Value, size: int, place: str, shape: ir.Value | None = None) -> ir.Value | IntegerRows:
+    def read(self, x: ir.Value, size: int, place: str, some: bool = False) -> ir.Value | IntegerRows:
         """What the linears at one place multiply, quantized where the scheme says so.
 
         Args:
             x: ``[batch, tokens, size]``.
             size: channels.
             place: name of the scope.
-            shape: of x with -1 for the channels, where it is not that of all tokens.
+            some: x is not all tokens but some of them, as one text.
         """
         quantizer = self.spec.activations(self.source.scheme)
         if quantizer is None:
             return x
         quantized = integer_rows if self.spec.weights == "integer" else fake_quantized
         with self.g.scope(place), self.g.scope("act_q"):
-            return quantized(self.g, x, size, quantizer, self.token_shape if shape is None else shape)
+            return quantized(self.g, x, size, quantizer, None if some else self.token_shape)
 
     def linear(self, name: str, x: ir.Value | IntegerRows) -> ir.Value:
         """Multiply by a linear of the model, by its name in the whole model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,24 @@ CHECKS = "checks.json"
 LARGEST_BY_DEFAULT = 1_000_000_000
 """Bytes of weights up to which an export is checked when nobody says so."""
 
-LOGITS_TOLERANCE = 1e-5
-"""Of the head's logits in fp32, relative to the largest."""
-CODES_DIFFERING, TOKENS_ON_A_BORDER = 1e-4, 0.02
-"""Shares, in fp32, of the cached codes and of the tokens whose values may be rounded to the neighbouring code."""
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a layer may be off by.
+
+    Args:
+        logits: of the head, relative to the largest.
+        codes: share of the cached codes that may be others.
+        tokens: share of the tokens that may hold a value rounded to another code.
+    """
+
+    logits: float
+    codes: float
+    tokens: float
+
+
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4, 0.02), "fp16": Tolerance(5e-3, 0.05, 1.0)}
+"""In fp16 one value in a thousand lies on the border of two codes, so almost every token holds one."""
 
 
 def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
         spec: choices of the export.
 
     Raises:
-        CheckFailed: when the file is not valid, a linear is not fused, or, in fp32, a layer is not torch's.
+        CheckFailed: when the file is not valid, a linear is not fused, or a layer is not torch's.
     """
     export = Export(folder)
     checks: dict[str, Any] = {"onnxruntime": import_runtime().__version__, "operators": check_structure(folder)}
@@ -53,8 +67,7 @@ def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
         )
     layers, logits = compare_layers(folder, source, spec)
     checks["layers"] = summary(layers) | {"head_logits_error": logits}
-    if spec.dtype == "fp32":
-        _require_agreement(checks["layers"])
+    _require_agreement(checks["layers"], TOLERANCES[spec.dtype])
     checks["texts"] = {name: asdict(agreement) for name, agreement in compare_texts(export, source, spec).items()}
     write_json(folder / CHECKS, checks)
     return checks
@@ -72,11 +85,11 @@ def summary(layers: list[LayerAgreement]) -> dict[str, Any]:
     }
 
 
-def _require_agreement(layers: dict[str, Any]) -> None:
+def _require_agreement(layers: dict[str, Any], tolerance: Tolerance) -> None:
     failures = [
-        layers["head_logits_error"] > LOGITS_TOLERANCE,
-        layers["codes_differing"] > CODES_DIFFERING * layers["codes"],
-        layers["tokens_on_a_border"] > TOKENS_ON_A_BORDER * layers["tokens"],
+        layers["head_logits_error"] > tolerance.logits,
+        layers["codes_differing"] > tolerance.codes * layers["codes"],
+        layers["tokens_on_a_border"] > tolerance.tokens * layers["tokens"],
     ]
     if any(failures):
         raise CheckFailed(

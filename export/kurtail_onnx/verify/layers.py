@@ -32,7 +32,7 @@ BATCH, STEPS = 2, (13, 1, 6, 1)
 """Texts, and tokens of each step: prefill, decoding, a chunk, decoding."""
 
 
-ROUNDING = 1e-5
+ROUNDING = {"fp32": 1e-5, "fp16": 1e-2}
 """A token's hidden states that differ by less than this, relative to the layer's largest, differ by float rounding."""
 
 
@@ -92,7 +92,7 @@ def compare_layers(
         codes = {name: torch.cat([text[name] for text in by_text]).numpy() for name in by_text[0]}
         parts = [part for part in cache_parts(source, spec) if part.packed and part.name in codes]
         differences = [_code_differences(cache, index, part, codes[part.name]) for part in parts]
-        agreements.append(_agreement(torch.cat(after).numpy(), found, differences))
+        agreements.append(_agreement(torch.cat(after).numpy(), found, differences, ROUNDING[spec.dtype]))
         hidden = after
     states = torch.cat(hidden)
     with pieces.head(len(agreements)) as session:
@@ -133,9 +133,11 @@ def _code_differences(
     return np.abs(codes_in(cache[part.arrays[0].past(index)], part) - expected.astype(np.int64))
 
 
-def _agreement(expected: NDArray[Any], found: NDArray[Any], differences: list[NDArray[np.int64]]) -> LayerAgreement:
+def _agreement(
+    expected: NDArray[Any], found: NDArray[Any], differences: list[NDArray[np.int64]], rounding: float
+) -> LayerAgreement:
     errors = np.abs(found - expected).max(-1) / np.abs(expected).max()
-    smooth = errors < ROUNDING
+    smooth = errors < rounding
     return LayerAgreement(
         tokens=errors.size,
         tokens_on_a_border=int((~smooth).sum()),

@@ -14,6 +14,7 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_pl.maths.quantizers import Quantizer, quantize
 from kurtail_pl.storage.checkpoint import to_float
 from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 
@@ -29,8 +30,9 @@ def empty_reference(source: Source, spec: ExportSpec) -> PreTrainedModel:
 def whole_reference(source: Source, spec: ExportSpec) -> PreTrainedModel:
     """The artefact's model, float32, all of it in memory."""
     model = empty_reference(source, spec)
-    names = source.checkpoint.names
-    model.load_state_dict({name: to_float(source.tensor(name), torch.float32) for name in names}, assign=True)
+    checkpoint = source.checkpoint
+    state = {name: to_float(checkpoint.tensor(name), torch.float32) for name in checkpoint.names}
+    model.load_state_dict(module_state(state, source.architecture), assign=True)
     return model
 
 

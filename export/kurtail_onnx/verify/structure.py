@@ -18,6 +18,8 @@ ALLOWED = {
         *("Concat", "Gather", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
         *("Attention", "MatMul", "MatMulInteger", "RMSNormalization", "RotaryEmbedding", "Sigmoid"),
         *("DequantizeLinear", "QuantizeLinear"),
+        # Of a mixture of experts.
+        *("ConstantOfShape", "GatherND", "NonZero", "ReduceSum", "ScatterND", "Softmax"),
     },
     "kurtail": {"Hadamard"},
     "com.microsoft": {"MatMulNBits"},
