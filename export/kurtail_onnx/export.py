@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from kurtail_onnx.card import CARD, card
 from kurtail_onnx.describe import DATA, DESCRIPTION, MODEL, describe
+from kurtail_onnx.genai import GENAI, genai_config
 from kurtail_onnx.graph.model import build_model
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.spec import ExportSpec
@@ -51,6 +52,8 @@ def export(
         save(model, partial)
         source.config.save_pretrained(partial)
         copy_companions(source.checkpoint, partial)
+        if spec.kv == "float":
+            write_json(partial / GENAI, genai_config(source))
         description = describe(source, spec, model, partial)
         write_json(partial / DESCRIPTION, description)
         wanted = small_enough(partial) if checked is None else checked

@@ -13,6 +13,7 @@ from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.mixture import mixture
 from kurtail_onnx.graph.mlp import mlp
 from kurtail_onnx.graph.norm import rms_norm
+from kurtail_onnx.graph.positions import rotary_tables
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.step import Step
 from kurtail_onnx.graph.weights import float_weight, stored_dtype, stored_weight, widened
@@ -77,7 +78,7 @@ def _step(g: GraphBuilder, source: Source, spec: ExportSpec, input_ids: ir.Value
     with g.root_scope("model"):
         shape = g.op("Concat", g.op("Shape", input_ids), g.ints(-1), axis=0, name="token_shape")
     keys, values = cache_parts(source, spec)
-    return Step(g, source, spec, keys, values, position_ids, attention_mask, shape)
+    return Step(g, source, spec, keys, values, position_ids, attention_mask, rotary_tables(source), shape)
 
 
 def _embedding(g: GraphBuilder, source: Source, input_ids: ir.Value) -> ir.Value:

@@ -19,14 +19,14 @@ LONGROPE = "longrope"
 
 def rope(step: Step, x: ir.Value) -> ir.Value:
     """Rotate queries or keys ``[batch, heads, tokens, head_dim]``, or the first part of each head, by position."""
-    g, tables = step.g, rotary_tables(step.source)
+    g = step.g
     cos, sin = (
         g.constant(table.numpy().astype(g.dtype.numpy()), f"rotary.{name}")
-        for name, table in zip(("cos", "sin"), tables, strict=True)
+        for name, table in zip(("cos", "sin"), step.rotary, strict=True)
     )
     long = getattr(step.source.model.get_submodule(step.source.architecture.rotary), "rope_type", None) == LONGROPE
     rows = step.shared("rotary_rows", lambda: _longrope_rows(step)) if long else step.position_ids
-    return g.op("RotaryEmbedding", x, cos, sin, rows, rotary_embedding_dim=2 * tables[0].shape[-1])
+    return g.op("RotaryEmbedding", x, cos, sin, rows, rotary_embedding_dim=2 * step.rotary[0].shape[-1])
 
 
 def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,8 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     kind = getattr(module, "rope_type", "default")
     if kind not in (*STATIC_ROPE, LONGROPE):
         raise UnsupportedArchitecture(
-            f"rotary type {kind!r} changes with the length of the text; exported are {LONGROPE}, {', '.join(STATIC_ROPE)}"
+            f"rotary type {kind!r} changes with the length of the text; exported are "
+            f"{', '.join((*STATIC_ROPE, LONGROPE))}"
         )
     lengths = [source.config.max_position_embeddings]
     if kind == LONGROPE:

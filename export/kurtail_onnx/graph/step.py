@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+from torch import Tensor
 
 from kurtail_onnx.graph.activations import IntegerRows, fake_quantized, integer_rows
 from kurtail_onnx.graph.builder import GraphBuilder
@@ -27,6 +28,7 @@ class Step:
         values: how values are cached.
         position_ids: int64 ``[batch, tokens]``, rows of the rotary tables.
         attention_mask: int64 ``[batch, past + tokens]``, 0 for padding.
+        rotary: cosines and sines; see `positions.rotary_tables`.
         token_shape: int64 ``[batch, tokens, -1]``, gives flattened rows their shape back.
     """
 
@@ -37,6 +39,7 @@ class Step:
     values: CachePart
     position_ids: ir.Value
     attention_mask: ir.Value
+    rotary: tuple[Tensor, Tensor]
     token_shape: ir.Value
     _shared: dict[str, ir.Value] = field(default_factory=dict)
 
