@@ -1,0 +1,143 @@
+"""Exports against the torch model: every family, every form of weights, every kind of quantizer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from kurtail_onnx.export import export
+from kurtail_onnx.run.decoder import Decoder
+from kurtail_onnx.run.folder import Export
+from kurtail_onnx.run.perplexity import perplexity
+from kurtail_onnx.run.session import open_session
+from kurtail_onnx.spec import ExportSpec
+from transformers import DynamicCache
+
+import kurtail_pl
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.surgery.linear import QuantizedLinear
+
+MakeArtefact = Callable[..., Path]
+TEXTS, TOKENS = 4, 40
+"""More tokens than the sliding windows and than the short texts of longrope."""
+STEPS = {"prefill": [TOKENS], "decode": [TOKENS - 6, *[1] * 6]}
+TOLERANCE = 4e-6
+"""Of the logits, relative to the largest; another code somewhere moves them by more than a thousandth."""
+
+
+@torch.no_grad()
+def agreements(artefact: Path, folder: Path) -> dict[str, int]:
+    """How many of the texts have torch's logits in one prefill, and when their last tokens come one by one.
+
+    Not all need to: a value on the border of two codes falls on either side, for torch itself too when it adds in
+    another order, and changes all that follows.
+    """
+    model, opened = kurtail_pl.load(artefact), Export(folder)
+    session = open_session(opened.model, threads=1)
+    count = dict.fromkeys(STEPS, 0)
+    for seed in range(TEXTS):
+        ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+        for name, widths in STEPS.items():
+            cache, decoder = DynamicCache(), Decoder(opened, session)
+            pieces = ids.split(widths, dim=1)
+            expected = np.concatenate([model(piece, past_key_values=cache).logits.numpy() for piece in pieces], axis=1)
+            found = np.concatenate([decoder.forward(piece.numpy()) for piece in pieces], axis=1)
+            count[name] += bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
+    return count
+
+
+def checks_of(folder: Path) -> dict[str, Any]:
+    checks: dict[str, Any] = json.loads((folder / "checks.json").read_text())
+    return checks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(
+    family: str, make_family: Callable[[str], Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    artefact = make_artefact(make_family(family))
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    linears = [m for m in kurtail_pl.load(artefact).modules() if isinstance(m, QuantizedLinear)]
+    assert checks_of(folder)["linears"] == {"quantized": len(linears), "fused": len(linears)}
+    assert min(agreements(artefact, folder).values()) >= 3
+
+
+def test_stories(story_artefact: Path, tmp_path: Path) -> None:
+    folder = export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    for text in checks_of(folder)["texts"].values():
+        assert text["codes_differing"] == 0
+        assert text["equal_tokens"] == text["tokens"]
+        assert text["logits_error"] <= 1e-5
+    assert checks_of(folder)["texts"]["batch"]["codes"] > 10_000
+
+
+@torch.no_grad()
+def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path) -> None:
+    opened = Export(export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=False))
+    session = open_session(opened.model, threads=1)
+    ids = np.random.default_rng(0).integers(512, size=(1, TOKENS))
+    whole, single = Decoder(opened, session), Decoder(opened, session)
+    logits = whole.forward(ids)
+    steps = np.concatenate([single.forward(ids[:, n : n + 1]) for n in range(TOKENS)], axis=1)
+    assert np.abs(steps - logits).max() <= 1e-6 * np.abs(logits).max()
+    for name, array in whole.cache().items():
+        if array.dtype == np.uint8:
+            np.testing.assert_array_equal(single.cache()[name], array)
+
+
+ASYMMETRIC = Quantizer(4, False)
+VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | None]]] = {
+    "groups": (ExportSpec(), {"weights": Quantizer(group_size=16)}),
+    "groups-asymmetric": (ExportSpec(), {"weights": Quantizer(4, False, group_size=32)}),
+    "asymmetric": (ExportSpec(), {"weights": ASYMMETRIC, "activations": ASYMMETRIC}),
+    "8-bits": (ExportSpec(), dict.fromkeys(("weights", "activations", "keys", "values"), Quantizer(8))),
+    "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
+    "quantile": (ExportSpec(), {"activations": Quantizer(clip="quantile:0.98")}),
+    "float-values": (ExportSpec(), {"values": None}),
+    "float-activations": (ExportSpec(), {"activations": None}),
+    "float-weights": (ExportSpec(), {"weights": None}),
+    "kernel": (ExportSpec(weights="matmulnbits"), {}),
+    "kernel-groups-16": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(group_size=16)}),
+    "kernel-groups-32": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(4, False, group_size=32)}),
+    "kernel-asymmetric": (ExportSpec(weights="matmulnbits"), {"weights": ASYMMETRIC}),
+    "kernel-8-bits": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(8)}),
+    "integer": (ExportSpec(weights="integer"), {}),
+    "integer-8-bits": (ExportSpec(weights="integer"), {"weights": Quantizer(8), "activations": Quantizer(8)}),
+    "float-cache": (ExportSpec(kv="float"), {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_form(variant: str, grouped: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    spec, quantizers = VARIANTS[variant]
+    artefact = make_artefact(grouped, **quantizers)
+    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    assert min(agreements(artefact, folder).values()) >= 3
+    assert (folder / "genai_config.json").is_file() == (spec.kv == "float")
+
+
+def test_without_rotations(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    artefact = make_artefact(tiny, rotated=False)
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    assert "Hadamard" not in checks_of(folder)["operators"]
+    assert min(agreements(artefact, folder).values()) >= 3
+
+
+def test_float_activations_on_request(artefact: Path, make_artefact: MakeArtefact, tiny: Path, tmp_path: Path) -> None:
+    """`act none` of a W4A4KV4 artefact is the W4A16KV4 artefact: rounding to nearest does not see activations."""
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(act="none"), checked=True)
+    assert min(agreements(make_artefact(tiny, activations=None), folder).values()) >= 3
+
+
+def test_half_precision_has_the_perplexity(story_artefact: Path, tmp_path: Path) -> None:
+    text = TextSpec(windows=16, seqlen=256)
+    single, half = (
+        perplexity(Export(export(story_artefact, tmp_path / dtype, ExportSpec(dtype), checked=dtype == "fp16")), text)
+        for dtype in ("fp32", "fp16")
+    )
+    assert half == pytest.approx(single, rel=0.005)
