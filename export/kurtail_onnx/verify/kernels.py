@@ -32,7 +32,11 @@ class Kernel:
 
 
 def trace(
-    export: Export, profile: Profile = "exact", device: Device = "cpu", steps: tuple[int, ...] = PREFILL
+    export: Export,
+    profile: Profile = "exact",
+    device: Device = "cpu",
+    steps: tuple[int, ...] = PREFILL,
+    threads: int = 1,
 ) -> list[Kernel]:
     """Run an export and return the kernels of the last step.
 
@@ -41,9 +45,10 @@ def trace(
         profile: how the graph is run.
         device: where.
         steps: tokens of each step.
+        threads: of one operator on the CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(export.model, profile, device, profiling=Path(folder) / "trace")
+        session = open_session(export.model, profile, device, threads, profiling=Path(folder) / "trace")
         decoder = Decoder(export, session, device=device)
         for count in steps:
             decoder.forward(np.zeros((1, count), np.int64))

@@ -57,6 +57,6 @@ class Pieces:
         path = self._folder / PIECE
         ir.save(ir.Model(graph, ir_version=self._model.ir_version, functions=functions), path)
         try:
-            yield open_session(path, self._profile)
+            yield open_session(path, self._profile, threads=1)
         finally:
             path.unlink()

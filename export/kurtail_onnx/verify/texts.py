@@ -56,7 +56,7 @@ def compare_texts(
     export: Export, source: Source, spec: ExportSpec, profile: Profile = "exact"
 ) -> dict[str, TextAgreement]:
     """Compare every scenario, and a batch of two texts, one padded, in one prefill; the whole model is in memory."""
-    model, session = whole_reference(source, spec), open_session(export.model, profile)
+    model, session = whole_reference(source, spec), open_session(export.model, profile, threads=1)
     ids = torch.randint(source.config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     padded = torch.ones_like(ids)
     padded[1, :PADDING] = 0

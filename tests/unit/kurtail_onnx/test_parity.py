@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,11 +15,12 @@ from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import open_session
 from kurtail_onnx.spec import ExportSpec
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 MakeArtefact = Callable[..., Path]
@@ -31,7 +32,7 @@ TOLERANCE = 4e-6
 
 
 @torch.no_grad()
-def agreements(artefact: Path, folder: Path) -> dict[str, int]:
+def agreements(artefact: Path, folder: Path, tolerance: float = TOLERANCE) -> dict[str, int]:
     """How many of the texts have torch's logits in one prefill, and when their last tokens come one by one.
 
     Not all need to: a value on the border of two codes falls on either side, for torch itself too when it adds in
@@ -47,7 +48,7 @@ def agreements(artefact: Path, folder: Path) -> dict[str, int]:
             pieces = ids.split(widths, dim=1)
             expected = np.concatenate([model(piece, past_key_values=cache).logits.numpy() for piece in pieces], axis=1)
             found = np.concatenate([decoder.forward(piece.numpy()) for piece in pieces], axis=1)
-            count[name] += bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
+            count[name] += bool(np.abs(found - expected).max() <= tolerance * np.abs(expected).max())
     return count
 
 
@@ -95,7 +96,6 @@ VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | None]]] = {
     "groups": (ExportSpec(), {"weights": Quantizer(group_size=16)}),
     "groups-asymmetric": (ExportSpec(), {"weights": Quantizer(4, False, group_size=32)}),
     "asymmetric": (ExportSpec(), {"weights": ASYMMETRIC, "activations": ASYMMETRIC}),
-    "8-bits": (ExportSpec(), dict.fromkeys(("weights", "activations", "keys", "values"), Quantizer(8))),
     "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
     "quantile": (ExportSpec(), {"activations": Quantizer(clip="quantile:0.98")}),
     "float-values": (ExportSpec(), {"values": None}),
@@ -107,7 +107,6 @@ VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | None]]] = {
     "kernel-asymmetric": (ExportSpec(weights="matmulnbits"), {"weights": ASYMMETRIC}),
     "kernel-8-bits": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(8)}),
     "integer": (ExportSpec(weights="integer"), {}),
-    "integer-8-bits": (ExportSpec(weights="integer"), {"weights": Quantizer(8), "activations": Quantizer(8)}),
     "float-cache": (ExportSpec(kv="float"), {}),
 }
 
@@ -119,6 +118,16 @@ def test_every_form(variant: str, grouped: Path, make_artefact: MakeArtefact, tm
     folder = export(artefact, tmp_path / "onnx", spec, checked=True)
     assert min(agreements(artefact, folder).values()) >= 3
     assert (folder / "genai_config.json").is_file() == (spec.kv == "float")
+
+
+@pytest.mark.parametrize("weights", ["qdq", "integer"])
+def test_eight_bits(
+    weights: Literal["qdq", "integer"], grouped: Path, make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    """Sixteen times as many borders, and codes that matter sixteen times less."""
+    artefact = make_artefact(grouped, **dict.fromkeys(("weights", "activations", "keys", "values"), Quantizer(8)))
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(weights=weights), checked=True)
+    assert min(agreements(artefact, folder, tolerance=0.02).values()) >= 3
 
 
 def test_without_rotations(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
@@ -134,10 +143,26 @@ def test_float_activations_on_request(artefact: Path, make_artefact: MakeArtefac
     assert min(agreements(make_artefact(tiny, activations=None), folder).values()) >= 3
 
 
-def test_half_precision_has_the_perplexity(story_artefact: Path, tmp_path: Path) -> None:
-    text = TextSpec(windows=16, seqlen=256)
+def test_half_precision_of_a_float_model(stories: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    floats = make_artefact(stories, weights=None, activations=None, keys=None, values=None)
+    text = TextSpec(windows=4, seqlen=128)
     single, half = (
-        perplexity(Export(export(story_artefact, tmp_path / dtype, ExportSpec(dtype), checked=dtype == "fp16")), text)
+        perplexity(Export(export(floats, tmp_path / dtype, ExportSpec(dtype), checked=True)), text)
         for dtype in ("fp32", "fp16")
     )
-    assert half == pytest.approx(single, rel=0.005)
+    assert half == pytest.approx(single, rel=1e-3)
+
+
+@torch.no_grad()
+def test_half_precision_has_torchs_mean_likelihood(story_artefact: Path, tmp_path: Path) -> None:
+    """Single tokens differ, since half precision moves values over the borders of codes; their mean does not."""
+    opened = Export(export(story_artefact, tmp_path / "onnx", ExportSpec("fp16"), checked=True))
+    model, session = kurtail_pl.load(story_artefact), open_session(opened.model, threads=1)
+    windows = cut_windows(opened.tokenizer(), TextSpec(windows=16, seqlen=128), "evaluation").tokens
+    change = []
+    for window in windows:
+        half = torch.from_numpy(Decoder(opened, session).forward(window[None].numpy())[0])
+        losses = [cross_entropy(x[:-1], window[1:], reduction="none") for x in (half, model(window[None]).logits[0])]
+        change.append(losses[0] - losses[1])
+    difference = torch.cat(change).double()
+    assert difference.mean().abs() < 4 * difference.std() / len(difference) ** 0.5 < 0.2
