@@ -12,7 +12,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from kurtail_onnx.graph.builder import GraphBuilder
-from kurtail_onnx.graph.grids import codes_on, dynamic_grid, values_of
+from kurtail_onnx.graph.grids import codes_on, dynamic_grid, row_scale, values_of
 from kurtail_pl.maths.quantizers import Quantizer
 
 CODE_TYPES = {(4, True): ir.DataType.INT4, (8, True): ir.DataType.INT8}
@@ -40,13 +40,13 @@ def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer
     """
     group = quantizer.group_size or size
     rows = g.reshape(x, -1, group)
-    grid = dynamic_grid(g, rows, group, quantizer)
-    if grid.zero_point is None:
-        scale = g.reshape(grid.scale, -1)
+    if quantizer.symmetric:
+        scale = row_scale(g, rows, group, quantizer)
         dtype = CODE_TYPES[quantizer.bits, True]
         codes = g.op("QuantizeLinear", rows, scale, axis=0, output_dtype=int(dtype))
         values = g.op("DequantizeLinear", codes, scale, axis=0)
     else:
+        grid = dynamic_grid(g, rows, group, quantizer)
         values = values_of(g, codes_on(g, rows, grid, quantizer), grid)
     return g.reshape(values, 1, -1, size) if shape is None else g.op("Reshape", values, shape)
 

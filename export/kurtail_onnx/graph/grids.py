@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_pl.maths.quantizers import Quantizer
+
+SMALLEST_SCALE = {
+    ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),
+    # Normal numbers of half precision end where scales of small activations still are.
+    ir.DataType.FLOAT16: float(np.finfo(np.float16).smallest_subnormal),
+}
 
 
 class GridNodes(NamedTuple):
@@ -34,6 +41,20 @@ def dynamic_grid(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer) 
     high = g.op("Max", _upper(g, x, size, quantizer), zero)
     scale = _nonzero(g, g.op("Div", g.op("Sub", high, low), g.scalar(quantizer.code_range[1])))
     return GridNodes(scale, g.op("Round", g.op("Div", g.op("Neg", low), scale)))
+
+
+def row_scale(g: GraphBuilder, rows: ir.Value, size: int, quantizer: Quantizer) -> ir.Value:
+    """Symmetric scales ``[rows]`` of ``[rows, size]``, for QuantizeLinear; smallest, not 1, for a row of zeros.
+
+    Both make codes of zero, and one Max is cheaper than the comparison that gives 1.
+    """
+    magnitude = g.op("Abs", rows)
+    if quantizer.clip_kind == "ratio":
+        limit = _times(g, g.op("ReduceMax", magnitude, g.ints(-1), keepdims=0), quantizer.clip_amount)
+    else:
+        limit = g.reshape(_upper_quantile(g, magnitude, size, quantizer.clip_amount), -1)
+    scale = g.op("Div", limit, g.scalar(quantizer.code_range[1]))
+    return g.op("Max", scale, g.scalar(SMALLEST_SCALE[g.dtype]))
 
 
 def codes_on(g: GraphBuilder, x: ir.Value, grid: GridNodes, quantizer: Quantizer) -> ir.Value:

@@ -21,7 +21,7 @@ ALLOWED = {
         # Of a mixture of experts.
         *("ConstantOfShape", "GatherND", "NonZero", "ReduceSum", "ScatterND", "Softmax"),
     },
-    "kurtail": {"Hadamard"},
+    "kurtail": {"DenseHadamard", "Hadamard"},
     "com.microsoft": {"MatMulNBits"},
 }
 """Domain -> operators that exports are made of; each has a kernel on the CPU and on CUDA."""

@@ -27,12 +27,12 @@ def test_node_multiplies_by_the_dense_matrix(size: int, lead: tuple[int, ...]) -
 
 
 def test_one_named_node_that_any_runtime_can_inline() -> None:
-    factors = random_hadamard_factors(12, torch.Generator().manual_seed(0))
+    factors = random_hadamard_factors(172, torch.Generator().manual_seed(0))
     g = GraphBuilder(ir.DataType.FLOAT)
-    x = g.input("x", ir.DataType.FLOAT, [1, "tokens", 12])
+    x = g.input("x", ir.DataType.FLOAT, [1, "tokens", 172])
     with g.scope("model"), g.scope("mlp"):
         y = hadamard(g, hadamard(g, x, factors, "mlp_hidden_R5", 3), factors, "mlp_hidden_R5", 3)
-    g.output(y, "y", ir.DataType.FLOAT, [1, "tokens", 12])
+    g.output(y, "y", ir.DataType.FLOAT, [1, "tokens", 172])
     proto = ir.to_proto(g.model({}))
     assert [(n.domain, n.op_type, n.name) for n in proto.graph.node] == [
         ("kurtail", "Hadamard", "/model/mlp/mlp_hidden_R5/Hadamard"),
@@ -43,7 +43,7 @@ def test_one_named_node_that_any_runtime_can_inline() -> None:
     ]
     inlined = onnx.inliner.inline_local_functions(proto)
     assert {n.op_type for n in inlined.graph.node} == {"Constant", "Reshape", "MatMul"}
-    values = np.random.default_rng(0).normal(size=(1, 4, 12)).astype(np.float32)
+    values = np.random.default_rng(0).normal(size=(1, 4, 172)).astype(np.float32)
     results = [
         onnxruntime.InferenceSession(m.SerializeToString()).run(None, {"x": values})[0] for m in (proto, inlined)
     ]
