@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import new_folder, require_space, sha256_of
+from kurtail_pl.storage.files import require_space, sha256_of
 from kurtail_pl.storage.folder import ShardWriter, named, write_card
+from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
-from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.storage.rotation_file import hash_of, write_rotations
+from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.attention import ATTENTION
@@ -61,9 +63,11 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
     walker = Walker(checkpoint, dtype=torch.float64)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
     walker.model.set_attn_implementation(ATTENTION)
-    with new_folder(folder, overwrite) as partial:
-        with Meter() as meter:
-            gate = _Fuser(walker, rotations, partial).run()
+    recipe = {"model_sha256": checkpoint.sha256, "method": method, "rotations_sha256": hash_of(rotations)}
+    with resumable_folder(folder, overwrite, recipe) as work:
+        partial = work.folder
+        with Meter(work.state.get("cost")) as meter:
+            gate = _Fuser(walker, rotations, work).run(meter)
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings, config.dtype = False, torch.float32
         config.save_pretrained(partial)
@@ -97,44 +101,54 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 class _Fuser:
-    """One pass over the model: fold, gate, write."""
+    """One pass over the model: fold, gate, write.
 
-    def __init__(self, walker: Walker, rotations: Rotations, folder: Path) -> None:
-        self.walker, self.architecture, self.rotations = walker, walker.architecture, rotations
+    Three probes go along, as three windows of hidden states: through the original model, the rotated one, and the
+    rotated one as written, in float32.
+    """
+
+    def __init__(self, walker: Walker, rotations: Rotations, work: Workplace) -> None:
+        self.walker, self.architecture, self.rotations, self.work = walker, walker.architecture, rotations, work
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
-        self.shards = ShardWriter(folder, shards=walker.n_layers + 2)
+        self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(PROBE_TOKENS, config.max_position_embeddings)
-        self.probe = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
+        self.hidden = HiddenStates(work, (3, length, config.hidden_size), walker.dtype, walker.device)
 
     @torch.no_grad()
-    def run(self) -> dict[str, float]:
+    def run(self, meter: Meter) -> dict[str, float]:
         """Fold and write everything; returns the relative change of the logits in both precisions."""
-        reference, rotated, rounded = self._embedding()
-        for index, layer in self.walker.layers("fuse layers"):
+        if self.work.done is None:
+            self._embedding()
+            self.work.finished(0)
+        for index, layer in self.walker.layers("fuse layers", self.work):
             use_exact_layer(layer, self.architecture, self.eps)
+            reference, rotated, rounded = self.hidden.before
             reference_after = self.walker.advance(layer, reference)
             self._fold_layer(index, layer, reference, reference_after)
-            reference, rotated = reference_after, self.walker.advance(layer, rotated)
-            rounded = self.walker.advance(layer.float(), rounded)
+            rotated_after = self.walker.advance(layer, rotated)
+            rounded_after = self.walker.advance(layer.float(), rounded.float())
+            self.hidden.after.fill([reference_after, rotated_after, rounded_after])
             state = checkpoint_state(layer.state_dict(), self.architecture)
-            self.shards.write(named(f"{self.architecture.layers}.{index}", state))
-        return self._head(reference, rotated, rounded)
+            self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
+            self.work.state["cost"] = meter.to_dict()
+        return self._head(*self.hidden.before)
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""
-        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
+        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual.to(hidden.device)
 
-    def _embedding(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the rotated embedding; the probe's original, rotated, and rotated float32 states."""
+    def _embedding(self) -> None:
+        """Write the rotated embedding, and start the probes."""
         embedding = self.walker.embedding()
         reference = embedding(self.probe)
         embedding.weight.data = self._into_residual(embedding.weight.data)
         rotated = embedding(self.probe)
-        rounded = embedding.float()(self.probe)
-        self.shards.write(named(self.architecture.embedding, embedding.state_dict()))
+        self.hidden.before.fill([reference, rotated, embedding.float()(self.probe)])
+        self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
-        return reference, rotated, rounded
 
     def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:
         """Fold one layer in place, comparing its output with the original's after each fold."""
@@ -169,8 +183,9 @@ class _Fuser:
             folding.rotate_input(head, self.rotations.residual)
         exact = check("the fused model", logits, head(parent["norm"](rotated)), FLOAT64_TOLERANCE)
         parent.float()
-        written = check("the fused model in float32", logits, head(parent["norm"](rounded)), FLOAT32_TOLERANCE)
+        written = check("the fused model in float32", logits, head(parent["norm"](rounded.float())), FLOAT32_TOLERANCE)
         norm_state = named(self.architecture.final_norm, parent["norm"].state_dict())
-        self.shards.write({**norm_state, **named(self.architecture.head, head.state_dict())})
+        head_state = named(self.architecture.head, head.state_dict())
+        self.shards.write(self.walker.n_layers + 1, {**norm_state, **head_state})
         self.shards.close()
         return {"float64": exact, "float32": written}
