@@ -14,7 +14,7 @@ from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
-from kurtail_pl.storage.folder import ShardWriter, named, write_card
+from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, require_intact, write_card
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of, write_rotations
@@ -51,7 +51,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
         checkpoint: a plain model; its norms and head are left alone when there is no residual rotation.
         rotations: what to fuse.
         method: name that goes into `kurtail.json`.
-        folder: where the model goes.
+        folder: where the model goes; one that was fused from the same is reused.
         overwrite: replace the folder if it exists.
 
     Raises:
@@ -60,10 +60,19 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
         DiskFull: when the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
     """
+    recipe = {
+        "model_sha256": checkpoint.sha256,
+        "method": method,
+        "rotations_sha256": hash_of(rotations),
+        "versions": versions(),
+    }
+    if is_ours(folder) and read_card(folder).get("recipe") == recipe:
+        require_intact(folder)
+        log.info("reusing the fused model %s", folder)
+        return folder
     walker = Walker(checkpoint, dtype=torch.float64)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
     walker.model.set_attn_implementation(ATTENTION)
-    recipe = {"model_sha256": checkpoint.sha256, "method": method, "rotations_sha256": hash_of(rotations)}
     with resumable_folder(folder, overwrite, recipe) as work:
         partial = work.folder
         with Meter(work.state.get("cost")) as meter:
@@ -81,6 +90,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
             "rotations": rotations.origin,
             "rotations_sha256": sha256_of(partial / ROTATIONS),
             "gate": gate,
+            "recipe": recipe,
             "cost": {"fuse": meter.to_dict()},
             "versions": versions(),
         }

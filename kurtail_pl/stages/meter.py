@@ -26,13 +26,17 @@ class Meter:
         earlier: what a part of the same work cost that another process did, as `to_dict` gave it; it is added.
     """
 
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    peak_bytes: int = 0
-    device_peak_bytes: int = 0
-
     def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
         self._earlier: Mapping[str, float] = earlier or {}
+        self._running = False
+        self._add(0.0, 0.0, 0, 0)
+
+    def _add(self, seconds: float, cpu_seconds: float, peak_bytes: int, device_peak_bytes: int) -> None:
+        earlier = self._earlier.get
+        self.seconds = seconds + earlier("seconds", 0)
+        self.cpu_seconds = cpu_seconds + earlier("cpu_seconds", 0)
+        self.peak_bytes = max(peak_bytes, int(earlier("peak_bytes", 0)))
+        self.device_peak_bytes = max(device_peak_bytes, int(earlier("device_peak_bytes", 0)))
 
     def __enter__(self) -> Self:
         _reset_peak()
@@ -49,11 +53,8 @@ class Meter:
         self._running = False
 
     def _read(self) -> None:
-        self.seconds = time.perf_counter() - self._wall + self._earlier.get("seconds", 0)
-        self.cpu_seconds = time.process_time() - self._cpu + self._earlier.get("cpu_seconds", 0)
-        self.peak_bytes = max(_peak(), int(self._earlier.get("peak_bytes", 0)))
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        self.device_peak_bytes = max(device, int(self._earlier.get("device_peak_bytes", 0)))
+        self._add(time.perf_counter() - self._wall, time.process_time() - self._cpu, _peak(), device)
 
     def to_dict(self) -> dict[str, float | int]:
         """Plain data for JSON; so far, while the block runs."""

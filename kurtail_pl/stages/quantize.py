@@ -111,6 +111,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
             "calibration_text_sha256": recipe["calibration_text_sha256"],
+            "fused_sha256": recipe["fused_sha256"],
             **solver.notes,
             "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),

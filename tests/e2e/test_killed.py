@@ -11,10 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from kurtail_pl.storage.resume import differences
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
 Kurtail = Callable[..., None]
-READY = "import sys, kurtail_pl.cli.verbs; from kurtail_pl.cli.main import main; print('ready', flush=True); "
-READY += "sys.stdin.readline(); main()"
+READY = """
+import sys, kurtail_pl.cli.verbs, kurtail_pl.cli.trainer
+from kurtail_pl.cli.main import main
+print("ready", flush=True)
+sys.stdin.readline()
+main()
+"""
 
 
 def hashes(folder: Path) -> dict[str, Any]:
@@ -67,3 +81,32 @@ def test_killed_and_run_again(
         kurtail(tmp_path, *verb, where, "killed")
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "undisturbed")
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_fit_killed_and_run_again(kurtail: Kurtail, start: Callable[..., Any], recipe: Path, tmp_path: Path) -> None:
+    """The whole road: capture, learning, fusion, GPTQ or evaluation, whatever the moment hits."""
+    artefact, steps = Path("artifacts") / "tied-kurtail-w4a4kv4", ["--data.init_args.steps", 60]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    began = time.monotonic()
+    kurtail(undisturbed, "fit", "--config", recipe, *steps)
+    seconds = time.monotonic() - began
+    draw = random.Random(3)
+    for _ in range(4):
+        process = start(tmp_path, "fit", "--config", recipe, *steps, program=("-c", READY))
+        if not kill_after(process, draw.uniform(0.2, 0.6) * seconds):
+            break
+    if not (tmp_path / artefact / "results.json").is_file():
+        kurtail(tmp_path, "fit", "--config", recipe, *steps)
+    made, expected = hashes(tmp_path / artefact), hashes(undisturbed / artefact)
+    for card in (made, expected):  # What it cost stands with the rotations, and so in their file's hash.
+        card["rotations"].pop("cost")
+        for name in ("rotations_sha256", "fused_sha256"):
+            card.pop(name)
+        card["sha256"].pop("rotations.safetensors")
+    assert differences(made, expected) == []
+    tensors = [load_file(place / artefact / "rotations.safetensors") for place in (tmp_path, undisturbed)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
+    results = [json.loads((place / artefact / "results.json").read_text()) for place in (tmp_path, undisturbed)]
+    assert results[0]["evaluation"] == results[1]["evaluation"]
+    assert results[0]["kurtosis"] == results[1]["kurtosis"]
