@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.versions import versions
@@ -28,7 +29,6 @@ from kurtail_pl.surgery.gate import (
     FLOAT64_TOLERANCE,
     check,
     use_exact_layer,
-    use_exact_norm,
 )
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
@@ -37,6 +37,8 @@ from kurtail_pl.surgery.scheme import FLOAT
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
+ROWS = 4096
+"""Of embedding and head, folded at a time: all of them in float64 would be the largest thing in memory."""
 UNROTATED = "none"
 """Method name of a model that is only copied."""
 
@@ -118,7 +120,8 @@ class _Fuser:
     """
 
     def __init__(self, walker: Walker, rotations: Rotations, work: Workplace) -> None:
-        self.walker, self.architecture, self.rotations, self.work = walker, walker.architecture, rotations, work
+        self.walker, self.architecture, self.work = walker, walker.architecture, work
+        self.rotations = rotations
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
@@ -148,15 +151,15 @@ class _Fuser:
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""
-        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual.to(hidden.device)
+        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
 
     def _embedding(self) -> None:
         """Write the rotated embedding, and start the probes."""
-        embedding = self.walker.embedding()
-        reference = embedding(self.probe)
-        embedding.weight.data = self._into_residual(embedding.weight.data)
-        rotated = embedding(self.probe)
-        self.hidden.before.fill([reference, rotated, embedding.float()(self.probe)])
+        embedding = self.walker.embedding(torch.float32)
+        reference = embedding(self.probe).double()
+        for rows in torch.split(embedding.weight.data, ROWS):
+            rows.copy_(self._into_residual(rows.double()))
+        self.hidden.before.fill([reference, self._into_residual(reference), embedding(self.probe)])
         self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
 
@@ -184,18 +187,26 @@ class _Fuser:
 
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:
         """Write final norm and head, and compare the logits."""
-        norm, head = self.walker.head()
-        parent = nn.ModuleDict({"norm": norm, "head": head})
-        use_exact_norm(parent, "norm", self.eps)
-        logits = head(parent["norm"](reference))
+        norm, head = self.walker.head(torch.float32)
+        scale = cast(Tensor, norm.weight).double()
+        normed = [F.rms_norm(x, scale.shape, eps=self.eps) for x in (reference, rotated, rounded.float())]
+        logits: list[list[Tensor]] = [[], [], []]
+        for rows in torch.split(head.weight.data, ROWS):
+            plain = rows.double() * scale
+            folded = self._into_residual(plain)
+            if self.rotations.residual is not None:
+                rows.copy_(folded)
+            weights = (plain, folded, rows if self.rotations.residual is not None else folded.float())
+            for kept, x, weight in zip(logits, normed, weights, strict=True):
+                kept.append(x @ weight.T)
+        original, exact, written = (torch.cat(kept, -1) for kept in logits)
+        gate = {
+            "float64": check("the fused model", original, exact, FLOAT64_TOLERANCE),
+            "float32": check("the fused model in float32", original, written, FLOAT32_TOLERANCE),
+        }
         if self.rotations.residual is not None:
-            folding.fold_norm(parent["norm"], [head])
-            folding.rotate_input(head, self.rotations.residual)
-        exact = check("the fused model", logits, head(parent["norm"](rotated)), FLOAT64_TOLERANCE)
-        parent.float()
-        written = check("the fused model in float32", logits, head(parent["norm"](rounded.float())), FLOAT32_TOLERANCE)
-        norm_state = named(self.architecture.final_norm, parent["norm"].state_dict())
-        head_state = named(self.architecture.head, head.state_dict())
-        self.shards.write(self.walker.n_layers + 1, {**norm_state, **head_state})
+            norm.weight = nn.Parameter(torch.ones_like(scale, dtype=torch.float32), requires_grad=False)
+        tensors = named(self.architecture.final_norm, norm.state_dict())
+        self.shards.write(self.walker.n_layers + 1, {**tensors, **named(self.architecture.head, head.state_dict())})
         self.shards.close()
-        return {"float64": exact, "float32": written}
+        return gate

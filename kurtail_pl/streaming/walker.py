@@ -28,7 +28,7 @@ class Walker:
         checkpoint: where the weights are.
         model: its modules, without weights; the plain model of the configuration when not given.
         dtype: floating-point type of the computation.
-        device: where it happens; the CUDA device, if there is one, when not given.
+        device: where it happens; the CPU when not given.
 
     Raises:
         UnsupportedArchitecture: when the model's family has no matching record.
@@ -42,7 +42,7 @@ class Walker:
         device: torch.device | None = None,
     ) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cpu")
         self.model = empty_model(checkpoint.config) if model is None else model
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))
@@ -51,11 +51,13 @@ class Walker:
     def _read(self, prefix: str) -> dict[str, Tensor]:
         return module_state(self.checkpoint.tensors_under(prefix), self.architecture)
 
-    def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
-        return self._put(module, self._read(prefix), prefix)
+    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None) -> nn.Module:
+        return self._put(module, self._read(prefix), prefix, dtype)
 
-    def _put(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
-        state = {name: to_float(t.to(self.device), self.dtype) for name, t in tensors.items()}
+    def _put(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        state = {name: to_float(t.to(self.device), dtype or self.dtype) for name, t in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -65,17 +67,18 @@ class Walker:
             ) from error
         return module
 
-    def embedding(self) -> nn.Embedding:
-        """The embedding, with its weights; drop it when done."""
-        embedding = self._fill(self.model.get_submodule(self.architecture.embedding), self.architecture.embedding)
-        return cast(nn.Embedding, embedding)
+    def embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The embedding, with its weights, in a type of its own if one is given; drop it when done."""
+        name = self.architecture.embedding
+        return cast(nn.Embedding, self._fill(self.model.get_submodule(name), name, dtype))
 
-    def head(self) -> tuple[nn.Module, nn.Linear]:
-        """Final norm and `lm_head`, with their weights; a tied head reads the embedding's."""
-        norm = self._fill(self.model.get_submodule(self.architecture.final_norm), self.architecture.final_norm)
+    def head(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Linear]:
+        """Final norm and `lm_head`, with their weights, as `embedding`; a tied head reads the embedding's."""
+        norm = self.model.get_submodule(self.architecture.final_norm)
+        norm = self._fill(norm, self.architecture.final_norm, dtype)
         tied = self.checkpoint.config.tie_word_embeddings
         weights = self.architecture.embedding if tied else self.architecture.head
-        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(self.architecture.head), weights))
+        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(self.architecture.head), weights, dtype))
 
     def layers(self, description: str, work: Workplace | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Each decoder layer in turn, with its weights only while it is the current one; shows progress.
