@@ -29,6 +29,10 @@ class ArtefactError(KurtailError):
     """An artefact folder is missing, incomplete, or would be overwritten."""
 
 
+class ResumeMismatch(KurtailError):
+    """Unfinished work stands where work with other settings is to be done."""
+
+
 class DiskFull(KurtailError):
     """What is about to be written does not fit on the disk."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from kurtail_pl.errors import ConfigError
@@ -17,6 +18,8 @@ from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
 from kurtail_pl.stages.compare import run_baselines
 from kurtail_pl.stages.report import report
 from kurtail_pl.storage.activations import ActivationStore
+
+log = logging.getLogger(__name__)
 
 LINKED = ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")
 TRAINER_DEFAULTS = {
@@ -59,8 +62,6 @@ class KurtailCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Say so when a size was given by hand: the link would replace it without a word."""
-        if self._get(self.config, "ckpt_path"):
-            return  # Lightning has put the checkpoint's own sizes there.
         given = self._get(self.config, "model").get("init_args", {})
         by_hand = [name for name in LINKED if given.get(name) is not None]
         if by_hand:
@@ -70,10 +71,22 @@ class KurtailCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Let the callbacks refuse what would fail after capture and training."""
+        """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightQuantization | Evaluation):
                 callback.check(self.trainer, self.datamodule)
+        last = self._last_checkpoint()
+        if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
+            log.info("going on from %s", last)
+            self.config_init["fit"]["ckpt_path"] = str(last)
+
+    def _last_checkpoint(self) -> Path | None:
+        """What an earlier run of the recipe left, finished or not."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                last = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+                return last if last.is_file() else None
+        return None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Hand `--overwrite` to the callback that writes the artefact."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.stages.capture import CaptureSpec, capture, shape_of
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
 
 
@@ -89,6 +92,24 @@ class ActivationDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the store."""
         self.store = ActivationStore(self.store_folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the batches, for the checkpoint; more `steps` only add batches at the end."""
+        rows = {"batch_rows": self.batch_rows, "validation_rows": self.validation_rows}
+        return {"activations": asdict(self.store.origin), **rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose batches were others.
+
+        Raises:
+            ResumeMismatch: naming the differences.
+        """
+        found = differences(state_dict, self.state_dict())
+        if found:
+            raise ResumeMismatch(
+                f"the checkpoint was made from other data: {'; '.join(found)}; "
+                "resume with its own, or start anew with --overwrite"
+            )
 
     def train_dataloader(self) -> BlockLoader:
         """Blocks of the training rows, all of equal size."""

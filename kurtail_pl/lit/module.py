@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.maths.kurtosis import distance_to_uniform, kurtosis, rms_norm
@@ -18,6 +18,7 @@ from kurtail_pl.maths.orthogonal import nearest_orthogonal, orthogonality_error
 from kurtail_pl.metrics import Kurtosis
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.storage.activations import block_sites
+from kurtail_pl.storage.resume import differences
 from kurtail_pl.surgery.rotations import random_fused
 
 FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
@@ -53,7 +54,6 @@ class RotationModule(L.LightningModule):
         optimizer: OptimizerCallable = CayleyAdam,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer"])
         self.layers, self.rms_norm_eps, self.rotation_seed = layers, rms_norm_eps, rotation_seed
         self.optimizer = optimizer
         residual, value = random_fused(
@@ -130,9 +130,25 @@ class RotationModule(L.LightningModule):
         """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU."""
         return nearest_orthogonal(self.residual.detach().cpu()), nearest_orthogonal(self.value.detach().cpu())
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the learned rotations, beside the data."""
+        optimizer = self.optimizer([nn.Parameter(torch.eye(2))])
+        own = {"rotation_seed": self.rotation_seed, "rms_norm_eps": self.rms_norm_eps}
+        return {**own, "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the settings, for whoever resumes."""
+        checkpoint["settings"] = self.settings()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a model with other sizes, by name instead of by torch's list of shapes."""
+        """Refuse a checkpoint of other sizes, by name instead of by torch's list of shapes, or of other settings."""
         shapes = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items() if name in ("residual", "value")}
         own = {name: tuple(getattr(self, name).shape) for name in ("residual", "value")}
         if shapes != own:
             raise ConfigError(f"the checkpoint holds rotations {shapes}, this model needs {own}; resume its own run")
+        found = differences(checkpoint["settings"], self.settings())
+        if found:
+            raise ResumeMismatch(
+                f"the checkpoint was made with other settings: {'; '.join(found)}; "
+                "resume with its own, or start anew with --overwrite"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from kurtail_pl.storage.activations import (
     write_site,
 )
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import gigabytes, new_folder, require_space, write_json
+from kurtail_pl.storage.files import gigabytes, require_space, write_json
+from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.architecture import Architecture
@@ -95,11 +96,11 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> Activatio
     if dry_run:
         return None
     require_space(folder, size)
-    with new_folder(folder, overwrite=False) as partial:
-        with Meter() as meter:
-            _capture_layers(walker, windows.tokens, spec, partial)
-        write_manifest(partial, origin, shape, versions())
-        write_json(partial / COST, meter.to_dict())
+    with resumable_folder(folder, overwrite=False, recipe=asdict(origin)) as work:
+        with Meter(work.state.get("cost")) as meter:
+            _capture_layers(walker, windows.tokens, spec, work, meter)
+        write_manifest(work.folder, origin, shape, versions())
+        write_json(work.folder / COST, meter.to_dict())
     return ActivationStore(folder)
 
 
@@ -126,19 +127,20 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
 
 
 @torch.no_grad()
-def _capture_layers(walker: Walker, windows: Tensor, spec: CaptureSpec, folder: Path) -> None:
+def _capture_layers(walker: Walker, windows: Tensor, spec: CaptureSpec, work: Workplace, meter: Meter) -> None:
     generator = torch.Generator().manual_seed(spec.seed)
     chosen = torch.randperm(windows.numel(), generator=generator)[: spec.rows]
-    hidden = walker.embed(windows)
     value_width = shape_of(walker.checkpoint).width("value")
-    for index, layer in walker.layers("capture layers"):
+    hidden = walker.hidden_states(windows, work)
+    for index, layer in walker.layers("capture layers", work):
         taps = _Taps(layer, walker.architecture, chosen, windows.shape[1], value_width)
-        for number in range(len(hidden)):
+        for number, states in enumerate(hidden.before):
             taps.window = number
-            hidden[number] = walker.advance(layer, hidden[number])
+            hidden.after[number] = walker.advance(layer, states)
         taps.close()
         for name, rows in taps.rows.items():
-            write_site(folder, f"layer{index:03d}.{name}", rows)
+            write_site(work.folder, f"layer{index:03d}.{name}", rows)
+        work.state["cost"] = meter.to_dict()
 
 
 class _Taps:

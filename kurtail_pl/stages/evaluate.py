@@ -13,6 +13,7 @@ from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.streaming.walker import Walker
 
 log = logging.getLogger(__name__)
@@ -36,18 +37,17 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
         TextError: when the text is too short.
     """
     windows = cut_windows(checkpoint.tokenizer(), spec, "evaluation")
-    with Meter() as meter:
+    recipe = {"model_sha256": checkpoint.sha256, "text_sha256": windows.text_sha256, **asdict(spec)}
+    with resumable_work(recipe) as work, Meter(work.state.get("cost")) as meter:
         walker = Walker(checkpoint, skeleton(checkpoint))
-        hidden = walker.embed(windows.tokens)
-        for _, layer in walker.layers("evaluate layers"):
-            for number in range(len(hidden)):
-                hidden[number] = walker.advance(layer, hidden[number])
+        hidden = walker.hidden_states(windows.tokens, work)
+        for _, layer in walker.layers("evaluate layers", work):
+            hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
+            work.state["cost"] = meter.to_dict()
         norm, head = walker.head()
-        metric = Perplexity()
-        for states, ids in zip(hidden, windows.tokens, strict=True):
-            metric.update(head(norm(states)), ids.unsqueeze(0))
-        norm.to("meta")
-        head.to("meta")
+        metric = Perplexity().to(walker.device)
+        for states, ids in zip(hidden.before, windows.tokens, strict=True):
+            metric.update(head(norm(states)), ids.unsqueeze(0).to(walker.device))
     value = metric.compute().item()
     log.info("perplexity of %s: %.3f (%d windows of %d tokens)", checkpoint.folder, value, spec.windows, spec.seqlen)
     return {

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import new_folder, require_space, sha256_of
-from kurtail_pl.storage.folder import ShardWriter, named, write_card
+from kurtail_pl.storage.files import require_space, sha256_of
+from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, require_intact, write_card
+from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
-from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.storage.rotation_file import hash_of, write_rotations
+from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.attention import ATTENTION
@@ -26,7 +29,6 @@ from kurtail_pl.surgery.gate import (
     FLOAT64_TOLERANCE,
     check,
     use_exact_layer,
-    use_exact_norm,
 )
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
@@ -35,6 +37,8 @@ from kurtail_pl.surgery.scheme import FLOAT
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
+ROWS = 4096
+"""Of embedding and head, folded at a time: all of them in float64 would be the largest thing in memory."""
 UNROTATED = "none"
 """Method name of a model that is only copied."""
 
@@ -49,7 +53,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
         checkpoint: a plain model; its norms and head are left alone when there is no residual rotation.
         rotations: what to fuse.
         method: name that goes into `kurtail.json`.
-        folder: where the model goes.
+        folder: where the model goes; one that was fused from the same is reused.
         overwrite: replace the folder if it exists.
 
     Raises:
@@ -58,12 +62,23 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
         DiskFull: when the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
     """
+    recipe = {
+        "model_sha256": checkpoint.sha256,
+        "method": method,
+        "rotations_sha256": hash_of(rotations),
+        "versions": versions(),
+    }
+    if is_ours(folder) and read_card(folder).get("recipe") == recipe:
+        require_intact(folder)
+        log.info("reusing the fused model %s", folder)
+        return folder
     walker = Walker(checkpoint, dtype=torch.float64)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
     walker.model.set_attn_implementation(ATTENTION)
-    with new_folder(folder, overwrite) as partial:
-        with Meter() as meter:
-            gate = _Fuser(walker, rotations, partial).run()
+    with resumable_folder(folder, overwrite, recipe) as work:
+        partial = work.folder
+        with Meter(work.state.get("cost")) as meter:
+            gate = _Fuser(walker, rotations, work).run(meter)
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings, config.dtype = False, torch.float32
         config.save_pretrained(partial)
@@ -77,6 +92,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
             "rotations": rotations.origin,
             "rotations_sha256": sha256_of(partial / ROTATIONS),
             "gate": gate,
+            "recipe": recipe,
             "cost": {"fuse": meter.to_dict()},
             "versions": versions(),
         }
@@ -97,44 +113,55 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 class _Fuser:
-    """One pass over the model: fold, gate, write."""
+    """One pass over the model: fold, gate, write.
 
-    def __init__(self, walker: Walker, rotations: Rotations, folder: Path) -> None:
-        self.walker, self.architecture, self.rotations = walker, walker.architecture, rotations
+    Three probes go along, as three windows of hidden states: through the original model, the rotated one, and the
+    rotated one as written, in float32.
+    """
+
+    def __init__(self, walker: Walker, rotations: Rotations, work: Workplace) -> None:
+        self.walker, self.architecture, self.work = walker, walker.architecture, work
+        self.rotations = rotations
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
-        self.shards = ShardWriter(folder, shards=walker.n_layers + 2)
+        self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(PROBE_TOKENS, config.max_position_embeddings)
-        self.probe = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
+        self.hidden = HiddenStates(work, (3, length, config.hidden_size), walker.dtype, walker.device)
 
     @torch.no_grad()
-    def run(self) -> dict[str, float]:
+    def run(self, meter: Meter) -> dict[str, float]:
         """Fold and write everything; returns the relative change of the logits in both precisions."""
-        reference, rotated, rounded = self._embedding()
-        for index, layer in self.walker.layers("fuse layers"):
+        if self.work.done is None:
+            self._embedding()
+            self.work.finished(0)
+        for index, layer in self.walker.layers("fuse layers", self.work):
             use_exact_layer(layer, self.architecture, self.eps)
+            reference, rotated, rounded = self.hidden.before
             reference_after = self.walker.advance(layer, reference)
             self._fold_layer(index, layer, reference, reference_after)
-            reference, rotated = reference_after, self.walker.advance(layer, rotated)
-            rounded = self.walker.advance(layer.float(), rounded)
+            rotated_after = self.walker.advance(layer, rotated)
+            rounded_after = self.walker.advance(layer.float(), rounded.float())
+            self.hidden.after.fill([reference_after, rotated_after, rounded_after])
             state = checkpoint_state(layer.state_dict(), self.architecture)
-            self.shards.write(named(f"{self.architecture.layers}.{index}", state))
-        return self._head(reference, rotated, rounded)
+            self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
+            self.work.state["cost"] = meter.to_dict()
+        return self._head(*self.hidden.before)
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""
         return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
 
-    def _embedding(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the rotated embedding; the probe's original, rotated, and rotated float32 states."""
-        embedding = self.walker.embedding()
-        reference = embedding(self.probe)
-        embedding.weight.data = self._into_residual(embedding.weight.data)
-        rotated = embedding(self.probe)
-        rounded = embedding.float()(self.probe)
-        self.shards.write(named(self.architecture.embedding, embedding.state_dict()))
+    def _embedding(self) -> None:
+        """Write the rotated embedding, and start the probes."""
+        embedding = self.walker.embedding(torch.float32)
+        reference = embedding(self.probe).double()
+        for rows in torch.split(embedding.weight.data, ROWS):
+            rows.copy_(self._into_residual(rows.double()))
+        self.hidden.before.fill([reference, self._into_residual(reference), embedding(self.probe)])
+        self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
-        return reference, rotated, rounded
 
     def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:
         """Fold one layer in place, comparing its output with the original's after each fold."""
@@ -160,17 +187,26 @@ class _Fuser:
 
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:
         """Write final norm and head, and compare the logits."""
-        norm, head = self.walker.head()
-        parent = nn.ModuleDict({"norm": norm, "head": head})
-        use_exact_norm(parent, "norm", self.eps)
-        logits = head(parent["norm"](reference))
+        norm, head = self.walker.head(torch.float32)
+        scale = cast(Tensor, norm.weight).double()
+        normed = [F.rms_norm(x, scale.shape, eps=self.eps) for x in (reference, rotated, rounded.float())]
+        logits: list[list[Tensor]] = [[], [], []]
+        for rows in torch.split(head.weight.data, ROWS):
+            plain = rows.double() * scale
+            folded = self._into_residual(plain)
+            if self.rotations.residual is not None:
+                rows.copy_(folded)
+            weights = (plain, folded, rows if self.rotations.residual is not None else folded.float())
+            for kept, x, weight in zip(logits, normed, weights, strict=True):
+                kept.append(x @ weight.T)
+        original, exact, written = (torch.cat(kept, -1) for kept in logits)
+        gate = {
+            "float64": check("the fused model", original, exact, FLOAT64_TOLERANCE),
+            "float32": check("the fused model in float32", original, written, FLOAT32_TOLERANCE),
+        }
         if self.rotations.residual is not None:
-            folding.fold_norm(parent["norm"], [head])
-            folding.rotate_input(head, self.rotations.residual)
-        exact = check("the fused model", logits, head(parent["norm"](rotated)), FLOAT64_TOLERANCE)
-        parent.float()
-        written = check("the fused model in float32", logits, head(parent["norm"](rounded)), FLOAT32_TOLERANCE)
-        norm_state = named(self.architecture.final_norm, parent["norm"].state_dict())
-        self.shards.write({**norm_state, **named(self.architecture.head, head.state_dict())})
+            norm.weight = nn.Parameter(torch.ones_like(scale, dtype=torch.float32), requires_grad=False)
+        tensors = named(self.architecture.final_norm, norm.state_dict())
+        self.shards.write(self.walker.n_layers + 1, {**tensors, **named(self.architecture.head, head.state_dict())})
         self.shards.close()
-        return {"float64": exact, "float32": written}
+        return gate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,31 +21,45 @@ class Meter:
     `seconds` is wall time, `cpu_seconds` the processor time of all threads, `peak_bytes` the largest resident memory of
     the process within the block (on Linux; elsewhere since the process began), and `device_peak_bytes` the largest
     amount of memory allocated on the CUDA device, 0 without one.
+
+    Args:
+        earlier: what a part of the same work cost that another process did, as `to_dict` gave it; it is added.
     """
 
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    peak_bytes: int = 0
-    device_peak_bytes: int = 0
+    def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
+        self._earlier: Mapping[str, float] = earlier or {}
+        self._running = False
+        self._add(0.0, 0.0, 0, 0)
+
+    def _add(self, seconds: float, cpu_seconds: float, peak_bytes: int, device_peak_bytes: int) -> None:
+        earlier = self._earlier.get
+        self.seconds = seconds + earlier("seconds", 0)
+        self.cpu_seconds = cpu_seconds + earlier("cpu_seconds", 0)
+        self.peak_bytes = max(peak_bytes, int(earlier("peak_bytes", 0)))
+        self.device_peak_bytes = max(device_peak_bytes, int(earlier("device_peak_bytes", 0)))
 
     def __enter__(self) -> Self:
         _reset_peak()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        self._running = True
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.seconds = time.perf_counter() - self._wall
-        self.cpu_seconds = time.process_time() - self._cpu
-        self.peak_bytes = _peak()
-        if torch.cuda.is_available():
-            self.device_peak_bytes = torch.cuda.max_memory_allocated()
+        self._read()
+        self._running = False
+
+    def _read(self) -> None:
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        self._add(time.perf_counter() - self._wall, time.process_time() - self._cpu, _peak(), device)
 
     def to_dict(self) -> dict[str, float | int]:
-        """Plain data for JSON."""
+        """Plain data for JSON; so far, while the block runs."""
+        if self._running:
+            self._read()
         return {
             "seconds": round(self.seconds, 2),
             "cpu_seconds": round(self.cpu_seconds, 2),

@@ -18,8 +18,9 @@ from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import new_folder, require_space
-from kurtail_pl.storage.folder import ShardWriter, named, read_card, rotations_of, write_card
+from kurtail_pl.storage.files import require_space, sha256_of
+from kurtail_pl.storage.folder import CARD, ShardWriter, named, read_card, rotations_of, write_card
+from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
@@ -91,9 +92,15 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     solver = LayerSolver(walker, spec.scheme.weights, spec.gptq if spec.needs_inputs else None)
     text = calibration_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
-    with new_folder(folder, overwrite) as partial:
-        with Meter() as meter:
-            _write_weights(walker, solver, spec.method, None if text is None else text.tokens, partial)
+    recipe = {
+        "fused_sha256": sha256_of(fused / CARD),
+        "quantize": asdict(spec),
+        "calibration_text_sha256": None if text is None else text.text_sha256,
+    }
+    with resumable_folder(folder, overwrite, recipe) as work:
+        partial = work.folder
+        with Meter(work.state.get("cost")) as meter:
+            _write_weights(walker, solver, text, spec, work, meter)
         checkpoint.config.save_pretrained(partial)
         copy_companions(checkpoint, partial)
         write_rotations(partial / ROTATIONS, rotations)
@@ -103,10 +110,9 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "method": spec.method if fused_card["method"] == UNROTATED else fused_card["method"],
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
-            "calibration_text_sha256": None if text is None else text.text_sha256,
-            "fallbacks": solver.fallbacks,
-            "expert_tokens": solver.expert_tokens,
-            "borrowers": solver.borrowers,
+            "calibration_text_sha256": recipe["calibration_text_sha256"],
+            "fused_sha256": recipe["fused_sha256"],
+            **solver.notes,
             "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),
         }
@@ -123,24 +129,30 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
 
 
 @torch.no_grad()
-def _write_weights(walker: Walker, solver: LayerSolver, method: str, windows: Tensor | None, folder: Path) -> None:
-    architecture = walker.architecture
-    shards = ShardWriter(folder, shards=walker.n_layers + 2)
+def _write_weights(
+    walker: Walker, solver: LayerSolver, text: Windows | None, spec: QuantizeSpec, work: Workplace, meter: Meter
+) -> None:
+    architecture, layers = walker.architecture, walker.architecture.layers
+    shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
 
-    def write(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-        state = checkpoint_state(module.state_dict(), architecture)
+    def state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+        tensors = checkpoint_state(module.state_dict(), architecture)
         # Scales stay float32: there is one for thousands of weights.
-        return named(prefix, {k: v if k.endswith("scale") else _half(v) for k, v in state.items()})
+        return named(prefix, {k: v if k.endswith("scale") else _half(v) for k, v in tensors.items()})
 
-    embedding = walker.embedding()
-    shards.write(write(architecture.embedding, embedding))
-    hidden = [] if windows is None else [embedding(window.unsqueeze(0)) for window in windows]
-    embedding.to("meta")
-    for index, layer in walker.layers(f"{method} layers"):
-        hidden = solver.solve_layer(layer, f"{architecture.layers}.{index}", hidden)
-        shards.write(write(f"{architecture.layers}.{index}", layer))
+    solver.notes.update(work.state.get("notes", {}))
+    if work.done is None:
+        embedding = walker.embedding()
+        shards.write(0, state(architecture.embedding, embedding))
+        embedding.to("meta")
+    windows = torch.empty(0, 0, dtype=torch.long) if text is None else text.tokens
+    hidden = walker.hidden_states(windows, work)
+    for index, layer in walker.layers(f"{spec.method} layers", work):
+        solver.solve_layer(layer, f"{layers}.{index}", hidden)
+        shards.write(index + 1, state(f"{layers}.{index}", layer))
+        work.state.update(notes=solver.notes, cost=meter.to_dict())
     norm, head = walker.head()
-    shards.write({**write(architecture.final_norm, norm), **write(architecture.head, head)})
+    shards.write(walker.n_layers + 1, {**state(architecture.final_norm, norm), **state(architecture.head, head)})
     shards.close()
 
 

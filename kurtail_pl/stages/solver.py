@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,28 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from kurtail_pl.maths.gptq import GPTQ, gptq
 from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.experts import routed
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
+
+
+Inputs = Callable[[], Iterable[Tensor]]
+"""The inputs of linears, window by window, ``[1, tokens, in]``; made anew whenever they are needed."""
+
+
+class Notes(TypedDict):
+    """What was not as usual.
+
+    `fallbacks` are linears rounded to nearest because their Hessian was not positive definite, `expert_tokens` how many
+    calibration tokens the router sent to each expert, and `borrowers` experts that borrowed tokens of others.
+    """
+
+    fallbacks: list[str]
+    expert_tokens: dict[str, int]
+    borrowers: list[str]
 
 
 class LayerSolver:
@@ -35,92 +53,112 @@ class LayerSolver:
 
     def __init__(self, walker: Walker, quantizer: Quantizer | None, settings: GPTQ | None) -> None:
         self.walker, self.quantizer, self.settings = walker, quantizer, settings
-        self.fallbacks: list[str] = []
-        """Linears whose Hessian was not positive definite, and which were rounded to nearest."""
-        self.expert_tokens: dict[str, int] = {}
-        """How many calibration tokens the router sent to each expert."""
-        self.borrowers: list[str] = []
-        """Experts that borrowed tokens."""
+        self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
 
-    def solve_layer(self, layer: nn.Module, prefix: str, hidden: list[Tensor]) -> list[Tensor]:
-        """Quantize a layer's linears in place.
+    def solve_layer(self, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
+        """Quantize a layer's linears in place, and fill `hidden.after` with what the quantized layer writes.
 
         Args:
             layer: with weights, equipped.
             prefix: its name in the model.
-            hidden: what it reads, a list of ``[1, tokens, hidden]``; empty where no inputs are needed.
-
-        Returns:
-            The hidden states after it.
+            hidden: states of all windows; none where no inputs are needed.
         """
         architecture = self.walker.architecture
-        hidden = self._attention(layer, prefix, hidden)
-        normed = [layer.get_submodule(architecture.mlp_norm)(h) for h in hidden]
+        self._attention(layer, prefix, hidden)
+        states, norm = hidden.after, layer.get_submodule(architecture.mlp_norm)
+
+        def normed() -> Iterator[Tensor]:
+            yield from map(norm, states)
+
         if architecture.router is not None:
             self._experts(layer, prefix, normed)
             block = layer.get_submodule(architecture.mlp)
-            return [h + block(x) for h, x in zip(hidden, normed, strict=True)]
-        inner = self._gated_mlp(layer, prefix, architecture.mlp, normed)
+            states.fill(h + block(norm(h)) for h in states)
+            return
         down = layer.get_submodule(f"{architecture.mlp}.{architecture.down}")
-        return [h + down(x) for h, x in zip(hidden, inner, strict=True)]
+        assert isinstance(down, QuantizedLinear)
+        inner = hidden.scratch(down.in_features)
+        self._gated_mlp(layer, prefix, architecture.mlp, normed, inner)
+        states.fill(h + down(x) for h, x in zip(states, inner, strict=True))
 
-    def _attention(self, layer: nn.Module, prefix: str, hidden: list[Tensor]) -> list[Tensor]:
+    def _attention(self, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
         architecture = self.walker.architecture
-        normed = [layer.get_submodule(architecture.attention_norm)(h) for h in hidden]
-        self._solve(layer, prefix, architecture.attention_readers, normed)
-        attention = layer.get_submodule(architecture.attention)
+        norm, attention = (layer.get_submodule(n) for n in (architecture.attention_norm, architecture.attention))
+        self._solve(layer, prefix, architecture.attention_readers, lambda: map(norm, hidden.before))
         with _set_aside(layer, architecture.output) as output:
-            inner = [attention(x, **self.walker.positions(layer, x))[0] for x in normed]
-        self._solve(layer, prefix, (architecture.output,), inner)
-        return [h + output(x) for h, x in zip(hidden, inner, strict=True)]
+            assert isinstance(output, QuantizedLinear)
+            inner = hidden.scratch(output.in_features)
+            positions = self.walker.positions
+            inner.fill(attention(x, **positions(layer, x))[0] for x in map(norm, hidden.before))
+        self._solve(layer, prefix, (architecture.output,), lambda: inner)
+        hidden.after.fill(h + output(x) for h, x in zip(hidden.before, inner, strict=True))
 
-    def _gated_mlp(self, layer: nn.Module, prefix: str, mlp: str, inputs: list[Tensor]) -> list[Tensor]:
-        """Quantize a gated MLP, dense or one expert; returns what its down projection reads."""
+    def _gated_mlp(
+        self, layer: nn.Module, prefix: str, mlp: str, inputs: Inputs, inner: MappedStates | None = None
+    ) -> None:
+        """Quantize a gated MLP, dense or one expert; keeps in `inner`, when given, what its down projection reads."""
         architecture = self.walker.architecture
         readers = dict.fromkeys((f"{mlp}.{architecture.gate}", f"{mlp}.{architecture.up}"))
-        down = f"{mlp}.{architecture.down}"
+        down, block = f"{mlp}.{architecture.down}", layer.get_submodule(mlp)
         self._solve(layer, prefix, tuple(readers), inputs)
-        with _set_aside(layer, down):
-            inner = [layer.get_submodule(mlp)(x) for x in inputs]
-        self._solve(layer, prefix, (down,), inner)
-        return inner
+        with _set_aside(layer, down) as linear:
+            if inner is not None:
+                inner.fill(map(block, inputs()))
+            hessian = self._hessian(linear, inner if inner is not None else map(block, inputs()))
+        self._pack(layer, prefix, (down,), hessian)
 
-    def _experts(self, layer: nn.Module, prefix: str, normed: list[Tensor]) -> None:
+    def _experts(self, layer: nn.Module, prefix: str, normed: Inputs) -> None:
         """Quantize every expert on the tokens routed to it."""
         architecture = self.walker.architecture
         assert architecture.router is not None
-        mlps = architecture.gated_mlps(layer)
-        if not normed:
-            for mlp in mlps:
-                self._gated_mlp(layer, prefix, mlp, [])
-            return
-        tokens = torch.cat([x.flatten(0, 1) for x in normed])
-        index = routed(layer.get_submodule(architecture.router), tokens)
-        counts = [int((index == number).sum()) for number in range(len(mlps))]
-        log.info("%s: tokens routed to each expert %s", prefix, counts)
-        for number, (mlp, count) in enumerate(zip(mlps, counts, strict=True)):
-            chosen = (index == number).any(-1)
-            down = layer.get_submodule(f"{mlp}.{architecture.down}")
-            assert isinstance(down, QuantizedLinear)
-            missing = max(down.in_features, tokens.shape[1]) - count
-            if missing > 0:
-                log.warning("%s.%s borrows %d tokens of the other experts", prefix, mlp, missing)
-                self.borrowers.append(f"{prefix}.{mlp}")
-                chosen |= _evenly(~chosen, missing)
-            self.expert_tokens[f"{prefix}.{mlp}"] = count
-            self._gated_mlp(layer, prefix, mlp, [tokens[chosen].unsqueeze(0)])
+        router, mlps = layer.get_submodule(architecture.router), architecture.gated_mlps(layer)
+        index = [routed(router, x.flatten(0, 1)) for x in normed()]
+        for number, mlp in enumerate(mlps):
+            chosen = [(window == number).any(-1) for window in index]
+            if self.settings is not None:
+                self._borrow(f"{prefix}.{mlp}", layer.get_submodule(f"{mlp}.{architecture.down}"), chosen)
 
-    def _solve(self, layer: nn.Module, prefix: str, names: tuple[str, ...], inputs: list[Tensor]) -> None:
-        """Quantize linears that read the same inputs, a list of ``[1, tokens, in]``."""
-        if self.quantizer is None:
-            return
-        linears = {name: layer.get_submodule(name) for name in names}
-        hessian = None
-        for name, linear in linears.items():
+            def rows(chosen: list[Tensor] = chosen) -> Iterator[Tensor]:
+                return (x[:, mask] for x, mask in zip(normed(), chosen, strict=True))
+
+            self._gated_mlp(layer, prefix, mlp, rows)
+        if self.settings is not None:
+            counts = [self.notes["expert_tokens"][f"{prefix}.{mlp}"] for mlp in mlps]
+            log.info("%s: tokens routed to each expert %s", prefix, counts)
+
+    def _borrow(self, name: str, down: nn.Module, chosen: list[Tensor]) -> None:
+        """Note an expert's tokens, and add others to its masks, one for each window, when they are too few."""
+        assert isinstance(down, QuantizedLinear)
+        masks = torch.cat(chosen)
+        self.notes["expert_tokens"][name] = own = int(masks.sum())
+        missing = max(down.in_features, down.out_features) - own
+        if missing > 0:
+            log.warning("%s borrows %d tokens of the other experts", name, missing)
+            self.notes["borrowers"].append(name)
+            masks = masks | _evenly(~masks, missing)
+            chosen[:] = torch.split(masks, [len(window) for window in chosen])
+
+    def _solve(self, layer: nn.Module, prefix: str, names: tuple[str, ...], inputs: Inputs) -> None:
+        """Quantize linears that read the same inputs."""
+        self._pack(layer, prefix, names, self._hessian(layer.get_submodule(names[0]), inputs()))
+
+    def _hessian(self, linear: nn.Module, inputs: Iterable[Tensor]) -> Tensor | None:
+        """``X^T X`` over all tokens of what the linear's weight multiplies, ``[in, in]`` float64; None for RTN."""
+        if self.quantizer is None or self.settings is None:
+            return None
+        assert isinstance(linear, QuantizedLinear)
+        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=self.walker.device)
+        for x in inputs:
+            rows = linear.prepare(x).flatten(0, -2)
+            total += rows.T @ rows
+        return total
+
+    def _pack(self, layer: nn.Module, prefix: str, names: tuple[str, ...], hessian: Tensor | None) -> None:
+        for name in names if self.quantizer is not None else ():
+            linear = layer.get_submodule(name)
             assert isinstance(linear, QuantizedLinear)
-            if hessian is None and self.settings is not None:
-                hessian = _hessian(linear, inputs)
             assert linear.weight is not None
+            assert self.quantizer is not None
             linear.pack(self._codes(f"{prefix}.{name}", linear.weight, hessian, self.quantizer), self.quantizer)
 
     def _codes(self, name: str, weight: Tensor, hessian: Tensor | None, quantizer: Quantizer) -> Quantized:
@@ -130,7 +168,7 @@ class LayerSolver:
                 return gptq(weight, hessian, grid, quantizer, self.settings)
             except LinAlgError:
                 log.warning("%s: the Hessian is not positive definite; its weight is rounded to nearest", name)
-                self.fallbacks.append(name)
+                self.notes["fallbacks"].append(name)
         return round_to_nearest(weight, grid, quantizer)
 
 
@@ -151,12 +189,3 @@ def _set_aside(layer: nn.Module, name: str) -> Iterator[nn.Module]:
         yield linear
     finally:
         layer.set_submodule(name, linear)
-
-
-def _hessian(linear: QuantizedLinear, inputs: list[Tensor]) -> Tensor:
-    """``X^T X`` over all tokens of what the linear's weight multiplies, ``[in, in]`` float64."""
-    total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
-    for x in inputs:
-        rows = linear.prepare(x).flatten(0, -2)
-        total += rows.T @ rows
-    return total

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.checkpoint import INDEX, Checkpoint
-from kurtail_pl.storage.files import sha256_of, write_json, write_tensors
+from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_codes
@@ -36,25 +36,22 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, shards: int) -> None:
-        self._folder, self._shards = folder, shards
-        self._written = 0
-        self._bytes = 0
-        self._weight_map: dict[str, str] = {}
+        self._paths = [folder / f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the next shard."""
-        self._written += 1
-        name = f"model-{self._written:05d}-of-{self._shards:05d}.safetensors"
-        write_tensors(self._folder / name, tensors)
-        self._weight_map.update(dict.fromkeys(tensors, name))
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a shard, the first being 0."""
+        write_tensors(self._paths[number], tensors)
 
     def close(self) -> None:
         """Write the index, after the last shard."""
-        write_json(
-            self._folder / INDEX,
-            {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map},
-        )
+        weight_map: dict[str, str] = {}
+        size = 0
+        for path in self._paths:
+            sizes = tensor_bytes(path)
+            weight_map.update(dict.fromkeys(sizes, path.name))
+            size += sum(sizes.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(self._paths[0].with_name(INDEX), index)
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,27 @@ ONLINE = ("query_key", "attention_output", "mlp_hidden")
 
 def write_rotations(path: Path, rotations: Rotations) -> None:
     """Write rotations; their origin and the constructions of the online ones go into the file's metadata."""
-    tensors: dict[str, Tensor] = {}
-    constructions: dict[str, str] = {}
-    for name in FUSED:
-        matrix = getattr(rotations, name)
-        if matrix is not None:
-            tensors[name] = matrix
+    online = {name: getattr(rotations, name) for name in ONLINE}
+    constructions = {name: factors.construction for name, factors in online.items() if factors is not None}
+    description = json.dumps({"origin": rotations.origin, "constructions": constructions})
+    write_tensors(path, _tensors(rotations), metadata=(METADATA, description))
+
+
+def hash_of(rotations: Rotations) -> str:
+    """Hexadecimal SHA-256 of the matrices, whatever their origin."""
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(rotations).items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(rotations: Rotations) -> dict[str, Tensor]:
+    tensors = {name: getattr(rotations, name) for name in FUSED}
     for name in ONLINE:
         factors = getattr(rotations, name)
-        if factors is not None:
-            tensors[f"{name}.left"], tensors[f"{name}.right"] = factors.left, factors.right
-            constructions[name] = factors.construction
-    description = json.dumps({"origin": rotations.origin, "constructions": constructions})
-    write_tensors(path, tensors, metadata=(METADATA, description))
+        tensors |= {} if factors is None else {f"{name}.left": factors.left, f"{name}.right": factors.right}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def read_rotations(path: Path) -> Rotations:

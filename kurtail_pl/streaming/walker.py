@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -13,6 +14,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.storage.resume import Workplace
+from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.surgery.equip import empty_model, layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
@@ -25,23 +28,36 @@ class Walker:
         checkpoint: where the weights are.
         model: its modules, without weights; the plain model of the configuration when not given.
         dtype: floating-point type of the computation.
+        device: where it happens; the CPU when not given.
 
     Raises:
         UnsupportedArchitecture: when the model's family has no matching record.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: PreTrainedModel | None = None, dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
+        self.device = device or torch.device("cpu")
         self.model = empty_model(checkpoint.config) if model is None else model
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))
         self._positions: dict[tuple[int, torch.dtype, bool], dict[str, object]] = {}
 
-    def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
-        tensors = module_state(self.checkpoint.tensors_under(prefix), self.architecture)
-        state = {name: to_float(t, self.dtype) for name, t in tensors.items()}
+    def _read(self, prefix: str) -> dict[str, Tensor]:
+        return module_state(self.checkpoint.tensors_under(prefix), self.architecture)
+
+    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None) -> nn.Module:
+        return self._put(module, self._read(prefix), prefix, dtype)
+
+    def _put(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        state = {name: to_float(t.to(self.device), dtype or self.dtype) for name, t in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -51,31 +67,53 @@ class Walker:
             ) from error
         return module
 
-    def embedding(self) -> nn.Embedding:
-        """The embedding, with its weights; drop it when done."""
-        embedding = self._fill(self.model.get_submodule(self.architecture.embedding), self.architecture.embedding)
-        return cast(nn.Embedding, embedding)
+    def embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The embedding, with its weights, in a type of its own if one is given; drop it when done."""
+        name = self.architecture.embedding
+        return cast(nn.Embedding, self._fill(self.model.get_submodule(name), name, dtype))
 
-    def head(self) -> tuple[nn.Module, nn.Linear]:
-        """Final norm and `lm_head`, with their weights; a tied head reads the embedding's."""
-        norm = self._fill(self.model.get_submodule(self.architecture.final_norm), self.architecture.final_norm)
+    def head(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Linear]:
+        """Final norm and `lm_head`, with their weights, as `embedding`; a tied head reads the embedding's."""
+        norm = self.model.get_submodule(self.architecture.final_norm)
+        norm = self._fill(norm, self.architecture.final_norm, dtype)
         tied = self.checkpoint.config.tie_word_embeddings
         weights = self.architecture.embedding if tied else self.architecture.head
-        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(self.architecture.head), weights))
+        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(self.architecture.head), weights, dtype))
 
-    def layers(self, description: str) -> Iterator[tuple[int, nn.Module]]:
-        """Each decoder layer in turn, with its weights only while it is the current one; shows progress."""
-        for index in track(range(self.n_layers), description):
-            layer = layers_of(self.model, self.architecture)[index]
-            yield index, self._fill(layer, f"{self.architecture.layers}.{index}")
-            layer.to("meta")
+    def layers(self, description: str, work: Workplace | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Each decoder layer in turn, with its weights only while it is the current one; shows progress.
+
+        The next layer's tensors are read from disk while this one computes.
+
+        Args:
+            description: for the progress display.
+            work: finished layers are left out, and each layer counts as finished when the next is asked for.
+        """
+        layers, prefix = layers_of(self.model, self.architecture), self.architecture.layers
+        todo = range((work and work.done) or 0, self.n_layers)
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(self._read, f"{prefix}.{todo.start}") if todo else None
+            for index in track(todo, description):
+                assert coming is not None
+                tensors = coming.result()
+                coming = reader.submit(self._read, f"{prefix}.{index + 1}") if index + 1 < self.n_layers else None
+                yield index, self._put(layers[index], tensors, f"{prefix}.{index}")
+                layers[index].to("meta")
+                if work is not None:
+                    work.finished(index + 1)
 
     @torch.no_grad()
-    def embed(self, windows: Tensor) -> list[Tensor]:
-        """Hidden states before the first layer: ``[windows, tokens]`` -> a list of ``[1, tokens, hidden]``."""
-        embedding = self.embedding()
-        hidden = [embedding(window.unsqueeze(0)) for window in windows]
-        embedding.to("meta")
+    def hidden_states(self, windows: Tensor, work: Workplace) -> HiddenStates:
+        """Hidden states of ``[windows, tokens]`` after the finished layers of the work; from the embedding, if none is.
+
+        No windows give no states.
+        """
+        hidden = HiddenStates(work, (*windows.shape, int(self.checkpoint.config.hidden_size)), self.dtype, self.device)
+        if work.done is None:
+            embedding = self.embedding()
+            hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
+            embedding.to("meta")
+            work.finished(0)
         return hidden
 
     def positions(self, layer: nn.Module, hidden: Tensor) -> dict[str, object]:
@@ -83,8 +121,8 @@ class Walker:
         slides = self._slides(layer)
         key = hidden.shape[1], hidden.dtype, slides
         if key not in self._positions:
-            position_ids = torch.arange(hidden.shape[1]).unsqueeze(0)
-            rotary = self.model.get_submodule(self.architecture.rotary)
+            position_ids = torch.arange(hidden.shape[1], device=self.device).unsqueeze(0)
+            rotary = self.model.get_submodule(self.architecture.rotary).to(self.device)
             make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
             self._positions[key] = {
                 "position_ids": position_ids,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -11,8 +13,9 @@ from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import ActivationDataModule
 from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize
-from kurtail_pl.stages.results import artefact_name
-from kurtail_pl.storage.files import refuse_existing
+from kurtail_pl.stages.results import RESULTS, artefact_name
+from kurtail_pl.storage.files import refuse_existing, sha256_of
+from kurtail_pl.storage.folder import CARD, is_ours, read_card
 
 
 class WeightQuantization(L.Callback):
@@ -37,7 +40,9 @@ class WeightQuantization(L.Callback):
     def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
         """Refuse a folder that must not be replaced, and a calibration text that is too short."""
         require_before(trainer, self, RotationWriter, Fusion)
-        refuse_existing(self.folder(data.capture_spec.model), self.overwrite)
+        folder = self.folder(data.capture_spec.model)
+        if not self._awaits_evaluation(folder):
+            refuse_existing(folder, self.overwrite)
         calibration_windows(data.checkpoint, self.quantize_spec)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -48,5 +53,12 @@ class WeightQuantization(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote."""
         model = trainer.datamodule.capture_spec.model  # type: ignore[attr-defined]
-        fused = Path(trainer.default_root_dir) / FUSED
-        quantize(fused, self.quantize_spec, self.folder(model), overwrite=self.overwrite)
+        fused, folder = Path(trainer.default_root_dir) / FUSED, self.folder(model)
+        if not (self._awaits_evaluation(folder) and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)):
+            quantize(fused, self.quantize_spec, folder, overwrite=self.overwrite)
+
+    def _awaits_evaluation(self, folder: Path) -> bool:
+        """Whether an interrupted run of the same recipe left its artefact there, finished but not measured."""
+        if not is_ours(folder) or (folder / RESULTS).is_file():
+            return False
+        return bool(read_card(folder)["quantize"] == json.loads(json.dumps(asdict(self.quantize_spec))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
@@ -23,23 +24,33 @@ class RotationWriter(L.Callback):
     def __init__(self) -> None:
         self._meter = Meter()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the training cost so far, for the checkpoint."""
+        return self._meter.to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add what the part before the checkpoint cost."""
+        self._meter = Meter(earlier=state_dict)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._meter.__enter__()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock and write."""
+        """Stop the clock."""
+        self._meter.__exit__(None, None, None)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write, also when training had ended before an interruption and there was nothing left of it to do."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
         assert isinstance(data, ActivationDataModule)
-        self._meter.__exit__(None, None, None)
-        optimizer = trainer.optimizers[0]
         origin = {
             "seed": pl_module.rotation_seed,
             "steps": trainer.global_step,
             "batch_rows": data.batch_rows,
             "training_rows": data.training_rows,
-            "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
+            "optimizer": pl_module.settings()["optimizer"],
             "activations": asdict(data.store.origin),
             "cost": self._meter.to_dict(),
         }

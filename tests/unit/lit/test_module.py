@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit import RotationModule
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.optim import CayleyAdam, CayleySGD
@@ -233,9 +233,13 @@ def test_checkpoint_holds_plain_data_and_gives_the_module_back(
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert torch.equal(saved["state_dict"]["residual"], module.residual)
     assert torch.equal(saved["state_dict"]["value"], module.value)
-    loaded = RotationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "kv_heads": 2, "rms_norm_eps": EPS}
+    own = {"optimizer": lambda parameters: CayleyAdam(parameters, lr=module.configure_optimizers().defaults["lr"])}
+    loaded = RotationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **own)
     assert torch.equal(loaded.residual, module.residual)
-    assert loaded.rms_norm_eps == EPS
+    other = {"optimizer": lambda parameters: CayleyAdam(parameters, lr=0.7)}
+    with pytest.raises(ResumeMismatch, match=r"optimizer.lr is .*, wanted 0.7"):
+        RotationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **other)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"head_dim": 8}, {"layers": 2}])

@@ -58,6 +58,9 @@ class InterruptedAdam(CayleyAdam):
         return moved
 
 
+InterruptedAdam.__name__ = CayleyAdam.__name__  # A checkpoint of another optimizer would be refused.
+
+
 def module(optimizer: type[CayleyAdam] = CayleyAdam) -> RotationModule:
     return RotationModule(3, 16, 4, 2, 1e-2, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
 

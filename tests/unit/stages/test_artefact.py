@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from walks import embed
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, KurtailError, TextError
@@ -40,7 +41,7 @@ def walked(folder: Path, windows: Tensor) -> list[Tensor]:
     """Logits as evaluation computes them, one layer at a time."""
     checkpoint = Checkpoint(folder)
     walker = Walker(checkpoint, skeleton(checkpoint))
-    hidden = walker.embed(windows)
+    hidden = embed(walker, windows)
     for _, layer in walker.layers("test"):
         hidden = [walker.advance(layer, h) for h in hidden]
     norm, head = walker.head()

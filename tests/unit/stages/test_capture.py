@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from walks import embed
 
 from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, StoreMismatch, TextError
 from kurtail_pl.stages.capture import COST, CaptureSpec, _Taps, capture
@@ -152,7 +153,7 @@ def test_rows_do_not_depend_on_the_order_of_the_windows(tiny: Path, text: TextSp
     windows = drawn_windows(tiny, text)
     chosen = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(0))[:40]
     walker = Walker(Checkpoint(tiny))
-    hidden = walker.embed(windows)
+    hidden = embed(walker, windows)
     found = []
     _, layer = next(iter(walker.layers("test")))
     for order in (range(6), [4, 1, 5, 0, 3, 2]):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, DiskFull, GateError, UnsupportedArchitecture
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fuse import _Fuser, fuse
 from kurtail_pl.storage.checkpoint import INDEX, Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.rotation_file import FILE
@@ -203,12 +203,14 @@ def test_a_fold_that_forgets_a_norm_is_seen(
 def test_a_head_rotated_the_wrong_way_is_seen(
     tiny: Path, rotations: Rotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = folding.rotate_input
+    right, weights = _Fuser._into_residual, []
 
-    def only_layers(linear: torch.nn.Linear, rotation: Tensor) -> None:
-        right(linear, rotation if linear.out_features != 300 else rotation.T)
+    def only_the_embedding(self: _Fuser, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            weights.append(x)
+        return x @ rotations.residual.T if len(weights) == 2 else right(self, x)  # type: ignore[union-attr]
 
-    monkeypatch.setattr(folding, "rotate_input", only_layers)
+    monkeypatch.setattr(_Fuser, "_into_residual", only_the_embedding)
     with pytest.raises(GateError, match=r"the fused model changed"):
         fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused")
     assert list(tmp_path.iterdir()) == []

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kurtail_pl
-from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, TextError
+from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, ResumeMismatch, TextError
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages import solver as solver_module
@@ -24,6 +24,8 @@ from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.storage.resume import resumable_folder
+from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import Rotations
@@ -199,22 +201,23 @@ def test_hessians_see_the_rotated_inputs_of_the_quantized_layers(
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 @pytest.mark.parametrize("quantized_activations", [True, False])
 def test_states_after_a_layer_are_those_of_the_quantized_layer(
-    fused: Path, rotations: Rotations, text: TextSpec, method: str, quantized_activations: bool
+    fused: Path, rotations: Rotations, text: TextSpec, method: str, quantized_activations: bool, tmp_path: Path
 ) -> None:
     checkpoint, scheme = Checkpoint(fused), Scheme()
     model = empty_model(checkpoint.config)
     equip_model(model, scheme if quantized_activations else WEIGHTS_ONLY, rotations)
     walker = Walker(checkpoint, model)
-    hidden = walker.embed(calibration(fused, text))
     solver = LayerSolver(walker, scheme.weights, GPTQ() if method == "gptq" else None)
-    for index, layer in walker.layers("test"):
-        advanced = solver.solve_layer(layer, f"model.layers.{index}", hidden)
-        assert all(layer.get_submodule(name).weight is None for name in LINEARS)
-        positions = model.model.rotary_emb(hidden[0], torch.arange(text.seqlen).unsqueeze(0))
-        for before, after in zip(hidden, advanced, strict=True):
-            expected = layer(before, position_embeddings=positions, attention_mask=None)
-            torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
-        hidden = advanced
+    with resumable_folder(tmp_path / "work", False, {}) as work:
+        hidden = walker.hidden_states(calibration(fused, text), work)
+        for index, layer in walker.layers("test", work):
+            before = [states.clone() for states in hidden.before]
+            solver.solve_layer(layer, f"model.layers.{index}", hidden)
+            assert all(layer.get_submodule(name).weight is None for name in LINEARS)
+            positions = model.model.rotary_emb(before[0], torch.arange(text.seqlen).unsqueeze(0))
+            for states, after in zip(before, hidden.after, strict=True):
+                expected = layer(states, position_embeddings=positions, attention_mask=None)
+                torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_hessian_of_too_few_tokens_falls_back_to_rtn(fused: Path, text: TextSpec, tmp_path: Path) -> None:
@@ -297,25 +300,62 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
 
 
-def test_an_interrupted_run_leaves_nothing_and_the_old_folder(
-    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
+    fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Control-C while layer 2 is being rounded."""
-    calls = 0
-    real: Callable[..., object] = solver_module.round_to_nearest
+    """Control-C while layer 2 is being quantized; the second run starts there and ends in the same bytes."""
+    names: list[str] = []
+    real: Callable[..., None] = LayerSolver.solve_layer
+    broken = True
 
-    def interrupted(*args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > 15:
+    def interrupted(self: LayerSolver, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
+        names.append(prefix)
+        real(self, layer, prefix, hidden)
+        if broken and prefix.endswith("2"):
             raise KeyboardInterrupt
-        return real(*args)
 
-    monkeypatch.setattr(solver_module, "round_to_nearest", interrupted)
+    spec = QuantizeSpec(text=text)
+    undisturbed = quantize(fused, spec, tmp_path / "undisturbed")
+    monkeypatch.setattr(LayerSolver, "solve_layer", interrupted)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("kept")
     with pytest.raises(KeyboardInterrupt):
-        quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "out", overwrite=True)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "new")
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["out", "out/old"]
+        quantize(fused, spec, tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    with pytest.raises(ArtefactError, match="exists"):
+        quantize(fused, spec, tmp_path / "out")
+    broken = False
+    quantize(fused, spec, tmp_path / "out", overwrite=True)
+    assert names == [f"model.layers.{i}" for i in (0, 1, 2, 2, 3)]
+    made, expected = (json.loads((f / "kurtail.json").read_text()) for f in (tmp_path / "out", undisturbed))
+    assert made.pop("cost")["quantize"]["seconds"] > 0
+    expected.pop("cost")
+    assert made == expected  # with the hashes of every file
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "undisturbed"}
+
+
+@pytest.mark.parametrize("change", ["percdamp", "windows", "fused model"])
+def test_unfinished_work_with_other_settings_is_refused(
+    fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    spec, source = QuantizeSpec(text=text), fused
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerSolver, "solve_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(fused, spec, tmp_path / "out")
+    if change == "percdamp":
+        spec, difference = replace(spec, gptq=GPTQ(percdamp=0.02)), "quantize.gptq.percdamp is 0.01, wanted 0.02"
+    elif change == "windows":
+        spec, difference = replace(spec, text=replace(text, windows=5)), "quantize.text.windows is 6, wanted 5"
+    else:
+        source, difference = tmp_path / "other", "fused_sha256 is"
+        shutil.copytree(fused, source)
+        card = json.loads((source / "kurtail.json").read_text())
+        (source / "kurtail.json").write_text(json.dumps({**card, "cost": {"fuse": 1}}))
+    with pytest.raises(ResumeMismatch, match=difference):
+        quantize(source, spec, tmp_path / "out")
+    quantize(source, replace(spec, method="rtn"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "kurtail.json").is_file()

@@ -13,6 +13,7 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages import solver as solver_module
 from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import equip_model
 from kurtail_pl.surgery.rotations import Rotations
@@ -52,16 +53,16 @@ def test_an_experts_hessian_is_of_the_tokens_routed_to_it(tmp_path: Path, monkey
     walker = Walker(Checkpoint(tmp_path))
     equip_model(walker.model, FLOAT, Rotations())
     solver = LayerSolver(walker, Quantizer(8), GPTQ())
-    hidden = walker.embed(WINDOWS)
-    _, layer = next(walker.layers("test"))
-    solver.solve_layer(layer, "model.layers.0", hidden)
+    with resumable_folder(tmp_path / "work", False, {}) as work:
+        _, layer = next(walker.layers("test", work))
+        solver.solve_layer(layer, "model.layers.0", walker.hidden_states(WINDOWS, work))
     assert len(seen) == 4 + 4 * 3
-    assert solver.borrowers == []
+    assert solver.notes["borrowers"] == []
     experts = model.model.layers[0].mlp.experts
     for expert in range(4):
         rows = rows_of(model, expert)
         # The attention before them is in 8 bits: a token between two experts may change sides.
-        assert solver.expert_tokens[f"model.layers.0.mlp.experts.{expert}"] == pytest.approx(len(rows), abs=16)
+        assert solver.notes["expert_tokens"][f"model.layers.0.mlp.experts.{expert}"] == pytest.approx(len(rows), abs=16)
         gate, up = (rows @ experts.gate_up_proj[expert].double().T).chunk(2, -1)
         inner = torch.nn.functional.silu(gate) * up
         for hessian, x in zip(seen[4 + 3 * expert :][:3], (rows, rows, inner), strict=True):

@@ -70,9 +70,10 @@ def test_shards_are_what_transformers_reads(tiny: Path, tmp_path: Path) -> None:
     """Written layer by layer, loaded by transformers itself."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
     writer = ours.ShardWriter(tmp_path, shards=6)
-    for prefix in ("model.embed_tokens", *[f"model.layers.{i}" for i in range(4)]):
-        writer.write(ours.named(prefix, model.get_submodule(prefix).state_dict()))
-    writer.write({**ours.named("model.norm", model.model.norm.state_dict()), "lm_head.weight": model.lm_head.weight})
+    for number, prefix in enumerate(("model.embed_tokens", *[f"model.layers.{i}" for i in range(4)])):
+        writer.write(number, ours.named(prefix, model.get_submodule(prefix).state_dict()))
+    norm = ours.named("model.norm", model.model.norm.state_dict())
+    writer.write(5, {**norm, "lm_head.weight": model.lm_head.weight})
     writer.close()
     model.config.save_pretrained(tmp_path)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))

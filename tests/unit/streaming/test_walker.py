@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from walks import embed
 
 from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ WINDOWS = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(0)
 @torch.no_grad()
 def walk(walker: Walker, windows: Tensor) -> tuple[list[list[Tensor]], Tensor]:
     """Hidden states of every window after the embedding and after each layer, and the logits."""
-    hidden = walker.embed(windows)
+    hidden = embed(walker, windows)
     states = [list(hidden)]
     for _, layer in walker.layers("test"):
         hidden = [walker.advance(layer, h) for h in hidden]
@@ -65,7 +66,7 @@ def test_only_the_current_layer_has_weights(which: str, request: pytest.FixtureR
         return {name for name, p in walker.model.named_parameters() if p.device.type != "meta"}
 
     assert held() == set()
-    walker.embed(WINDOWS)
+    embed(walker, WINDOWS)
     assert held() == set()
     for index, layer in walker.layers("test"):
         assert held() == {f"model.layers.{index}.{name}" for name, _ in layer.named_parameters()}

@@ -16,6 +16,7 @@ from transformers import (
     Olmo2Config,
     PreTrainedModel,
 )
+from walks import embed
 
 from kurtail_pl.errors import UnsupportedArchitecture
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -125,7 +126,7 @@ def test_experts_are_read_apart_and_fused(name: str, fused_on_disk: bool, tmp_pa
     checkpoint = Checkpoint(tmp_path)
     assert any("experts.gate_up_proj" in tensor for tensor in checkpoint.names) == fused_on_disk
     walker = Walker(checkpoint)
-    (hidden,) = walker.embed(IDS[:1])
+    (hidden,) = embed(walker, IDS[:1])
     for _, layer in walker.layers("test"):
         hidden = walker.advance(layer, hidden)
     norm, head = walker.head()

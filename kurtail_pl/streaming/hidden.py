@@ -1,0 +1,91 @@
+"""Hidden states of many windows in memory-mapped files: in memory while there is room, on disk when there is not.
+
+The files outlive a killed process, so that the work can be taken up after the last finished layer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kurtail_pl.storage.resume import Workplace
+
+
+class MappedStates:
+    """States of every window, each ``[1, tokens, width]``, in one memory-mapped file.
+
+    Args:
+        path: the file; its states are kept when it exists in the right size.
+        shape: windows, tokens and width.
+        dtype: of the states.
+        device: where states that are read go to.
+
+    Raises:
+        OSError: when the disk has no room (the whole file is claimed at once: a full disk would otherwise kill the
+            process later, on a write to memory).
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self._count, self._device = shape[0], device
+        size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        if size == 0:
+            return
+        if not path.is_file() or path.stat().st_size != size:
+            with path.open("wb") as file:
+                file.truncate(size)
+                if sys.platform == "linux":
+                    os.posix_fallocate(file.fileno(), 0, size)
+        values = size // dtype.itemsize
+        self._states = torch.from_file(str(path), shared=True, size=values, dtype=dtype).view(shape)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, window: int) -> Tensor:
+        return self._states[window : window + 1].to(self._device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[window] for window in range(len(self)))
+
+    def __setitem__(self, window: int, states: Tensor) -> None:
+        self._states[window] = states[0]
+
+    def fill(self, states: Iterable[Tensor]) -> None:
+        """Write the states of every window, in order, as they come."""
+        for window, state in enumerate(states):
+            self[window] = state
+
+
+class HiddenStates:
+    """Two files used in turn: what the current decoder layer reads, and what it writes.
+
+    Args:
+        work: whose folder holds the files, and which says how many layers are finished.
+        shape: windows, tokens and hidden size; no windows where none are needed.
+        dtype: of the states.
+        device: where states that are read go to.
+    """
+
+    def __init__(self, work: Workplace, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self._work, self._shape, self._dtype, self._device = work, shape, dtype, device
+        paths = [work.scratch / f"hidden.{turn}" for turn in range(2)]
+        self._files = [MappedStates(path, shape, dtype, device) for path in paths]
+
+    @property
+    def before(self) -> MappedStates:
+        """What the next layer reads."""
+        return self._files[(self._work.done or 0) % 2]
+
+    @property
+    def after(self) -> MappedStates:
+        """What the next layer writes."""
+        return self._files[((self._work.done or 0) + 1) % 2]
+
+    def scratch(self, width: int) -> MappedStates:
+        """A third file for states of another width within a layer."""
+        return MappedStates(self._work.scratch / "hidden.inner", (*self._shape[:2], width), self._dtype, self._device)

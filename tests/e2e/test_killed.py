@@ -1,0 +1,112 @@
+"""Stages killed at random moments (SIGKILL) and run again: the same bytes as undisturbed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kurtail_pl.storage.resume import differences
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+Kurtail = Callable[..., None]
+READY = """
+import sys, kurtail_pl.cli.verbs, kurtail_pl.cli.trainer
+from kurtail_pl.cli.main import main
+print("ready", flush=True)
+sys.stdin.readline()
+main()
+"""
+
+
+def hashes(folder: Path) -> dict[str, Any]:
+    """What was made, without what it cost."""
+    if (folder / "manifest.json").is_file():
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return manifest
+    card: dict[str, Any] = json.loads((folder / "kurtail.json").read_text())
+    card.pop("cost")
+    return card
+
+
+def kill_after(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Let a process begin its work, kill it after a while; whether it was still at work."""
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    time.sleep(seconds)
+    alive = process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+@pytest.mark.parametrize("stage", ["capture", "fuse", "gptq"])
+def test_killed_and_run_again(
+    stage: str, kurtail: Kurtail, start: Callable[..., Any], tied: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = ["--spec.text.source", text_file, "--spec.text.windows", 60, "--spec.text.seqlen", 64]
+    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "input")
+    verb, where = {
+        "capture": (["capture", "--spec.model", tied, *text, "--spec.rows", 3000], "--store"),
+        "fuse": (["fuse", "--model", tied, "--method", "quarot"], "--folder"),
+        "gptq": (["quantize", "--fused", "input", "--spec.method", "gptq", *text], "--folder"),
+    }[stage]
+    began = time.monotonic()
+    kurtail(tmp_path, *verb, where, "undisturbed")
+    seconds = time.monotonic() - began
+    draw = random.Random(stage)
+    killed = []
+    for _ in range(3):
+        process = start(tmp_path, *verb, where, "killed", program=("-c", READY))
+        killed.append(kill_after(process, draw.uniform(0.1, 0.7) * seconds))
+        if not killed[-1]:
+            break  # It was faster than the undisturbed run.
+    assert killed[0]
+    if not (tmp_path / "killed").exists():
+        kurtail(tmp_path, *verb, where, "killed")
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "undisturbed")
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_fit_killed_and_run_again(kurtail: Kurtail, start: Callable[..., Any], recipe: Path, tmp_path: Path) -> None:
+    """The whole road: capture, learning, fusion, GPTQ or evaluation, whatever the moment hits."""
+    artefact, steps = Path("artifacts") / "tied-kurtail-w4a4kv4", ["--data.init_args.steps", 60]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    began = time.monotonic()
+    kurtail(undisturbed, "fit", "--config", recipe, *steps)
+    seconds = time.monotonic() - began
+    draw = random.Random(3)
+    for _ in range(4):
+        process = start(tmp_path, "fit", "--config", recipe, *steps, program=("-c", READY))
+        if not kill_after(process, draw.uniform(0.2, 0.6) * seconds):
+            break
+    if not (tmp_path / artefact / "results.json").is_file():
+        kurtail(tmp_path, "fit", "--config", recipe, *steps)
+    made, expected = hashes(tmp_path / artefact), hashes(undisturbed / artefact)
+    for card in (made, expected):  # What it cost stands with the rotations, and so in their file's hash.
+        card["rotations"].pop("cost")
+        for name in ("rotations_sha256", "fused_sha256"):
+            card.pop(name)
+        card["sha256"].pop("rotations.safetensors")
+    assert differences(made, expected) == []
+    tensors = [load_file(place / artefact / "rotations.safetensors") for place in (tmp_path, undisturbed)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
+    results = [json.loads((place / artefact / "results.json").read_text()) for place in (tmp_path, undisturbed)]
+    assert results[0]["evaluation"] == results[1]["evaluation"]
+    assert results[0]["kurtosis"] == results[1]["kurtosis"]
