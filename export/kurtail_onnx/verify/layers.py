@@ -77,7 +77,9 @@ def compare_layers(
     walker = Walker(source.checkpoint, empty_reference(source, spec))
     pieces = Pieces(folder, FLOATS[spec.dtype], profile)
     ids = torch.randint(source.config.vocab_size, (BATCH, sum(STEPS)), generator=torch.Generator().manual_seed(0))
-    hidden = walker.embed(ids)
+    embedding = walker.embedding()
+    hidden = [embedding(text.unsqueeze(0)) for text in ids]
+    embedding.to("meta")
     agreements = []
     for index, layer in walker.layers("check layers"):
         caches = [DynamicCache() for _ in hidden]
