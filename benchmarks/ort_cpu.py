@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU: cost of the export, sizes, decoding speed of both profiles against the float model, shares of time.
+"""ONNX Runtime on a CPU: cost of the export, sizes, decoding speed against the float model, shares of time.
 
     kurtail fuse --model smollm2-135m --method none --folder runs/ort/float
     python benchmarks/ort_cpu.py --artefact artifacts/smollm2-135m-kurtail-w4a4kv4 --float runs/ort/float
@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.profiles import Profile
-from kurtail_onnx.run.session import open_session
+from kurtail_onnx.run.session import Device, open_session
 from kurtail_onnx.verify.kernels import time_by_part, trace
+
 from kurtail_pl.stages.text import TextSpec
 
 PROMPT, NEW = 16, 128
+TEXT = TextSpec(windows=2, seqlen=512)
 
 
 def export(artefact: Path, folder: Path, *options: str) -> dict[str, float]:
@@ -42,17 +43,17 @@ def export(artefact: Path, folder: Path, *options: str) -> dict[str, float]:
     return {"seconds": round(seconds, 1), "peak_gigabytes": round(peak, 2)}
 
 
-def load(folder: Path, profile: Profile, threads: int) -> tuple[Export, Any, float]:
+def load(folder: Path, profile: Profile, threads: int = 0, device: Device = "cpu") -> tuple[Export, Any, float]:
     """An export, its session, and the seconds that opening it took."""
     opened = Export(folder)
     before = time.perf_counter()
-    session = open_session(opened.model, profile, threads=threads)
+    session = open_session(opened.model, profile, device, threads)
     return opened, session, time.perf_counter() - before
 
 
-def decode_speed(opened: Export, session: Any) -> float:
+def decode_speed(opened: Export, session: Any, device: Device = "cpu") -> float:
     """New tokens a second, one text, greedy, after a short prompt."""
-    decoder = Decoder(opened, session)
+    decoder = Decoder(opened, session, device=device)
     logits = decoder.forward(np.arange(PROMPT, dtype=np.int64)[None] + 100)
     before = time.perf_counter()
     for _ in range(NEW):
@@ -60,9 +61,9 @@ def decode_speed(opened: Export, session: Any) -> float:
     return NEW / (time.perf_counter() - before)
 
 
-def cache_bytes(opened: Export, session: Any) -> float:
+def cache_bytes(opened: Export, session: Any, device: Device = "cpu") -> float:
     """Bytes of the cache for each token, from its arrays."""
-    decoder = Decoder(opened, session)
+    decoder = Decoder(opened, session, device=device)
     decoder.forward(np.zeros((1, 4), np.int64))
     return sum(array.nbytes for array in decoder.cache().values()) / 4
 
@@ -75,7 +76,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ort"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--text", type=TextSpec, default=TextSpec(windows=2, seqlen=512))
     args = parser.parse_args()
     quantized, floating = args.work / "quantized", args.work / "fp32"
     result: dict[str, Any] = {"export": export(args.artefact, quantized, "--check", "false")}
@@ -93,8 +93,10 @@ def main() -> None:
         for name, (export_, session, _) in opened.items():
             speeds[name].append(decode_speed(export_, session))
     result["tokens_a_second"] = {name: round(max(values), 1) for name, values in speeds.items()}
-    result["cache_bytes_a_token"] = {name: cache_bytes(export_, session) for name, (export_, session, _) in opened.items()}
-    result["perplexity"] = {name: perplexity(opened[name][0], args.text, profile) for name, (_, profile) in runs.items()}
+    result["cache_bytes_a_token"] = {
+        name: cache_bytes(export_, session) for name, (export_, session, _) in opened.items()
+    }
+    result["perplexity"] = {name: perplexity(opened[name][0], TEXT, profile) for name, (_, profile) in runs.items()}
     steps = (PROMPT, *[1] * 8)
     result["time"] = {
         name: time_by_part(trace(opened[name][0], profile, steps=steps, threads=args.threads))
