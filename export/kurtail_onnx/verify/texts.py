@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
+from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
@@ -23,7 +25,7 @@ from kurtail_onnx.verify.reference import cached_codes, whole_reference
 from kurtail_pl.surgery.equip import layers_of
 
 TOKENS = 24
-SCENARIOS: dict[str, tuple[int, ...]] = {"prefill": (24,), "decode": (12, *[1] * 12), "chunk": (8, 8, 8)}
+STEPS: dict[str, tuple[int, ...]] = {"prefill": (24,), "decode": (12, *[1] * 12), "chunk": (8, 8, 8)}
 """Tokens of each step."""
 PADDING = 5
 """Padded tokens of the second text of the batch."""
@@ -51,58 +53,73 @@ class TextAgreement:
     codes_differing: int
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Scenario:
+    """Texts ``[batch, tokens]``, their mask, and the tokens of each step."""
+
+    ids: Tensor
+    mask: Tensor
+    steps: tuple[int, ...]
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and mask of each step."""
+        return zip(*(torch.split(x, self.steps, dim=1) for x in (self.ids, self.mask)), strict=True)
+
+
+def scenarios(vocabulary: int) -> dict[str, Scenario]:
+    """Every way of feeding one text, and a batch of two, one padded, in one prefill."""
+    ids = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :PADDING] = 0
+    single = {name: Scenario(ids[:1], mask[:1], steps) for name, steps in STEPS.items()}
+    return {**single, "batch": Scenario(ids, mask, (TOKENS,))}
+
+
 def compare_texts(
     export: Export, source: Source, spec: ExportSpec, profile: Profile = "exact"
 ) -> dict[str, TextAgreement]:
-    """Compare every scenario, and a batch of two texts, one padded, in one prefill; the whole model is in memory."""
-    model, session = whole_reference(source, spec), open_session(export.model, profile, threads=1)
-    ids = torch.randint(source.config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-    padded = torch.ones_like(ids)
-    padded[1, :PADDING] = 0
-    scenarios = {name: (ids[:1], padded[:1], steps) for name, steps in SCENARIOS.items()}
-    scenarios["batch"] = (ids, padded, (TOKENS,))
+    """Compare every scenario; the whole model is in memory, first torch's and then the export's."""
+    todo = scenarios(source.config.vocab_size)
+    expected = _by_torch(source, spec, todo)
+    session = open_session(export.model, profile, threads=1)
     agreements = {}
-    for name, (texts, mask, steps) in scenarios.items():
-        cache, decoder = DynamicCache(), Decoder(export, session, batch=len(texts))
-        expected, found = _logits(model, cache, decoder, texts, mask, steps)
-        differing = _differing_codes(model, cache, decoder, source, spec)
-        agreements[name] = _agreement(expected, found, differing, mask.numpy() > 0)
+    for name, scenario in todo.items():
+        decoder = Decoder(export, session, batch=len(scenario.ids))
+        pieces = [decoder.forward(ids.numpy(), mask.numpy()) for ids, mask in scenario.pieces()]
+        logits, codes = expected[name]
+        found = {key: codes_in(decoder.cache()[key], part) for key, part in _packed(source, spec).items()}
+        differing = [found[key] != codes[key] for key in found]
+        agreements[name] = _agreement(logits, np.concatenate(pieces, axis=1), differing, scenario.mask.numpy() > 0)
     return agreements
 
 
-def _logits(
-    model: PreTrainedModel, cache: DynamicCache, decoder: Decoder, ids: Tensor, mask: Tensor, steps: tuple[int, ...]
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Logits ``[batch, tokens, vocabulary]`` of torch and of the export; fills both caches."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    expected, found, done = [], [], 0
-    for count in steps:
-        now = slice(done, done + count)
-        found.append(decoder.forward(ids[:, now].numpy(), mask[:, now].numpy()))
-        output = model(
-            input_ids=ids[:, now],
-            attention_mask=mask[:, : now.stop],
-            position_ids=positions[:, now],
-            past_key_values=cache,
-        )
-        expected.append(output.logits.numpy())
-        done = now.stop
-    return np.concatenate(expected, axis=1), np.concatenate(found, axis=1)
+def _packed(source: Source, spec: ExportSpec) -> dict[str, CachePart]:
+    """The cache inputs that hold codes."""
+    parts = [part for part in cache_parts(source, spec) if part.packed and part.quantizer is not None]
+    return {part.arrays[0].past(layer): part for layer in range(len(source.layers)) for part in parts}
 
 
-def _differing_codes(
-    model: PreTrainedModel, cache: DynamicCache, decoder: Decoder, source: Source, spec: ExportSpec
-) -> list[NDArray[np.bool_]]:
-    """Which codes differ, ``[batch, kv_heads, tokens, head_dim]`` for keys and values of every layer."""
-    found, differing = decoder.cache(), []
-    for index, layer in enumerate(layers_of(model, source.architecture)):
-        expected = cached_codes(layer.get_submodule(source.architecture.attention), cache, index)
-        for part in cache_parts(source, spec):
-            if part.packed and part.name in expected:
-                codes = codes_in(found[part.arrays[0].past(index)], part)
-                differing.append(codes != expected[part.name].numpy())
-    return differing
+@torch.no_grad()
+def _by_torch(
+    source: Source, spec: ExportSpec, todo: dict[str, Scenario]
+) -> dict[str, tuple[NDArray[Any], dict[str, NDArray[Any]]]]:
+    """Logits of each scenario, and its codes by the names of the cache inputs."""
+    model = whole_reference(source, spec)
+    results = {}
+    for name, scenario in todo.items():
+        cache, logits, seen = DynamicCache(), [], scenario.mask[:, :0]
+        for ids, mask in scenario.pieces():
+            seen = torch.cat([seen, mask], dim=1)
+            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache)
+            logits.append(output.logits.numpy())
+        codes = {}
+        for index, layer in enumerate(layers_of(model, source.architecture)):
+            attention = layer.get_submodule(source.architecture.attention)
+            for part, tensor in cached_codes(attention, cache, index).items():
+                codes[f"past_key_values.{index}.{part}"] = tensor.numpy()
+        results[name] = np.concatenate(logits, axis=1), codes
+    return results
 
 
 def _agreement(
