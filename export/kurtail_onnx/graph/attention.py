@@ -27,7 +27,7 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
     with g.scope(names.attention):
         query, key, value = _projections(step, index, x)
         query, key = (_rotated(step, index, states, n) for n, states in enumerate((query, key)))
-        keys, values = append(g, key, index, step.keys), append(g, value, index, step.values)
+        keys, values = append(g, key, value, index, step.keys, step.values)
         seen = mask(step, window_of(source.config, index))
         mixed = g.op("Attention", query, keys, values, seen, scale=cast(float, module.scaling))
         mixed = g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, -1)

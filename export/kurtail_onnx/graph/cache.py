@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, codes_on, dynamic_grid, values_of
 from kurtail_pl.maths.quantizers import Quantizer
 
-TOKEN_AXIS = 2
+HEAD_AXIS, TOKEN_AXIS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -85,41 +86,59 @@ class CachePart:
         return [codes, scale] if self.quantizer.symmetric else [codes, scale, zero_point]
 
 
-def append(g: GraphBuilder, x: ir.Value, layer: int, part: CachePart) -> ir.Value:
-    """Put new keys or values behind the cached ones and return all of them as attention reads them.
+def append(
+    g: GraphBuilder, key: ir.Value, value: ir.Value, layer: int, keys: CachePart, values: CachePart
+) -> tuple[ir.Value, ir.Value]:
+    """Put new keys and values behind the cached ones and return all of them as attention reads them.
 
     Args:
         g: the graph.
-        x: new keys (rotated) or values, ``[batch, kv_heads, tokens, head_dim]``.
+        key: new keys, rotated, ``[batch, kv_heads, tokens, head_dim]``.
+        value: new values, as many.
         layer: index.
-        part: keys or values.
+        keys: how keys are kept.
+        values: how values are kept.
 
     Returns:
-        ``[batch, kv_heads, past + tokens, head_dim]``.
+        All keys and all values, ``[batch, kv_heads, past + tokens, head_dim]``.
     """
-    with g.scope("kv_cache"), g.scope(part.name):
-        if part.quantizer is None:
-            return _append_arrays(g, [x], layer, part)[0]
-        grid = dynamic_grid(g, x, part.head_dim, part.quantizer)
-        codes = codes_on(g, x, grid, part.quantizer)
-        if not part.packed:
-            return _append_arrays(g, [values_of(g, codes, grid)], layer, part)[0]
-        pieces = [_pack(g, codes, part.quantizer), grid.scale]
-        if grid.zero_point is not None:
-            pieces.append(g.cast(grid.zero_point, ir.DataType.UINT8))
-        stored, scale, *zero_point = _append_arrays(g, pieces, layer, part)
-        present = GridNodes(scale, g.cast(zero_point[0], g.dtype) if zero_point else None)
-        return values_of(g, _unpack(g, stored, part.quantizer), present)
+    with g.scope("kv_cache"):
+        if keys.quantizer is not None and keys.quantizer == values.quantizer:
+            # Both at once: half the nodes, which is what a step of one token costs.
+            pieces = _pieces(g, g.op("Concat", key, value, axis=HEAD_AXIS), keys)
+            halves = [g.ops("Split", piece, outputs=2, axis=HEAD_AXIS, num_outputs=2) for piece in pieces]
+            new_keys, new_values = ([half[number] for half in halves] for number in (0, 1))
+        else:
+            new_keys, new_values = _pieces(g, key, keys), _pieces(g, value, values)
+        return _extended(g, new_keys, layer, keys), _extended(g, new_values, layer, values)
 
 
-def _append_arrays(g: GraphBuilder, pieces: list[ir.Value], layer: int, part: CachePart) -> list[ir.Value]:
-    presents = []
-    for new, array in zip(pieces, part.arrays, strict=True):
-        past = g.input(array.past(layer), array.dtype, array.shape("past"))
-        present = g.op("Concat", past, new, axis=TOKEN_AXIS)
-        g.output(present, array.present(layer), array.dtype, array.shape("total"))
-        presents.append(present)
-    return presents
+def _pieces(g: GraphBuilder, x: ir.Value, part: CachePart) -> list[ir.Value]:
+    """What is kept of new keys or values: an element for each of the part's arrays."""
+    if part.quantizer is None:
+        return [x]
+    grid = dynamic_grid(g, x, part.head_dim, part.quantizer)
+    codes = codes_on(g, x, grid, part.quantizer)
+    if not part.packed:
+        return [values_of(g, codes, grid)]
+    pieces = [_pack(g, codes, part.quantizer), grid.scale]
+    return pieces if grid.zero_point is None else [*pieces, g.cast(grid.zero_point, ir.DataType.UINT8)]
+
+
+def _extended(g: GraphBuilder, pieces: list[ir.Value], layer: int, part: CachePart) -> ir.Value:
+    """Append the pieces to the part's arrays; all values, past and new."""
+    with g.scope(part.name):
+        presents = []
+        for new, array in zip(pieces, part.arrays, strict=True):
+            past = g.input(array.past(layer), array.dtype, array.shape("past"))
+            present = g.op("Concat", past, new, axis=TOKEN_AXIS)
+            g.output(present, array.present(layer), array.dtype, array.shape("total"))
+            presents.append(present)
+        if part.quantizer is None or not part.packed:
+            return presents[0]
+        stored, scale, *zero_point = presents
+        grid = GridNodes(scale, g.cast(zero_point[0], g.dtype) if zero_point else None)
+        return values_of(g, _unpack(g, stored, part.quantizer), grid)
 
 
 def _pack(g: GraphBuilder, codes: ir.Value, quantizer: Quantizer) -> ir.Value:
@@ -132,11 +151,9 @@ def _pack(g: GraphBuilder, codes: ir.Value, quantizer: Quantizer) -> ir.Value:
 
 
 def _unpack(g: GraphBuilder, stored: ir.Value, quantizer: Quantizer) -> ir.Value:
-    codes = g.cast(stored, g.dtype)
     if quantizer.bits == 4:
-        high = g.op("Floor", g.op("Div", codes, g.scalar(16.0)))
-        low = g.op("Sub", codes, g.op("Mul", high, g.scalar(16.0)))
-        codes = g.op("Concat", low, high, axis=-1)
-    if quantizer.symmetric:
-        codes = g.op("Add", codes, g.scalar(quantizer.code_range[0]))
-    return codes
+        sixteen = g.constant(np.array(16, np.uint8), "constants.uint8.16")
+        high = g.op("Div", stored, sixteen)  # of integers: rounded down
+        stored = g.op("Concat", g.op("Sub", stored, g.op("Mul", high, sixteen)), high, axis=-1)
+    codes = g.cast(stored, g.dtype)
+    return g.op("Add", codes, g.scalar(quantizer.code_range[0])) if quantizer.symmetric else codes

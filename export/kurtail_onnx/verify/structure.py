@@ -13,7 +13,7 @@ from kurtail_pl.errors import CheckFailed
 
 ALLOWED = {
     "": {
-        *("Add", "And", "Cast", "Div", "Equal", "Floor", "Greater", "LessOrEqual", "Mul", "Neg", "Or", "Round", "Sub"),
+        *("Add", "And", "Cast", "Div", "Equal", "Greater", "LessOrEqual", "Mul", "Neg", "Or", "Round", "Sub"),
         *("Abs", "Clip", "Max", "Min", "ReduceMax", "ReduceMin", "TopK", "Where"),
         *("Concat", "Gather", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
         *("Attention", "MatMul", "MatMulInteger", "RMSNormalization", "RotaryEmbedding", "Sigmoid"),

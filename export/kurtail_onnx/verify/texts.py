@@ -63,7 +63,7 @@ class Scenario:
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens and mask of each step."""
-        return zip(*(torch.split(x, self.steps, dim=1) for x in (self.ids, self.mask)), strict=True)
+        return zip(*(torch.split(x, list(self.steps), dim=1) for x in (self.ids, self.mask)), strict=True)
 
 
 def scenarios(vocabulary: int) -> dict[str, Scenario]:

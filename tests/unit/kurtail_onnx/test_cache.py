@@ -1,5 +1,7 @@
 """The packed cache against a loop over single values in numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -19,28 +21,34 @@ QUANTIZERS = [
 ]
 
 
-def cache_part(quantizer: Quantizer | None, packed: bool = True) -> CachePart:
-    return CachePart("key", quantizer, packed, HEADS, DIM, ir.DataType.FLOAT)
+def cache_part(quantizer: Quantizer | None, packed: bool = True, name: str = "key") -> CachePart:
+    return CachePart(name, quantizer, packed, HEADS, DIM, ir.DataType.FLOAT)
 
 
-def appended(part: CachePart, values: Array, past: dict[str, Array]) -> dict[str, Array]:
-    """All outputs of one step: ``y``, what attention reads, and the present arrays."""
+def appended(
+    part: CachePart, values: Array, past: dict[str, Array], beside: Quantizer | None = None
+) -> dict[str, Array]:
+    """Outputs of one step: ``y``, the keys that attention reads, and the present arrays.
+
+    Values come beside the keys, negated, in a cache of their own quantizer, or of none.
+    """
     g = GraphBuilder(ir.DataType.FLOAT)
     x = g.input("x", ir.DataType.FLOAT, ["batch", HEADS, "tokens", DIM])
-    y = g.reshape(append(g, x, 0, part), 0, 0, 0, 0)  # a float cache is itself what attention reads
-    names = [*(output.name or "" for output in g.graph.outputs), "y"]
-    return dict(zip(names, run_graph(g, {"y": y}, x=values, **past), strict=True))
-
-
-def empty(part: CachePart) -> dict[str, Array]:
-    return {a.past(0): np.zeros((BATCH, HEADS, 0, a.width), a.dtype.numpy()) for a in part.arrays}
+    other = cache_part(beside, part.packed, "value")
+    keys, negated = append(g, x, g.op("Neg", x), 0, part, other)
+    outputs = {"y": g.reshape(keys, 0, 0, 0, 0), "z": g.reshape(negated, 0, 0, 0, 0)}
+    names = [*(output.name or "" for output in g.graph.outputs), *outputs]
+    past = past or {
+        a.past(0): np.zeros((BATCH, HEADS, 0, a.width), a.dtype.numpy()) for a in (*part.arrays, *other.arrays)
+    }
+    return dict(zip(names, run_graph(g, outputs, x=values, **past), strict=True))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_bytes_and_values_are_those_of_the_quantizer(quantizer: Quantizer) -> None:
     part = cache_part(quantizer)
     values = random_array(BATCH, HEADS, TOKENS, DIM)
-    outputs = appended(part, values, empty(part))
+    outputs = appended(part, values, {})
     expected = quantize(torch.from_numpy(values), quantizer)
     stored = expected.codes.numpy().astype(np.int64) + (2 ** (quantizer.bits - 1) if quantizer.symmetric else 0)
     bytes_ = outputs["present.0.key"]
@@ -61,12 +69,22 @@ def test_bytes_and_values_are_those_of_the_quantizer(quantizer: Quantizer) -> No
     np.testing.assert_allclose(outputs["y"], dequantize(expected).numpy(), rtol=tolerance)
 
 
+def test_keys_and_values_quantized_together_are_those_quantized_apart() -> None:
+    quantizer = Quantizer(4, False, "ratio:0.95")
+    values = random_array(BATCH, HEADS, TOKENS, DIM)
+    together = appended(cache_part(quantizer), values, {}, beside=quantizer)
+    apart = appended(cache_part(quantizer), values, {}, beside=Quantizer(4, False, "ratio:0.9"))
+    np.testing.assert_array_equal(together["y"], apart["y"])
+    np.testing.assert_array_equal(together["z"], fake_quantize(torch.from_numpy(-values), quantizer).numpy())
+    assert set(together) == set(apart)
+
+
 def test_new_tokens_come_behind_the_cached_ones() -> None:
     part = cache_part(Quantizer(4, False, "ratio:0.95"))
     values = random_array(BATCH, HEADS, TOKENS, DIM)
-    whole = appended(part, values, empty(part))
-    first = appended(part, values[:, :, :3], empty(part))
-    past = {name.replace("present", "past_key_values"): a for name, a in first.items() if name != "y"}
+    whole = appended(part, values, {})
+    first = appended(part, values[:, :, :3], {})
+    past = {name.replace("present", "past_key_values"): a for name, a in first.items() if name.startswith("present")}
     second = appended(part, values[:, :, 3:], past)
     for name, array in whole.items():
         np.testing.assert_array_equal(second[name], array)
@@ -76,7 +94,7 @@ def test_new_tokens_come_behind_the_cached_ones() -> None:
 def test_a_float_cache_holds_values(quantizer: Quantizer | None) -> None:
     part = cache_part(quantizer, packed=False)
     values = random_array(BATCH, HEADS, TOKENS, DIM)
-    outputs = appended(part, values, empty(part))
+    outputs = appended(part, values, {})
     expected = values if quantizer is None else fake_quantize(torch.from_numpy(values), quantizer).numpy()
     np.testing.assert_array_equal(outputs["present.0.key"], expected)
     np.testing.assert_array_equal(outputs["y"], expected)
@@ -87,7 +105,10 @@ def test_a_packed_token_is_small(head_dim: int, most: float) -> None:
     part = CachePart("key", Quantizer(4, False), True, 1, head_dim, ir.DataType.FLOAT16)
     x = np.ones((1, 1, 1, head_dim), np.float16)
     g = GraphBuilder(ir.DataType.FLOAT16)
-    y = append(g, g.input("x", ir.DataType.FLOAT16, ["batch", 1, "tokens", head_dim]), 0, part)
-    past = {a.past(0): np.zeros((1, 1, 0, a.width), a.dtype.numpy()) for a in part.arrays}
-    *arrays, _ = run_graph(g, {"y": y}, x=x, **past)
-    assert sum(array.nbytes for array in arrays) <= most * x.nbytes
+    states = g.input("x", ir.DataType.FLOAT16, ["batch", 1, "tokens", head_dim])
+    append(g, states, states, 0, part, replace(part, name="value"))
+    past = {
+        v.name or "": np.zeros((1, 1, 0, int(v.shape[3])), v.dtype.numpy()) for v in g.graph.inputs if v is not states
+    }
+    arrays = run_graph(g, {}, x=x, **past)
+    assert sum(array.nbytes for array in arrays) <= most * 2 * x.nbytes

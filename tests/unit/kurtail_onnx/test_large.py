@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig
-
 from kurtail_onnx.export import export
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.layers import compare_layers
 from kurtail_onnx.verify.structure import check_structure
+from torch import Tensor
+from transformers import LlamaConfig
+
 from kurtail_pl.maths.hadamard import random_hadamard_factors
 from kurtail_pl.storage.folder import ShardWriter, write_card
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
