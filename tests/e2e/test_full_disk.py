@@ -1,0 +1,74 @@
+"""A disk that fills up while a stage writes: a clear error, what was finished stays, and the work goes on."""
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from kurtail_pl.storage import folder
+
+Kurtail = Callable[..., None]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def card_of(folder: Path) -> dict[str, object]:
+    card: dict[str, object] = json.loads((folder / "kurtail.json").read_text())
+    card.pop("cost")
+    return card
+
+
+def test_what_was_finished_is_kept_and_the_work_goes_on(
+    kurtail: Kurtail, tied: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is taken up while the second layer is written; asking for room before the work cannot see that."""
+    fuse = ["fuse", "--model", tied, "--method", "quarot", "--folder"]
+    kurtail(tmp_path, *fuse, tmp_path / "undisturbed")
+    ballast, partial = small_disk / "ballast", small_disk / ".out.partial"
+
+    def fill(path: Path, tensors: object, *rest: object) -> None:
+        if "00003-of" in path.name and not ballast.exists():
+            with ballast.open("wb") as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+        write(path, tensors, *rest)  # type: ignore[arg-type]
+
+    write = folder.write_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "write_tensors", fill)
+        with pytest.raises(SystemExit):
+            kurtail(small_disk, *fuse, small_disk / "out")
+    assert "the disk is full" in capsys.readouterr().err
+    assert not (small_disk / "out").exists()
+    shards = sorted(partial.glob("model-*.safetensors"))
+    assert [path.name[6:11] for path in shards] == ["00001", "00002"]
+    assert all(load_file(path) for path in shards)
+    ballast.unlink()
+    kurtail(small_disk, *fuse, small_disk / "out")
+    assert "going on after 1 finished layers" in capsys.readouterr().err
+    assert card_of(small_disk / "out") == card_of(tmp_path / "undisturbed")
+
+
+def test_a_disk_too_small_is_refused_before_the_work(
+    kurtail: Kurtail, tied: Path, text_file: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--spec.text.source", text_file, "--spec.text.windows", 100, "--spec.text.seqlen", 64]
+    with pytest.raises(SystemExit):
+        kurtail(small_disk, "capture", "--spec.model", tied, *text, "--spec.rows", 6000, "--store", small_disk / "s")
+    assert "free some space" in capsys.readouterr().err
+    assert list(small_disk.iterdir()) == []
