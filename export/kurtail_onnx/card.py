@@ -54,11 +54,17 @@ def _checked(checks: dict[str, Any] | None) -> list[str]:
         f"{text['codes_differing']} of {text['codes']} |"
         for name, text in checks["texts"].items()
     ]
-    return [
+    proof = [
         f"Checked with onnxruntime {checks['onnxruntime']}: {linears['fused']} of {linears['quantized']} quantized "
         f"linears run in few bits. Layer by layer on torch's own inputs, {layers['codes_differing']} of "
         f"{layers['codes']} cached codes differ, hidden states by {layers['hidden_error']:.1e} relative, and "
-        f"{layers['tokens_on_a_border']} of {layers['tokens']} tokens hold a value that was rounded to the next code. "
+        f"{layers['tokens_on_a_border']} of {layers['tokens']} tokens hold a value that was rounded to the next code."
+    ]
+    if not rows:
+        return proof
+    return [
+        *proof,
+        "",
         "Whole texts, where one such value changes all that follows:",
         "",
         "| text | tokens | before the first other code | their largest logit error | other codes |",

@@ -111,3 +111,15 @@ def test_the_trace_names_kernels(exported: Path) -> None:
     shares = time_by_part(kernels)
     assert {"hadamard", "act_q", "kv_cache", "linears", "lm_head"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+
+
+def test_large_exports_are_checked_on_request_and_without_whole_texts(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "LARGEST_BY_DEFAULT", 0)
+    assert not (export(artefact, tmp_path / "silent", ExportSpec()) / "checks.json").exists()
+    asked = export(artefact, tmp_path / "asked", ExportSpec(), checked=True)
+    written = json.loads((asked / "checks.json").read_text())
+    assert written["texts"] == {}
+    assert written["layers"]["codes_differing"] == 0
+    assert "Whole texts" not in (asked / "README.md").read_text()
