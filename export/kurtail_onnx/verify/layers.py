@@ -28,7 +28,7 @@ from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
 from kurtail_pl.streaming.walker import Walker
 
-BATCH, STEPS = 2, (13, 1, 6, 1)
+BATCH, STEPS = 2, (9, 1, 1, 1, 6, 1, 1, 1)
 """Texts, and tokens of each step: prefill, decoding, a chunk, decoding."""
 
 

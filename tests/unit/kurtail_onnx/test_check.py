@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_an_unknown_operator_fails(artefact: Path, exported: Path, tmp_path: Pat
 
 
 def test_a_failed_check_keeps_nothing(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checks.TOLERANCES, "fp32", checks.Tolerance(logits=-1.0, codes=0.0, tokens=0.0))
+    monkeypatch.setitem(checks.TOLERANCES, "fp32", checks.Tolerance(logits=-1.0, codes=0.0, tokens=0.0, layer=0.0))
     with pytest.raises(CheckFailed):
         export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
     assert list(tmp_path.iterdir()) == []
@@ -123,3 +124,25 @@ def test_large_exports_are_checked_on_request_and_without_whole_texts(
     assert written["texts"] == {}
     assert written["layers"]["codes_differing"] == 0
     assert "Whole texts" not in (asked / "README.md").read_text()
+
+
+LAYERS = {"tokens": 168, "codes": 21504, "tokens_on_a_border": 0, "codes_differing": 0, "head_logits_error": 1e-7}
+
+
+@pytest.mark.parametrize(
+    ("found", "fails"),
+    [
+        ({}, False),
+        # One key that fell on the other side, which all later tokens of a text read; 128 codes are a token's.
+        ({"tokens_on_a_border": 20, "largest_share_of_a_layer": 20 / 42, "codes_differing": 5}, False),
+        # Every token of one layer of four; the last tokens of all layers; the codes of a layer; another head.
+        ({"tokens_on_a_border": 42, "largest_share_of_a_layer": 1.0}, True),
+        ({"tokens_on_a_border": 48, "largest_share_of_a_layer": 12 / 42}, True),
+        ({"codes_differing": 200}, True),
+        ({"head_logits_error": 1e-3}, True),
+    ],
+)
+def test_values_on_a_border_are_no_failure_and_systematic_ones_are(found: dict[str, float], fails: bool) -> None:
+    layers = {**LAYERS, "largest_share_of_a_layer": 0.0, **found}
+    with pytest.raises(CheckFailed) if fails else nullcontext():
+        checks._require_agreement(layers, 4, checks.TOLERANCES["fp32"])
