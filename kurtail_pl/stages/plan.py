@@ -123,7 +123,7 @@ def plan(
     shape = Shape(s.layers, s.hidden, config.num_key_value_heads, head_dim_of(config))
     program += TOKENIZER
     # A tensor is read through a memory map and converted, and copied once more to be written; the next layer is read
-    # while one computes. What is float32 already is used where it is mapped, and of an embedding only what is looked up.
+    # while one computes. What is float32 already is used where it is mapped, an embedding row by row.
     converted = s.stored != FLOAT32
     ends = s.embedding * (s.stored + FLOAT32) if converted else 0
     layer = s.layer * (2 * s.stored + FLOAT32)
