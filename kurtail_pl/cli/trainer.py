@@ -16,8 +16,11 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit import ActivationDataModule, RotationModule
 from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
 from kurtail_pl.stages.compare import run_baselines
+from kurtail_pl.stages.meter import free_memory, resident_memory
+from kurtail_pl.stages.plan import misfits, plan
 from kurtail_pl.stages.report import report
 from kurtail_pl.storage.activations import ActivationStore
+from kurtail_pl.storage.files import free_disk
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +78,27 @@ class KurtailCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightQuantization | Evaluation):
                 callback.check(self.trainer, self.datamodule)
+        self._require_room()
         last = self._last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
             log.info("going on from %s", last)
             self.config_init["fit"]["ckpt_path"] = str(last)
+
+    def _require_room(self) -> None:
+        """Refuse a recipe that does not fit this machine, before anything runs."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        quantization = next((c for c in callbacks if isinstance(c, WeightQuantization)), None)
+        evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
+        if quantization is None or evaluation is None:
+            return
+        data = self.datamodule
+        stages = plan(
+            data.checkpoint.config, data.capture_spec, data.steps, data.batch_rows, quantization.quantize_spec,
+            evaluation.text, resident_memory(),
+        )  # fmt: skip
+        found = misfits(stages, free_memory(), free_disk(data.store_folder))
+        if found:
+            raise ConfigError(f"the recipe does not fit this machine: {'; '.join(found)}")
 
     def _last_checkpoint(self) -> Path | None:
         """What an earlier run of the recipe left, finished or not."""
@@ -99,12 +119,13 @@ class KurtailCLI(LightningCLI):
         return trainer
 
 
-def _cli(program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
+def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
+    """Parse a recipe and its overrides as a Lightning CLI of a kind; runs the verb unless told not to."""
     sys.argv = [program, *arguments]  # LightningCLI reads it, and warns when it is given both.
     # Lightning advertises another logger at each start, and calls something that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
-    return KurtailCLI(
+    return kind(
         RotationModule,
         ActivationDataModule,
         subclass_mode_model=True,
@@ -119,17 +140,17 @@ def _cli(program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
 
 def fit(arguments: list[str]) -> None:
     """Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."""
-    _cli("kurtail", ["fit", *arguments])
+    command_line(KurtailCLI, "kurtail", ["fit", *arguments])
 
 
 def validate(arguments: list[str]) -> None:
     """Report the kurtosis of a checkpoint's rotations."""
-    _cli("kurtail", ["validate", *arguments])
+    command_line(KurtailCLI, "kurtail", ["validate", *arguments])
 
 
 def compare(arguments: list[str]) -> None:
     """Run a recipe's baselines beside it and print the table."""
-    cli = _cli("kurtail compare", arguments, run=False)
+    cli = command_line(KurtailCLI, "kurtail compare", arguments, run=False)
     quantization, evaluation = (
         next((c for c in cli.trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
         for kind in (WeightQuantization, Evaluation)

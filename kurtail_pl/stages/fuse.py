@@ -27,7 +27,9 @@ from kurtail_pl.surgery.equip import equip_layer, online_rotations
 from kurtail_pl.surgery.gate import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
+    LargestChange,
     check,
+    require,
     use_exact_layer,
 )
 from kurtail_pl.surgery.layout import checkpoint_state
@@ -190,19 +192,19 @@ class _Fuser:
         norm, head = self.walker.head(torch.float32)
         scale = cast(Tensor, norm.weight).double()
         normed = [F.rms_norm(x, scale.shape, eps=self.eps) for x in (reference, rotated, rounded.float())]
-        logits: list[list[Tensor]] = [[], [], []]
+        changes = [LargestChange(), LargestChange()]
         for rows in torch.split(head.weight.data, ROWS):
             plain = rows.double() * scale
             folded = self._into_residual(plain)
             if self.rotations.residual is not None:
                 rows.copy_(folded)
-            weights = (plain, folded, rows if self.rotations.residual is not None else folded.float())
-            for kept, x, weight in zip(logits, normed, weights, strict=True):
-                kept.append(x @ weight.T)
-        original, exact, written = (torch.cat(kept, -1) for kept in logits)
+            original = normed[0] @ plain.T
+            changes[0].update(original, normed[1] @ folded.T)
+            written = rows if self.rotations.residual is not None else folded.float()
+            changes[1].update(original, normed[2] @ written.T)
         gate = {
-            "float64": check("the fused model", original, exact, FLOAT64_TOLERANCE),
-            "float32": check("the fused model in float32", original, written, FLOAT32_TOLERANCE),
+            "float64": require("the fused model", changes[0].relative, FLOAT64_TOLERANCE),
+            "float32": require("the fused model in float32", changes[1].relative, FLOAT32_TOLERANCE),
         }
         if self.rotations.residual is not None:
             norm.weight = nn.Parameter(torch.ones_like(scale, dtype=torch.float32), requires_grad=False)

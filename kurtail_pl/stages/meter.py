@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 
 
 class Meter:
@@ -82,3 +83,21 @@ def _peak() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now (on Linux; elsewhere the most it held)."""
+    try:
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return _peak()
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that programs can still take, this one's own included; None where it is not Linux."""
+    try:
+        line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024 + resident_memory()
+    except (OSError, StopIteration):
+        return None

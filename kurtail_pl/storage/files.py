@@ -94,13 +94,18 @@ def sha256_of_text(text: str) -> str:
 
 def require_space(folder: Path, needed: int) -> None:
     """Raise DiskFull unless a folder's disk has room for that many bytes."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(folder)
     if free < needed:
         raise DiskFull(
             f"{folder} needs {gigabytes(needed)} and its disk has {gigabytes(free)} free; "
             "free some space, name another disk, or ask for fewer rows"
         )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk where a folder is, or will be."""
+    parents = (folder.absolute(), *folder.absolute().parents)
+    return shutil.disk_usage(next(parent for parent in parents if parent.exists())).free
 
 
 def gigabytes(size: float) -> str:

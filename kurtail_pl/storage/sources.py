@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -42,6 +42,25 @@ def open_model(model: str) -> Checkpoint:
     if path.exists() or model.startswith((".", "/", "~")):
         return Checkpoint(path)
     return Checkpoint(_from_hub(model))
+
+
+def config_of(model: str) -> PretrainedConfig:
+    """Configuration of a model, without its weights where they need not be converted.
+
+    Raises:
+        CheckpointError: when nothing of that name can be had.
+    """
+    folder = Path(model).expanduser()
+    if model in PACKAGED or folder.suffix == ".gguf":
+        return open_model(model).config
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model {model!r} has no configuration that can be read: {str(error).splitlines()[0]}; "
+            "give a folder with config.json or a name on the Hugging Face hub"
+        ) from error
+    return config
 
 
 def _packaged_file(model: str) -> Path:

@@ -15,19 +15,38 @@ FLOAT64_TOLERANCE = 1e-8
 FLOAT32_TOLERANCE = 1e-4
 
 
-def relative_change(reference: Tensor, value: Tensor) -> float:
-    """``max |value - reference| / max |reference|``."""
-    reference = reference.double()
-    return ((value.double() - reference).abs().max() / reference.abs().max()).item()
+class LargestChange:
+    """``max |value - reference| / max |reference|`` of tensors that come in parts."""
+
+    def __init__(self) -> None:
+        self._change, self._reference = torch.zeros(()), torch.zeros(())
+
+    def update(self, reference: Tensor, value: Tensor) -> None:
+        """Take the next part into account."""
+        reference = reference.double()
+        # torch.maximum keeps a nan, which must not pass the gate.
+        self._change = torch.maximum(self._change, (value.double() - reference).abs().max())
+        self._reference = torch.maximum(self._reference, reference.abs().max())
+
+    @property
+    def relative(self) -> float:
+        """The change so far."""
+        return (self._change / self._reference).item()
 
 
 def check(fold: str, reference: Tensor, value: Tensor, tolerance: float) -> float:
-    """Pass, returning the relative change, or fail loudly.
+    """Pass, returning the relative change of a tensor, or fail loudly, as `require`."""
+    change = LargestChange()
+    change.update(reference, value)
+    return require(fold, change.relative, tolerance)
+
+
+def require(fold: str, change: float, tolerance: float) -> float:
+    """Pass a change under the tolerance, returning it, or fail loudly.
 
     Raises:
-        GateError: naming the fold, the change and the tolerance; also when the value is not finite.
+        GateError: naming the fold, the change and the tolerance; also when the change is not a number.
     """
-    change = relative_change(reference, value)
     if not change < tolerance:
         raise GateError(
             f"{fold} changed the output by {change:.1e} relative, more than {tolerance:.0e}; nothing was kept. "

@@ -1,5 +1,6 @@
 """One fused model, one artefact and one store of the tiny model, which the stages' tests share and do not change."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,3 +47,10 @@ def store(tiny: Path, text: TextSpec, tmp_path_factory: pytest.TempPathFactory) 
     made = capture(CaptureSpec(str(tiny), text, rows=50, seed=3), tmp_path_factory.mktemp("store") / "store")
     assert made is not None
     return made
+
+
+@pytest.fixture
+def kurtail_env() -> dict[str, str]:
+    """Environment of a process that runs this checkout's `kurtail`."""
+    root = str(Path(__file__).resolve().parents[3])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": root}

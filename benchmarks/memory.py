@@ -1,0 +1,103 @@
+"""Peak memory of capture, fusion and GPTQ, each in its own process, on a model or on random weights of true shapes.
+
+    python benchmarks/memory.py --model smollm2-135m
+    python benchmarks/memory.py --shapes llama-3-8b --layers 4 --windows 4 --seqlen 512
+
+Prints each stage's largest resident memory as the operating system counted it, beside what `kurtail plan` foresees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.plan import plan
+from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.sources import config_of, open_model
+
+SHAPES = {
+    "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
+    "llama-3-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
+}
+RUN = """
+import resource, sys, kurtail_pl.cli.trainer, kurtail_pl.cli.verbs
+from kurtail_pl.cli.main import main
+from kurtail_pl.stages.meter import resident_memory
+program = resident_memory()
+main()
+print(program, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def random_model(shapes: str, layers: int, folder: Path) -> Path:
+    """A Llama of true shapes with random bfloat16 weights, one shard a layer, and SmolLM2's tokenizer."""
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True)
+    config = LlamaConfig(**SHAPES[shapes], num_key_value_heads=8, num_hidden_layers=layers, dtype="bfloat16")
+    hidden, width, kv = config.hidden_size, config.intermediate_size, 8 * 128
+    linears = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
+    linears |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden)}
+    linears |= {"mlp.down_proj": (hidden, width)}
+    weight_map: dict[str, str] = {}
+
+    def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shapes.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for i in range(layers):
+        names = {f"model.layers.{i}.{name}.weight": shape for name, shape in linears.items()}
+        names |= {f"model.layers.{i}.{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+        write(f"layer{i}.safetensors", names)
+    write("embedding.safetensors", {"model.embed_tokens.weight": (config.vocab_size, hidden)})
+    write("head.safetensors", {"lm_head.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    open_model("smollm2-135m").tokenizer().save_pretrained(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    """Run the three stages and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shapes", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--stages", nargs="+", default=["capture", "fuse", "quantize"])
+    parser.add_argument("--work", type=Path, default=Path("runs/memory"))
+    args = parser.parse_args()
+    model = str(random_model(args.shapes, args.layers, args.work / args.shapes)) if args.shapes else args.model
+    text = TextSpec(windows=args.windows, seqlen=args.seqlen)
+    cut = ["--spec.text.windows", args.windows, "--spec.text.seqlen", args.seqlen]
+    verbs = {
+        "capture": ["capture", "--spec.model", model, *cut, "--spec.rows", args.rows, "--store", args.work / "store"],
+        "fuse": ["fuse", "--model", model, "--method", "quarot", "--folder", args.work / "fused"],
+        "quantize": ["quantize", "--fused", args.work / "fused", *cut, "--folder", args.work / "artefact"],
+    }
+    for stage in args.stages:
+        shutil.rmtree(args.work / {"capture": "store", "fuse": "fused", "quantize": "artefact"}[stage], True)
+        command = [sys.executable, "-c", RUN, *map(str, verbs[stage])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        program, peak = map(int, done.stdout.split()[-2:])
+        capture = CaptureSpec(model, text, args.rows)
+        stages = plan(config_of(model), capture, 100, 512, QuantizeSpec(text=text), TextSpec(), program)
+        foreseen = next(s.memory for s in stages if s.stage == stage)
+        print(f"{stage}: peak {peak / 1e9:.2f} GB, plan {foreseen / 1e9:.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`kurtail plan`: what a recipe will take, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kurtail_pl.cli.trainer import KurtailCLI, command_line
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.stages import plan as stage
+from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.meter import free_memory, resident_memory
+from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.files import free_disk
+from kurtail_pl.storage.sources import config_of
+from kurtail_pl.surgery.scheme import Scheme
+
+
+class PlanCLI(KurtailCLI):
+    """Reads a recipe without making anything of it: the sizes would come from the weights."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the settings."""
+
+
+def plan(arguments: list[str]) -> None:
+    """Print what each stage of a recipe takes, and what does not fit."""
+    config = command_line(PlanCLI, "kurtail plan", arguments, run=False).config.as_dict()
+    data = config["data"]["init_args"]
+    capture = {**data["capture"], "text": TextSpec(**data["capture"]["text"])}
+    stages = stage.plan(
+        config_of(capture["model"]),
+        CaptureSpec(**capture),
+        data["steps"],
+        data["batch_rows"],
+        _quantization(_callback(config, "WeightQuantization")["quantize"]),
+        TextSpec(**_callback(config, "Evaluation")["text"]),
+        resident_memory(),
+    )
+    print(stage.table(stages, stage.probe()))
+    for line in stage.misfits(stages, free_memory(), free_disk(Path(data["store"]))):
+        print(f"does not fit: {line}")
+
+
+def _callback(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings of one of the recipe's callbacks."""
+    for callback in config["trainer"]["callbacks"] or []:
+        if callback["class_path"].endswith(f".{name}"):
+            settings: dict[str, Any] = callback["init_args"]
+            return settings
+    raise ConfigError(f"the recipe has no callback {name}; add it to trainer.callbacks")
+
+
+def _quantization(settings: dict[str, Any]) -> QuantizeSpec:
+    scheme, gptq, text = Scheme.from_dict(settings["scheme"]), GPTQ(**settings["gptq"]), TextSpec(**settings["text"])
+    return QuantizeSpec(**{**settings, "scheme": scheme, "gptq": gptq, "text": text})

@@ -1,0 +1,121 @@
+"""The plan against parameters counted by transformers, and against memory measured on real runs."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, tiny_family
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.plan import Speed, StagePlan, misfits, plan, probe, sizes_of, table
+from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.text import TextSpec
+
+MEASURE = """
+import sys, kurtail_pl.cli.trainer, kurtail_pl.cli.verbs
+from kurtail_pl.cli.main import main
+from kurtail_pl.stages.meter import resident_memory
+program = resident_memory()
+main()
+print(program)
+"""
+
+
+def planned(config: LlamaConfig, capture: CaptureSpec, quantize: QuantizeSpec, program: int) -> dict[str, StagePlan]:
+    stages = plan(config, capture, 100, 512, quantize, TextSpec("pydoc", 6, 2048), program)
+    assert [stage.stage for stage in stages] == ["capture", "learn", "fuse", "quantize", "evaluate"]
+    return {stage.stage: stage for stage in stages}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    """Linears only: norms and biases are nothing."""
+    model = tiny_family(name)
+    weights = {n: p.numel() for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n}
+    router = {n for n in weights if n.endswith("mlp.gate.weight")}
+    layer = sum(count for n, count in weights.items() if n.startswith("model.layers.0.") and n not in router)
+    sizes = sizes_of(model.config)
+    assert sizes.layer == layer
+    assert sizes.embedding == weights["model.embed_tokens.weight"]
+    experts = {n: p for n, p in model.named_parameters() if n.startswith("model.layers.0.mlp.experts")}
+    idle = sum(p.numel() * (len(p) - 2) // len(p) for p in experts.values())
+    assert sizes.active == layer - idle
+
+
+def test_flops_of_a_forward_pass_by_hand() -> None:
+    """Two for each weight and token, and scores and their sums over the causal half of a window."""
+    sizes = sizes_of(LlamaConfig(hidden_size=8, num_attention_heads=2, intermediate_size=20, num_hidden_layers=3))
+    weights = 4 * 8 * 8 + 3 * 8 * 20
+    pairs = 10 * 10 / 2
+    assert sizes.forward(10, 10) == 3 * (2 * 10 * weights + 2 * 2 * 8 * pairs)
+
+
+@pytest.mark.parametrize("stage", ["capture", "fuse", "quantize"])
+def test_memory_is_within_a_quarter_of_what_is_measured(
+    stage: str, tied: Path, text_file: Path, tmp_path: Path, kurtail_env: dict[str, str]
+) -> None:
+    """A model whose parts are large beside the program: 160 MB of embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(tied)
+    config = LlamaConfig(
+        vocab_size=80_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = ["--spec.text.source", text_file, "--spec.text.windows", 20, "--spec.text.seqlen", 128]
+    spec = TextSpec(str(text_file), 20, 128)
+    capture = CaptureSpec(str(tmp_path / "model"), spec, 2000)
+
+    def run(*arguments: object) -> tuple[int, int]:
+        command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=kurtail_env, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1]), done.returncode
+
+    verbs = {
+        "capture": ["capture", "--spec.model", "model", *text, "--spec.rows", 2000, "--store", "store"],
+        "fuse": ["fuse", "--model", "model", "--method", "quarot", "--folder", "fused"],
+        "quantize": ["quantize", "--fused", "fused", *text, "--folder", "artefact"],
+    }
+    if stage == "quantize":
+        run(*verbs["fuse"])
+    program, _ = run(*verbs[stage])
+    cost = {"capture": "store/cost.json", "fuse": "fused/kurtail.json", "quantize": "artefact/kurtail.json"}[stage]
+    written = json.loads((tmp_path / cost).read_text())
+    measured = written["peak_bytes"] if stage == "capture" else written["cost"][stage]["peak_bytes"]
+    config.dtype = "float32"  # as the checkpoint's own configuration says
+    expected = planned(config, capture, QuantizeSpec(text=spec), program)[stage].memory
+    assert expected == pytest.approx(measured, rel=0.25)
+
+
+def test_more_windows_take_more(text_file: Path) -> None:
+    config, capture = LlamaConfig(), CaptureSpec("x", TextSpec("pydoc", 8, 512), 4096)
+    few = planned(config, capture, QuantizeSpec(), 0)
+    many = planned(config, replace(capture, text=TextSpec("pydoc", 16, 512)), QuantizeSpec(), 0)
+    grown = 2 * 8 * 512 * config.hidden_size * 4
+    assert many["capture"].memory - few["capture"].memory == grown
+    assert many["capture"].disk - few["capture"].disk == grown
+    assert many["quantize"] == few["quantize"]
+    rtn = planned(config, capture, QuantizeSpec(method="rtn"), 0)
+    assert rtn["quantize"].memory < few["quantize"].memory
+
+
+def test_what_does_not_fit_is_named_with_its_knob() -> None:
+    stages = [StagePlan("capture", 10**9, 10**9, 1, 0, "rows"), StagePlan("fuse", 3 * 10**9, 2 * 10**9, 1, 0, "disk")]
+    assert misfits(stages, 4 * 10**9, 4 * 10**9) == []
+    (memory,) = misfits(stages, 2 * 10**9, 4 * 10**9)
+    assert memory == "fuse needs 3.00 GB of memory and 2.00 GB are free: disk"
+    (disk,) = misfits(stages, None, 10**9)
+    assert disk == "the stages need 3.00 GB of disk and 1.00 GB are free; fuse takes most: disk"
+
+
+def test_table_and_probe() -> None:
+    stage = StagePlan("capture", 2 * 10**9, 5 * 10**7, 6e12, 4e9, "rows")
+    assert Speed(3e12, 1e9).seconds(stage) == 6
+    row = table([stage], Speed(3e12, 1e9)).splitlines()[-1]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["capture", "2.00 GB", "50.0 MB", "6.00", "6"]
+    speed = probe()
+    assert 1e8 < speed.flops < 1e15
+    assert 1e6 < speed.passes < 1e12
