@@ -39,3 +39,15 @@ class DiskFull(KurtailError):
 
 class GateError(KurtailError):
     """A fold changed the model's output by more than its tolerance."""
+
+
+class RuntimeUnusable(KurtailError):
+    """ONNX Runtime is missing, installed twice, too old, or lacks the device that was asked for."""
+
+
+class InputError(KurtailError, ValueError):
+    """What was handed to a running model does not fit it: too long a text, or cache arrays of another shape or type."""
+
+
+class CheckFailed(KurtailError):
+    """An exported graph does not compute what the artefact does, or not in the way it should."""

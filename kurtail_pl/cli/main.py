@@ -18,6 +18,8 @@ VERBS = {
     "capture": ("kurtail_pl.cli.verbs:capture", "Run the model over text and store sampled activations."),
     "fuse": ("kurtail_pl.cli.verbs:fuse", "Fuse rotations, learned or random, into a model's weights."),
     "quantize": ("kurtail_pl.cli.verbs:quantize", "Quantize a fused model by RTN or GPTQ into an artefact folder."),
+    "export": ("kurtail_pl.cli.onnx:export", "Write an ONNX model of an artefact folder, and check it."),
+    "generate": ("kurtail_pl.cli.onnx:generate", "Continue a prompt by an export, printing the text as it comes."),
     "eval": ("kurtail_pl.cli.verbs:evaluate", "Measure the perplexity of a model or artefact folder."),
     "report": ("kurtail_pl.cli.verbs:report", "Write an artefact's report and print the table of methods."),
 }
@@ -71,11 +73,12 @@ def _fail(verb: str, error: KurtailError) -> NoReturn:
 
 def _log_to_stderr() -> None:
     """Our own log lines only: Lightning brings its own handler."""
-    log = logging.getLogger("kurtail_pl")
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    for name in ("kurtail_pl", "kurtail_onnx"):
+        log = logging.getLogger(name)
+        if not log.handlers:
+            log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def _help() -> str:

@@ -24,10 +24,11 @@ from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
-FLAGS = ("dry_run", "overwrite")
+FLAGS = ("dry_run", "overwrite", "check")
 
 
-def _run(function: Callable[..., None], arguments: list[str]) -> None:
+def run(function: Callable[..., None], arguments: list[str]) -> None:
+    """Call a function with options from its signature."""
     name = f"kurtail {function.__name__.strip('_')}"
     auto_cli(function, args=_spell_out(arguments), as_positional=False, prog=name)
 
@@ -44,7 +45,7 @@ def _spell_out(arguments: list[str]) -> list[str]:
 
 def capture(arguments: list[str]) -> None:
     """Run the model over text and store sampled activations."""
-    _run(_capture, arguments)
+    run(_capture, arguments)
 
 
 def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False) -> None:
@@ -60,7 +61,7 @@ def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False
 
 def fuse(arguments: list[str]) -> None:
     """Fuse rotations, learned or random, into a model's weights."""
-    _run(_fuse, arguments)
+    run(_fuse, arguments)
 
 
 def _fuse(
@@ -95,7 +96,7 @@ def _fuse(
 
 def quantize(arguments: list[str]) -> None:
     """Quantize a fused model by RTN or GPTQ into an artefact folder."""
-    _run(_quantize, arguments)
+    run(_quantize, arguments)
 
 
 def _quantize(fused: Path, folder: Path, spec: quantize_stage.QuantizeSpec, overwrite: bool = False) -> None:
@@ -112,29 +113,51 @@ def _quantize(fused: Path, folder: Path, spec: quantize_stage.QuantizeSpec, over
 
 def evaluate(arguments: list[str]) -> None:
     """Measure the perplexity of a model or artefact folder."""
-    _run(_eval, arguments)
+    run(_eval, arguments)
 
 
-def _eval(model: str, text: TextSpec, store: Path | None = None, validation_rows: int = 1024) -> None:
+def _eval(
+    text: TextSpec,
+    model: str | None = None,
+    onnx: Path | None = None,
+    store: Path | None = None,
+    validation_rows: int = 1024,
+    profile: Literal["exact", "fast"] = "exact",
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> None:
     """Measure the perplexity of a model or artefact folder.
 
     Args:
-        model: model name or folder; an artefact folder gets a results.json when a store is given.
         text: evaluation text, windows and their length.
+        model: model name or folder; an artefact folder gets a results.json when a store is given.
+        onnx: instead, a folder that kurtail export wrote.
         store: activation store of the vanilla model, for the kurtosis of the block inputs.
         validation_rows: its last rows, on which kurtosis is measured.
+        profile: of the export: exact or fast.
+        device: of the export: cpu or cuda.
     """
+    if (model is None) == (onnx is None):
+        raise ConfigError(f"model is {model} and onnx is {onnx}; give one of --model and --onnx")
+    if onnx is not None:
+        from kurtail_pl.cli.onnx import measure
+
+        _print_perplexity(measure(onnx, text, profile, device), text)
+        return
+    assert model is not None
     checkpoint = Checkpoint(Path(model)) if is_ours(Path(model)) else open_model(model)
     if store is not None and is_ours(checkpoint.folder):
         evaluate_folder(checkpoint, checkpoint.folder, text, ActivationStore(store), validation_rows)
         return
-    measured = perplexity(checkpoint, text)
-    print(f"perplexity {measured['perplexity']:.4f} ({text.windows} windows of {text.seqlen} tokens of {text.source})")
+    _print_perplexity(perplexity(checkpoint, text)["perplexity"], text)
+
+
+def _print_perplexity(value: float, text: TextSpec) -> None:
+    print(f"perplexity {value:.4f} ({text.windows} windows of {text.seqlen} tokens of {text.source})")
 
 
 def report(arguments: list[str]) -> None:
     """Write an artefact's report and print the table of methods."""
-    _run(_report, arguments)
+    run(_report, arguments)
 
 
 def _report(folder: Path) -> None:

@@ -80,11 +80,20 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor; raises CheckpointError when the folder has none of that name."""
-        if name not in self._file_of:
-            raise CheckpointError(f"{self.folder} has no tensor {name!r}; the weights do not belong to its config.json")
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with safe_open(self._file_holding(name), framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Element type of one tensor, from its file's header; raises CheckpointError as `tensor` does."""
+        with safe_open(self._file_holding(name), framework="pt") as file:
+            dtype: torch.dtype = file.get_slice(name)[:0].dtype
+            return dtype
+
+    def _file_holding(self, name: str) -> Path:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}; the weights do not belong to its config.json")
+        return self._file_of[name]
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of a module, by their names within it."""

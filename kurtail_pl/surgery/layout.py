@@ -33,7 +33,7 @@ def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dic
 
 def checkpoint_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Inverse of `module_state`: a decoder layer's tensors by the names that checkpoints on the hub have."""
-    return {_theirs(name, architecture): tensor for name, tensor in state.items()}
+    return {checkpoint_name(name, architecture): tensor for name, tensor in state.items()}
 
 
 def _ours(name: str, architecture: Architecture) -> str:
@@ -42,7 +42,8 @@ def _ours(name: str, architecture: Architecture) -> str:
     return name
 
 
-def _theirs(name: str, architecture: Architecture) -> str:
+def checkpoint_name(name: str, architecture: Architecture) -> str:
+    """Name in checkpoints of a tensor that our modules call `name`."""
     for ours, theirs in architecture.on_disk:
         name = name.replace(ours, theirs)
     return name

@@ -1,0 +1,73 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CARD = "README.md"
+
+
+def card(name: str, description: dict[str, Any], checks: dict[str, Any] | None) -> str:
+    """Markdown page of an export.
+
+    Args:
+        name: of its folder.
+        description: content of `kurtail_export.json`.
+        checks: content of `checks.json`; None when the export was not checked.
+    """
+    source, spec = description["source"], description["export"]
+    quantizers = [
+        f"- {part}: " + ("float" if q is None else f"{q['bits']} bits, clip {q['clip']}")
+        for part, q in description["quantizers"].items()
+    ]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"{source['model']} (weights {source['sha256'][:12]}), quantized by {source['method']}, as an ONNX graph "
+            f"for ONNX Runtime: opset {description['opset']}, {spec['dtype']}, {spec['kv']} cache, "
+            f"weights {spec['weights']}, activations {spec['act']}.",
+            "",
+            *quantizers,
+            "",
+            "Weights and cache are stored in few bits and the numbers are those of integer kernels; ONNX Runtime has "
+            "no 4-bit by 4-bit product, so the speed is that of a model with quantized weights alone.",
+            "",
+            *_checked(checks),
+            "",
+            "```bash",
+            f'kurtail generate --onnx {name} --prompt "Once upon a time"',
+            "```",
+            "",
+            "`kurtail_export.json` lists inputs, outputs, cache layout, quantizer formulas and session settings.",
+            "",
+        ]
+    )
+
+
+def _checked(checks: dict[str, Any] | None) -> list[str]:
+    if checks is None:
+        return ["This export was not checked; `kurtail export --check` compares it with the torch model."]
+    layers, linears = checks["layers"], checks["linears"]
+    rows = [
+        f"| {name} | {text['tokens']} | {text['equal_tokens']} | {text['logits_error']:.1e} | "
+        f"{text['codes_differing']} of {text['codes']} |"
+        for name, text in checks["texts"].items()
+    ]
+    proof = [
+        f"Checked with onnxruntime {checks['onnxruntime']}: {linears['fused']} of {linears['quantized']} quantized "
+        f"linears run in few bits. Layer by layer on torch's own inputs, {layers['codes_differing']} of "
+        f"{layers['codes']} cached codes differ, hidden states by {layers['hidden_error']:.1e} relative, and "
+        f"{layers['tokens_on_a_border']} of {layers['tokens']} tokens hold a value that was rounded to the next code."
+    ]
+    if not rows:
+        return proof
+    return [
+        *proof,
+        "",
+        "Whole texts, where one such value changes all that follows:",
+        "",
+        "| text | tokens | before the first other code | their largest logit error | other codes |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+    ]

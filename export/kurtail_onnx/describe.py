@@ -1,0 +1,146 @@
+"""`kurtail_export.json`: what a deployer in any language needs to know to run the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from kurtail_onnx.graph.builder import IR_VERSION, OPSET
+from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.model import cache_parts
+from kurtail_onnx.graph.source import Source
+from kurtail_onnx.run.profiles import PROFILES
+from kurtail_onnx.spec import ExportSpec
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.storage.folder import read_card
+
+FORMAT = 1
+MODEL, DATA, DESCRIPTION = "model.onnx", "model.onnx.data", "kurtail_export.json"
+ROTATIONS = {
+    "residual": ("R1", "fused into the weights"),
+    "value": ("R2", "fused into the weights"),
+    "query_key": ("R3", "node query_key_R3/Hadamard on queries and keys after the rotary embedding"),
+    "attention_output": ("R4", "node attention_output_R4/Hadamard on the input of the output projection"),
+    "mlp_hidden": ("R5", "node mlp_hidden_R5/Hadamard on the input of the down projection"),
+}
+
+
+def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) -> dict[str, Any]:
+    """The description of an export whose other files are written.
+
+    Args:
+        source: the artefact.
+        spec: choices of the export.
+        model: its graph.
+        folder: its files; they are hashed.
+    """
+    card, scheme = read_card(source.folder), source.scheme
+    parts = {"weights": scheme.weights, "activations": spec.activations(scheme)}
+    parts |= {"keys": scheme.keys, "values": scheme.values}
+    return {
+        "format": FORMAT,
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "export": spec.to_dict(),
+        "source": {"artefact": source.folder.name, "method": card["method"], **card["source"]},
+        "model": {
+            "model_type": source.config.model_type,
+            "layers": len(source.layers),
+            "kv_heads": source.kv_heads,
+            "head_dim": source.head_dim,
+            "vocab_size": source.config.vocab_size,
+            "positions": source.config.max_position_embeddings,
+            "eos_token_ids": eos_of(source),
+        },
+        "inputs": [_value(value) for value in model.graph.inputs],
+        "outputs": [_value(value) for value in model.graph.outputs],
+        "cache": {part.name: _cache(part) for part in cache_parts(source, spec)},
+        "quantizers": {name: _quantizer(quantizer, name != "weights") for name, quantizer in parts.items()},
+        "rotations": _rotations(source),
+        "session": PROFILES,
+        "versions": versions(),
+        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+
+
+def eos_of(source: Source) -> list[int]:
+    """Tokens that end a text."""
+    eos: int | list[int] | None = source.config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _value(value: ir.Value) -> dict[str, Any]:
+    assert value.dtype is not None and value.shape is not None  # noqa: PT018 - both are set together
+    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": shape}
+
+
+def _cache(part: CachePart) -> dict[str, Any]:
+    return {
+        "layout": _layout(part),
+        "bytes_per_token_and_head": sum(array.width * array.dtype.itemsize for array in part.arrays),
+        "arrays": [{"past": array.past("{layer}"), "present": array.present("{layer}")} for array in part.arrays],
+    }
+
+
+def _layout(part: CachePart) -> str:
+    if part.quantizer is None or not part.packed:
+        return "values"
+    layout = "one code to a byte"
+    if part.quantizer.bits == 4:
+        layout = "two codes to a byte: low nibble channels [0, head_dim/2), high nibble the rest"
+    return f"{layout}; stored is code + {-part.quantizer.code_range[0]}" if part.quantizer.symmetric else layout
+
+
+def _quantizer(quantizer: Quantizer | None, dynamic: bool) -> dict[str, Any] | None:
+    """A quantizer and its formula; where it is not dynamic, scale and zero point are stored beside the codes."""
+    if quantizer is None:
+        return None
+    grid = _grid(quantizer) if dynamic else []
+    zero_point = "" if quantizer.symmetric else " + zero_point"
+    smallest, largest = quantizer.code_range
+    code = f"code = clip(round_half_even(x / scale){zero_point}, {smallest}, {largest})"
+    value = "value = code * scale" if quantizer.symmetric else "value = (code - zero_point) * scale"
+    return {
+        "bits": quantizer.bits,
+        "symmetric": quantizer.symmetric,
+        "clip": quantizer.clip,
+        "group_size": quantizer.group_size,
+        "formula": [*grid, code, value],
+    }
+
+
+def _grid(quantizer: Quantizer) -> list[str]:
+    """How scale and zero point come from the values x of one group."""
+    amount, largest = quantizer.clip_amount, quantizer.code_range[1]
+
+    def end(extreme: str, x: str) -> str:
+        if quantizer.clip_kind == "ratio":
+            return f"{amount} * {extreme}({x})"
+        level = amount if extreme == "max" else 1 - amount
+        return f"quantile({x}, {level:g})"
+
+    if quantizer.symmetric:
+        return [f"scale = {end('max', '|x|')} / {largest}", "scale = 1 where scale == 0"]
+    return [
+        f"low = min({end('min', 'x')}, 0)",
+        f"high = max({end('max', 'x')}, 0)",
+        f"scale = (high - low) / {largest}",
+        "scale = 1 where scale == 0",
+        "zero_point = round_half_even(-low / scale)",
+    ]
+
+
+def _rotations(source: Source) -> dict[str, Any]:
+    described: dict[str, Any] = {"origin": source.rotations.origin}
+    for name, (number, where) in ROTATIONS.items():
+        rotation = getattr(source.rotations, name)
+        if rotation is not None:
+            described[name] = {"paper": number, "where": where}
+            if hasattr(rotation, "construction"):
+                described[name] |= {"size": rotation.size, "construction": rotation.construction}
+    return described

@@ -1,0 +1,58 @@
+"""Quantization of what a linear reads: per token, dynamic, as QuantizeLinear and DequantizeLinear.
+
+The rows are flattened before and reshaped after: with a DequantizeLinear directly on a MatMul's input ONNX Runtime does
+not keep the weights in 4 bits. A zero point that changes from token to token cannot be cast to a 4-bit type on CUDA, so
+the asymmetric form is arithmetic on floats, with the same codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from kurtail_onnx.graph.builder import GraphBuilder
+from kurtail_onnx.graph.grids import codes_on, dynamic_grid, row_scale, values_of
+from kurtail_pl.maths.quantizers import Quantizer
+
+CODE_TYPES = {(4, True): ir.DataType.INT4, (8, True): ir.DataType.INT8}
+CODE_TYPES |= {(4, False): ir.DataType.UINT4, (8, False): ir.DataType.UINT8}
+"""(bits, symmetric) -> the ONNX type of a code; other widths have none."""
+
+
+class IntegerRows(NamedTuple):
+    """Codes ``[rows, n]`` int8, their scales ``[rows, 1]``, and the shape of their product as in `fake_quantized`."""
+
+    codes: ir.Value
+    scale: ir.Value
+    shape: ir.Value | None
+
+
+def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value | None) -> ir.Value:
+    """Quantize and dequantize each token.
+
+    Args:
+        g: the graph.
+        x: ``[batch, tokens, size]``.
+        size: channels.
+        quantizer: bits, symmetry, clip, group.
+        shape: int64 ``[batch, tokens, -1]``, to give the rows their shape back; None where batch is 1.
+    """
+    group = quantizer.group_size or size
+    rows = g.reshape(x, -1, group)
+    if quantizer.symmetric:
+        scale = row_scale(g, rows, group, quantizer)
+        dtype = CODE_TYPES[quantizer.bits, True]
+        codes = g.op("QuantizeLinear", rows, scale, axis=0, output_dtype=int(dtype))
+        values = g.op("DequantizeLinear", codes, scale, axis=0)
+    else:
+        grid = dynamic_grid(g, rows, group, quantizer)
+        values = values_of(g, codes_on(g, rows, grid, quantizer), grid)
+    return g.reshape(values, 1, -1, size) if shape is None else g.op("Reshape", values, shape)
+
+
+def integer_rows(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value | None) -> IntegerRows:
+    """Codes and scales of each token, symmetric, one scale a token; arguments as for `fake_quantized`."""
+    rows = g.reshape(x, -1, size)
+    grid = dynamic_grid(g, rows, size, quantizer)
+    return IntegerRows(g.cast(codes_on(g, rows, grid, quantizer), ir.DataType.INT8), grid.scale, shape)

@@ -1,0 +1,60 @@
+"""The attention block: projections, rotary embedding, R3, the quantized cache, attention, R4, output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import onnx_ir as ir
+
+from kurtail_onnx.graph.cache import append
+from kurtail_onnx.graph.hadamard import hadamard
+from kurtail_onnx.graph.norm import rms_norm
+from kurtail_onnx.graph.positions import mask, rope, window_of
+from kurtail_onnx.graph.step import Step
+
+
+def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
+    """What a layer's attention adds to the residual stream.
+
+    Args:
+        step: what layers share.
+        index: of the layer.
+        x: normed block input, ``[batch, tokens, hidden]``.
+    """
+    g, source, names = step.g, step.source, step.source.architecture
+    module = source.layers[index].get_submodule(names.attention)
+    with g.scope(names.attention):
+        query, key, value = _projections(step, index, x)
+        query, key = (_rotated(step, index, states, n) for n, states in enumerate((query, key)))
+        keys, values = append(g, key, value, index, step.keys, step.values)
+        seen = mask(step, window_of(source.config, index))
+        mixed = g.op("Attention", query, keys, values, seen, scale=cast(float, module.scaling))
+        mixed = g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, -1)
+        if source.rotations.attention_output is not None:
+            mixed = hadamard(g, mixed, source.rotations.attention_output, "attention_output_R4", rank=3)
+        name = f"{source.layer_name(index)}.{names.output}"
+        return step.linear(name, step.read(mixed, source.linear(name).in_features, "o_in"))
+
+
+def _projections(step: Step, index: int, x: ir.Value) -> list[ir.Value]:
+    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each."""
+    g, source = step.g, step.source
+    read = step.read(x, source.config.hidden_size, "qkv_in")
+    names = source.architecture.attention_readers
+    states: Sequence[ir.Value] = [step.linear(f"{source.layer_name(index)}.{name}", read) for name in names]
+    if len(states) == 1:
+        widths = g.ints(*(heads * source.head_dim for heads in (source.heads, source.kv_heads, source.kv_heads)))
+        states = g.ops("Split", states[0], widths, outputs=3, axis=-1)
+    return [g.op("Transpose", g.reshape(part, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3]) for part in states]
+
+
+def _rotated(step: Step, index: int, states: ir.Value, number: int) -> ir.Value:
+    """Queries (number 0) or keys (1) after their norm, the rotary embedding and R3, each where the model has it."""
+    source, names = step.source, step.source.architecture
+    if names.head_norms:
+        states = rms_norm(step, f"{source.layer_name(index)}.{names.head_norms[number]}", states)
+    if getattr(source.layers[index].get_submodule(names.attention), "use_rope", True):
+        states = rope(step, states)
+    factors = source.rotations.query_key
+    return states if factors is None else hadamard(step.g, states, factors, "query_key_R3", rank=4)

@@ -1,0 +1,40 @@
+"""The MLP block: gate and up projections, SwiGLU, R5, down projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from kurtail_onnx.graph.activations import IntegerRows
+from kurtail_onnx.graph.hadamard import hadamard
+from kurtail_onnx.graph.step import Step
+
+
+def mlp(step: Step, index: int, x: ir.Value) -> ir.Value:
+    """What a layer's MLP adds to the residual stream; x is the normed block input, ``[batch, tokens, hidden]``."""
+    source = step.source
+    with step.g.scope(source.architecture.mlp):
+        read = step.read(x, source.config.hidden_size, "gate_up_in")
+        return gated_mlp(step, f"{source.layer_name(index)}.{source.architecture.mlp}", read)
+
+
+def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, some: bool = False) -> ir.Value:
+    """``down(silu(gate(x)) * up(x))``.
+
+    Args:
+        step: what layers share.
+        name: of the MLP, or of one expert, in the whole model.
+        read: what gate and up multiply.
+        some: of some tokens as one text, not of all.
+    """
+    g, source, names = step.g, step.source, step.source.architecture
+    states: Sequence[ir.Value] = [step.linear(f"{name}.{part}", read) for part in dict.fromkeys((names.gate, names.up))]
+    if len(states) == 1:
+        states = g.ops("Split", states[0], outputs=2, axis=-1, num_outputs=2)
+    gate, up = states
+    hidden = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+    if source.rotations.mlp_hidden is not None:
+        hidden = hadamard(g, hidden, source.rotations.mlp_hidden, "mlp_hidden_R5", rank=3)
+    down = f"{name}.{names.down}"
+    return step.linear(down, step.read(hidden, source.linear(down).in_features, "down_in", some))

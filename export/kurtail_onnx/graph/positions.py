@@ -1,0 +1,98 @@
+"""Where tokens are: rotary tables from transformers' own module, and the mask of causal and windowed attention."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from kurtail_onnx.graph.source import Source
+from kurtail_onnx.graph.step import Step
+from kurtail_pl.errors import UnsupportedArchitecture
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary types whose angles depend on a token's position alone."""
+LONGROPE = "longrope"
+"""Rotary type with angles of its own for texts longer than the original positions."""
+
+
+def rope(step: Step, x: ir.Value) -> ir.Value:
+    """Rotate queries or keys ``[batch, heads, tokens, head_dim]``, or the first part of each head, by position."""
+    g = step.g
+    cos, sin = (
+        g.constant(table.numpy().astype(g.dtype.numpy()), f"rotary.{name}")
+        for name, table in zip(("cos", "sin"), step.rotary, strict=True)
+    )
+    long = getattr(step.source.model.get_submodule(step.source.architecture.rotary), "rope_type", None) == LONGROPE
+    rows = step.shared("rotary_rows", lambda: _longrope_rows(step)) if long else step.position_ids
+    return g.op("RotaryEmbedding", x, cos, sin, rows, rotary_embedding_dim=2 * step.rotary[0].shape[-1])
+
+
+def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, ``[positions, rotary_dim / 2]`` float32, scaling applied.
+
+    Of the type longrope, those of short texts stand before those of long ones.
+
+    Raises:
+        UnsupportedArchitecture: when the angles depend on more than position and kind of text.
+    """
+    module = source.model.get_submodule(source.architecture.rotary)
+    kind = getattr(module, "rope_type", "default")
+    if kind not in (*STATIC_ROPE, LONGROPE):
+        raise UnsupportedArchitecture(
+            f"rotary type {kind!r} changes with the length of the text; exported are "
+            f"{', '.join((*STATIC_ROPE, LONGROPE))}"
+        )
+    lengths = [source.config.max_position_embeddings]
+    if kind == LONGROPE:
+        lengths.insert(0, _original_positions(source))
+    pairs = [module(torch.zeros(1), torch.arange(length)[None]) for length in lengths]
+    cos, sin = (torch.cat([pair[part][0] for pair in pairs]) for part in (0, 1))
+    half = cos.shape[-1] // 2
+    return cos[:, :half], sin[:, :half]
+
+
+def _original_positions(source: Source) -> int:
+    positions: int = source.config.rope_parameters["original_max_position_embeddings"]
+    return positions
+
+
+def _longrope_rows(step: Step) -> ir.Value:
+    """Rows of the tables, ``[batch, tokens]``: those of long texts when any position is beyond the original ones."""
+    g, original = step.g, step.g.index(_original_positions(step.source))
+    last = g.op("ReduceMax", step.position_ids, keepdims=0)
+    shift = g.op("Where", g.op("Greater", original, last), g.index(0), original)
+    return g.op("Add", step.position_ids, shift)
+
+
+def window_of(config: PretrainedConfig, layer: int) -> int | None:
+    """Tokens that a layer looks back, itself included; None for all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def mask(step: Step, window: int | None) -> ir.Value:
+    """Boolean ``[batch, 1, tokens, past + tokens]``, True where a query sees a key; one for each window.
+
+    A query always sees itself: padding would otherwise see nothing, and the softmax of nothing is not a number.
+    """
+    name = "mask" if window is None else f"mask_{window}"
+    return step.shared(name, lambda: _mask(step, window))
+
+
+def _mask(step: Step, window: int | None) -> ir.Value:
+    g = step.g
+    total = g.op("Squeeze", g.op("Shape", step.attention_mask, start=1), g.ints(0))
+    tokens = g.op("Squeeze", g.op("Shape", step.position_ids, start=1), g.ints(0))
+    slots = g.op("Range", g.index(0), total, g.index(1))
+    queries = g.op("Range", g.op("Sub", total, tokens), total, g.index(1))
+    queries = g.op("Unsqueeze", queries, g.ints(1))
+    seen = g.op("LessOrEqual", slots, queries)
+    if window is not None:
+        seen = g.op("And", seen, g.op("Greater", slots, g.op("Sub", queries, g.index(window))))
+    real = g.op("Unsqueeze", g.cast(step.attention_mask, ir.DataType.BOOL), g.ints(1, 2))
+    return g.op("And", seen, g.op("Or", real, g.op("Equal", slots, queries)))

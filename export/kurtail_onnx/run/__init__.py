@@ -1,0 +1,1 @@
+"""Running an export: sessions, the decoding loop, sampling, perplexity."""

@@ -1,0 +1,71 @@
+"""What an export is: precision, cache, form of the weights, and whether activations are quantized."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from kurtail_onnx.graph.activations import CODE_TYPES
+from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.surgery.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Choices of an export that the artefact leaves open.
+
+    Args:
+        dtype: precision of everything that is not a code: fp32 (exact on a CPU) or fp16 (for CUDA).
+        kv: packed keeps codes in the cache, float the values they stand for (standard names and shapes, no smaller).
+        weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
+        act: qdq quantizes what linears read, none leaves it float.
+    """
+
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    kv: Literal["packed", "float"] = "packed"
+    weights: WeightForm = "qdq"
+    act: Literal["qdq", "none"] = "qdq"
+
+    def activations(self, scheme: Scheme) -> Quantizer | None:
+        """Quantizer of what linears read."""
+        return scheme.activations if self.act == "qdq" else None
+
+    def require_exportable(self, scheme: Scheme) -> None:
+        """Raise ConfigError where a scheme cannot be said in ONNX, naming the quantizer and what can."""
+        parts = {"weights": scheme.weights, "activations": self.activations(scheme)}
+        for name, quantizer in {**parts, "keys": scheme.keys, "values": scheme.values}.items():
+            if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
+                raise ConfigError(
+                    f"{name} have {quantizer.bits} bits; ONNX has integer types of 4 and 8 bits: quantize with those"
+                )
+        for name, quantizer in {"keys": scheme.keys, "values": scheme.values}.items():
+            if quantizer is not None and quantizer.group_size is not None:
+                raise ConfigError(f"{name} have groups of {quantizer.group_size}; the cache has one scale a head")
+        if self.weights == "integer":
+            _require_integer(scheme.weights, self.activations(scheme))
+        if self.weights == "matmulnbits" and scheme.weights is not None:
+            _require_blocks(scheme.weights)
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def _require_integer(weights: Quantizer | None, activations: Quantizer | None) -> None:
+    for name, quantizer in {"weights": weights, "activations": activations}.items():
+        if quantizer is None or not quantizer.symmetric or quantizer.group_size is not None:
+            raise ConfigError(
+                f"--weights integer multiplies symmetric codes with one scale a row, and the {name} are {quantizer}; "
+                "use --weights qdq"
+            )
+
+
+def _require_blocks(weights: Quantizer) -> None:
+    size = weights.group_size
+    if size is not None and size % KERNEL_BLOCK and size != 16:
+        raise ConfigError(
+            f"weights have groups of {size}; the MatMulNBits kernel takes 16 and multiples of {KERNEL_BLOCK}: "
+            "use --weights qdq"
+        )

@@ -1,0 +1,116 @@
+"""`--check`: everything that is proven of an export, in `checks.json`; a failed proof is an error."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kurtail_onnx.describe import DATA
+from kurtail_onnx.graph.source import Source
+from kurtail_onnx.run.folder import Export
+from kurtail_onnx.run.session import import_runtime
+from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.verify.kernels import fused_linears, placement, trace
+from kurtail_onnx.verify.layers import LayerAgreement, compare_layers
+from kurtail_onnx.verify.structure import check_structure
+from kurtail_onnx.verify.texts import compare_texts
+from kurtail_pl.errors import CheckFailed
+from kurtail_pl.storage.files import write_json
+from kurtail_pl.surgery.linear import QuantizedLinear
+
+CHECKS = "checks.json"
+LARGEST_BY_DEFAULT = 1_000_000_000
+"""Bytes of weights up to which an export is checked when nobody says so, and whole texts are part of the check."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export may be off by. One value on a border always may fall on the other side, wherever it is.
+
+    Args:
+        logits: of the head, relative to the largest.
+        codes: share of the cached codes that may be others, and the codes of one token more.
+        tokens: share of the tokens that may hold a value rounded to another code, and half of one layer's more: all
+            later tokens of a text read a key or value.
+        layer: share of one layer's tokens that may.
+    """
+
+    logits: float
+    codes: float
+    tokens: float
+    layer: float
+
+
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4, 0.02, 0.75), "fp16": Tolerance(5e-3, 0.05, 1.0, 1.0)}
+"""In fp16 one value in a thousand lies on the border of two codes, so almost every token holds one."""
+
+
+def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
+    """Check an export and write `checks.json`.
+
+    Args:
+        folder: of the export, finished.
+        source: the artefact.
+        spec: choices of the export.
+
+    Raises:
+        CheckFailed: when the file is not valid, a linear is not fused, or a layer is not torch's.
+    """
+    export = Export(folder)
+    checks: dict[str, Any] = {"onnxruntime": import_runtime().__version__, "operators": check_structure(folder)}
+    kernels = trace(export)
+    expected = _quantized_linears(source)
+    checks["linears"] = {"quantized": expected, "fused": fused_linears(kernels)}
+    checks["placement"] = placement(kernels)
+    if checks["linears"]["fused"] != expected:
+        raise CheckFailed(
+            f"{checks['linears']['fused']} of {expected} quantized linears run in few bits; the others would be "
+            "dequantized in every step: export with --weights matmulnbits, or use a newer onnxruntime"
+        )
+    layers, logits = compare_layers(folder, source, spec)
+    checks["layers"] = summary(layers) | {"head_logits_error": logits}
+    _require_agreement(checks["layers"], len(layers), TOLERANCES[spec.dtype])
+    # Layers are compared one at a time; whole texts need all of the model in memory.
+    texts = compare_texts(export, source, spec) if small_enough(folder) else {}
+    checks["texts"] = {name: asdict(agreement) for name, agreement in texts.items()}
+    write_json(folder / CHECKS, checks)
+    return checks
+
+
+def summary(layers: list[LayerAgreement]) -> dict[str, Any]:
+    """All layers together."""
+    return {
+        "tokens": sum(layer.tokens for layer in layers),
+        "tokens_on_a_border": sum(layer.tokens_on_a_border for layer in layers),
+        "hidden_error": max(layer.hidden_error for layer in layers),
+        "codes": sum(layer.codes for layer in layers),
+        "codes_differing": sum(layer.codes_differing for layer in layers),
+        "largest_code_difference": max(layer.largest_code_difference for layer in layers),
+        "largest_share_of_a_layer": max(layer.tokens_on_a_border / layer.tokens for layer in layers),
+    }
+
+
+def _require_agreement(layers: dict[str, Any], count: int, tolerance: Tolerance) -> None:
+    tokens, codes = layers["tokens"], layers["codes"]
+    failures = [
+        layers["head_logits_error"] > tolerance.logits,
+        layers["codes_differing"] > tolerance.codes * codes + codes / tokens,
+        layers["tokens_on_a_border"] > tolerance.tokens * tokens + tokens / count / 2,
+        layers["largest_share_of_a_layer"] > tolerance.layer,
+    ]
+    if any(failures):
+        raise CheckFailed(
+            f"the export does not compute the artefact's model: {layers}; report it with its kurtail.json"
+        )
+
+
+def _quantized_linears(source: Source) -> int:
+    if source.scheme.weights is None:
+        return 0
+    return sum(isinstance(module, QuantizedLinear) for module in source.model.modules())
+
+
+def small_enough(folder: Path) -> bool:
+    """Whether an export is checked when nobody says so."""
+    return (folder / DATA).stat().st_size <= LARGEST_BY_DEFAULT

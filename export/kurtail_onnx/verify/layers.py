@@ -1,0 +1,150 @@
+"""Every decoder layer of an export against torch's, each on the inputs that torch computed.
+
+Rounding to 4 bits is chaotic: two exact implementations add in another order, a value that lies on the border between
+two codes falls on the other side, and from there on the texts' logits differ by as much as they would for any other
+rounding. torch differs from itself in the same way when a prompt is fed in two pieces. What two implementations of one
+model must share is each layer's function, so each layer is compared alone, on equal inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from kurtail_onnx.graph.builder import FLOATS
+from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, cache_parts, hidden_name
+from kurtail_onnx.graph.source import Source
+from kurtail_onnx.run.profiles import Profile
+from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.verify.codes import codes_in
+from kurtail_onnx.verify.pieces import Pieces
+from kurtail_onnx.verify.reference import cached_codes, empty_reference
+from kurtail_pl.streaming.walker import Walker
+
+BATCH, STEPS = 2, (9, 1, 1, 1, 6, 1, 1, 1)
+"""Texts, and tokens of each step: prefill, decoding, a chunk, decoding."""
+
+
+ROUNDING = {"fp32": 1e-5, "fp16": 1e-2}
+"""A token's hidden states that differ by less than this, relative to the layer's largest, differ by float rounding."""
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """How far a layer of the export is from torch's, over all tokens of all texts.
+
+    Attributes:
+        tokens: compared.
+        tokens_on_a_border: those where some value was rounded to another code: their hidden states differ by more than
+            float rounding.
+        hidden_error: largest difference of the other tokens' hidden states, relative to the layer's largest.
+        codes: of keys and values, compared.
+        codes_differing: those that are not equal.
+        largest_code_difference: in steps.
+    """
+
+    tokens: int
+    tokens_on_a_border: int
+    hidden_error: float
+    codes: int
+    codes_differing: int
+    largest_code_difference: int
+
+
+@torch.no_grad()
+def compare_layers(
+    folder: Path, source: Source, spec: ExportSpec, profile: Profile = "exact"
+) -> tuple[list[LayerAgreement], float]:
+    """Compare all decoder layers, one in memory at a time, and the head.
+
+    Args:
+        folder: of the export.
+        source: its artefact.
+        spec: choices of the export.
+        profile: how the export is run.
+
+    Returns:
+        The agreement of each layer, and the largest difference, relative to the largest logit, of what both heads make
+        of the same hidden states.
+    """
+    walker = Walker(source.checkpoint, empty_reference(source, spec))
+    pieces = Pieces(folder, FLOATS[spec.dtype], profile)
+    ids = torch.randint(source.config.vocab_size, (BATCH, sum(STEPS)), generator=torch.Generator().manual_seed(0))
+    embedding = walker.embedding()
+    hidden = [embedding(text.unsqueeze(0)) for text in ids]
+    embedding.to("meta")
+    agreements = []
+    for index, layer in walker.layers("check layers"):
+        caches = [DynamicCache() for _ in hidden]
+        after = [
+            layer(states, past_key_values=cache, **walker.positions(layer, states))
+            for states, cache in zip(hidden, caches, strict=True)
+        ]
+        with pieces.layer(index) as session:
+            found, cache = run_layer(session, index, torch.cat(hidden).numpy(), FLOATS[spec.dtype].numpy())
+        attention = layer.get_submodule(source.architecture.attention)
+        by_text = [cached_codes(attention, torch_cache, index) for torch_cache in caches]
+        codes = {name: torch.cat([text[name] for text in by_text]).numpy() for name in by_text[0]}
+        parts = [part for part in cache_parts(source, spec) if part.packed and part.name in codes]
+        differences = [_code_differences(cache, index, part, codes[part.name]) for part in parts]
+        agreements.append(_agreement(torch.cat(after).numpy(), found, differences, ROUNDING[spec.dtype]))
+        hidden = after
+    states = torch.cat(hidden)
+    with pieces.head(len(agreements)) as session:
+        (logits,) = session.run(None, {hidden_name(len(agreements)): states.numpy().astype(FLOATS[spec.dtype].numpy())})
+    norm, head = walker.head()
+    expected = head(norm(states)).numpy()
+    return agreements, float(np.abs(expected - logits).max() / np.abs(expected).max())
+
+
+def run_layer(
+    session: Any, index: int, hidden: NDArray[Any], dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+    """Feed hidden states ``[batch, tokens, hidden]`` through a layer in several steps; its output and its cache."""
+    batch, shapes = len(hidden), {value.name: (value.shape, value.type) for value in session.get_inputs()}
+    cache = {
+        name: np.zeros((batch, shape[1], 0, shape[3]), np.uint8 if kind == "tensor(uint8)" else dtype)
+        for name, (shape, kind) in shapes.items()
+        if name.startswith("past_key_values.")
+    }
+    outputs, done = [], 0
+    for count in STEPS:
+        now = slice(done, done + count)
+        feed = {
+            INPUT_IDS: np.zeros((batch, count), np.int64),
+            ATTENTION_MASK: np.ones((batch, now.stop), np.int64),
+            POSITION_IDS: np.arange(now.start, now.stop)[None].repeat(batch, 0),
+            hidden_name(index): hidden[:, now].astype(dtype),
+        }
+        output, *presents = session.run(None, {name: array for name, array in feed.items() if name in shapes} | cache)
+        outputs.append(output.astype(np.float32))
+        cache, done = dict(zip(cache, presents, strict=True)), now.stop
+    return np.concatenate(outputs, axis=1), cache
+
+
+def _code_differences(
+    cache: dict[str, NDArray[Any]], index: int, part: CachePart, expected: NDArray[Any]
+) -> NDArray[np.int64]:
+    return np.abs(codes_in(cache[part.arrays[0].past(index)], part) - expected.astype(np.int64))
+
+
+def _agreement(
+    expected: NDArray[Any], found: NDArray[Any], differences: list[NDArray[np.int64]], rounding: float
+) -> LayerAgreement:
+    errors = np.abs(found - expected).max(-1) / np.abs(expected).max()
+    smooth = errors < rounding
+    return LayerAgreement(
+        tokens=errors.size,
+        tokens_on_a_border=int((~smooth).sum()),
+        hidden_error=float(errors[smooth].max(initial=0.0)),
+        codes=sum(d.size for d in differences),
+        codes_differing=sum(int((d > 0).sum()) for d in differences),
+        largest_code_difference=max((int(d.max()) for d in differences), default=0),
+    )

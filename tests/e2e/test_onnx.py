@@ -1,0 +1,83 @@
+"""The verbs of the ONNX export on the real stories260k."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import kurtail_pl
+
+Kurtail = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def place(stories: Path, kurtail: Kurtail, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the artefact ``story`` and its export ``onnx``."""
+    place = tmp_path_factory.mktemp("onnx")
+    kurtail(place, "fuse", "--model", stories, "--method", "quarot", "--folder", "fused")
+    kurtail(place, "quantize", "--fused", "fused", "--spec.method", "rtn", "--folder", "story")
+    kurtail(place, "export", "--checkpoint", "story", "--out", "onnx")
+    return place
+
+
+def test_small_exports_are_checked(place: Path) -> None:
+    checks = json.loads((place / "onnx" / "checks.json").read_text())
+    assert checks["linears"] == {"quantized": 35, "fused": 35}
+    assert checks["layers"]["codes_differing"] == 0
+    assert "0 of 13440 cached codes differ" in (place / "onnx" / "README.md").read_text()
+    assert list(place.glob(".*")) == []
+
+
+def test_generate_prints_torchs_text(place: Path, kurtail: Kurtail, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Once upon a time, there was"
+    arguments = ("--onnx", "onnx", "--prompt", prompt, "--sampling.max_new_tokens", 24)
+    kurtail(place, "generate", *arguments)
+    printed = capsys.readouterr().out
+    tokenizer, model = AutoTokenizer.from_pretrained(place / "story"), kurtail_pl.load(place / "story")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    expected = model.generate(ids, max_new_tokens=24, do_sample=False)[0]
+    assert printed.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    sampled = []
+    for seed in (1, 1, 2):
+        kurtail(place, "generate", *arguments, "--sampling.temperature", 1.5, "--sampling.seed", seed)
+        sampled.append(capsys.readouterr().out)
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_eval_prints_torchs_perplexity(place: Path, kurtail: Kurtail, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ("--text.windows", 2, "--text.seqlen", 128)
+    values = []
+    for model in (("--model", "story"), ("--onnx", "onnx"), ("--onnx", "onnx", "--profile", "fast")):
+        kurtail(place, "eval", *model, *text)
+        (value,) = re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out)
+        values.append(float(value))
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+    assert values[2] != values[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "--checkpoint", "story", "--out", "onnx"), "--overwrite"),
+        (("export", "--checkpoint", "fused/..", "--out", "new"), "kurtail.json"),
+        (("export", "--checkpoint", "fused", "--out", "new", "--weights", "integer"), "--weights integer"),
+        (("generate", "--onnx", "story", "--prompt", "a"), "no export of ours"),
+        (("generate", "--onnx", "onnx", "--prompt", "a", "--sampling.max_new_tokens", "600"), "512 positions"),
+        (("eval", "--text.seqlen", "8", "--onnx", "onnx", "--model", "story"), "one of --model and --onnx"),
+        (("eval", "--text.seqlen", "8"), "one of --model and --onnx"),
+    ],
+)
+def test_mistakes_are_one_line(
+    place: Path, kurtail: Kurtail, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(place.rglob("*"))
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"kurtail {arguments[0]}: ")
+    assert message in line
+    assert sorted(place.rglob("*")) == before

@@ -1,0 +1,82 @@
+"""Artefacts of the tiny model, of every family and of stories260k."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import tiny_family
+from kurtail_onnx.export import export
+from kurtail_onnx.spec import ExportSpec
+
+from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.surgery.rotations import Rotations, random_rotations
+from kurtail_pl.surgery.scheme import Scheme
+
+MakeArtefact = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_artefact(tmp_path_factory: pytest.TempPathFactory) -> MakeArtefact:
+    """Rotate a model folder by random Hadamards and round its weights; each artefact is made once."""
+    made: dict[tuple[Path, Scheme, bool], Path] = {}
+
+    def make(model: Path, rotated: bool = True, **quantizers: Any) -> Path:
+        scheme = replace(Scheme(), **quantizers)
+        key = (model, scheme, rotated)
+        if key not in made:
+            place = tmp_path_factory.mktemp("artefact")
+            checkpoint = Checkpoint(model)
+            rotations = random_rotations(checkpoint.config, 0) if rotated else Rotations()
+            fused = fuse(checkpoint, rotations, "quarot", place / "fused")
+            made[key] = quantize(fused, QuantizeSpec(scheme, method="rtn"), place / "artefact")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_family(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a family's tiny model, with a tokenizer."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("families") / name
+        tiny_family(name).save_pretrained(folder)
+        copy_tokenizer(tied, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def artefact(tiny: Path, make_artefact: MakeArtefact) -> Path:
+    """The tiny Llama in 4 bits everywhere."""
+    return make_artefact(tiny)
+
+
+@pytest.fixture(scope="session")
+def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export, unchecked; tests copy it before they change it."""
+    return export(artefact, tmp_path_factory.mktemp("exports") / "tiny", ExportSpec(), checked=False)
+
+
+@pytest.fixture(scope="session")
+def story_artefact(stories: Path, make_artefact: MakeArtefact) -> Path:
+    return make_artefact(stories)
+
+
+@pytest.fixture(scope="session")
+def grouped(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose widths are 64, 96 and 160, so that groups of 16 and 32 divide them."""
+    folder = tmp_path_factory.mktemp("grouped") / "model"
+    tiny_family("qwen3", hidden_size=64, intermediate_size=160).save_pretrained(folder)
+    copy_tokenizer(tied, folder)
+    return folder
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for file in source.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,211 @@
+"""The export folder: what it holds, that its bytes repeat, and what is refused before or instead of writing it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from families import tiny_family
+from kurtail_onnx.export import export
+from kurtail_onnx.run.folder import Export
+from kurtail_onnx.spec import ExportSpec
+
+from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, KurtailError, UnsupportedArchitecture
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.storage.rotation_file import read_rotations
+from kurtail_pl.surgery.rotations import Rotations
+
+MakeArtefact = Callable[..., Path]
+
+
+def description_of(folder: Path) -> dict[str, Any]:
+    description: dict[str, Any] = json.loads((folder / "kurtail_export.json").read_text())
+    return description
+
+
+def test_the_folder_is_complete(exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        *("model.onnx", "model.onnx.data", "kurtail_export.json", "README.md", "config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+    } - ({"generation_config.json"} - names)
+    assert "not checked" in (exported / "README.md").read_text()
+    assert list(exported.parent.glob(".*")) == []
+
+
+def test_the_same_bytes_again(artefact: Path, exported: Path, tmp_path: Path) -> None:
+    again = export(artefact, tmp_path / "again", ExportSpec(), checked=False)
+    for path in exported.iterdir():
+        if path.suffix in (".onnx", ".data", ".json"):
+            assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_opset_versions_and_readable_names(exported: Path) -> None:
+    model = onnx.load(exported / "model.onnx", load_external_data=False)
+    assert model.ir_version == 10
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": 23, "kurtail": 1}
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    for name in (
+        "/model/layers.2/mlp/down_proj/MatMul",
+        "/model/layers.2/mlp/mlp_hidden_R5/Hadamard",
+        "/model/layers.0/self_attn/attention_output_R4/Hadamard",
+        "/model/layers.0/self_attn/qkv_in/act_q/QuantizeLinear",
+        "/model/layers.0/self_attn/kv_cache/key/Concat",
+    ):
+        assert name in names
+    assert "model.layers.2.mlp.down_proj.codes" in {i.name for i in model.graph.initializer}
+
+
+def test_the_io_table_is_the_sessions(exported: Path) -> None:
+    session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
+    for table, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        described = [(row["name"], f"tensor({row['dtype']})", row["shape"]) for row in description_of(exported)[table]]
+        assert described == [(value.name, value.type, value.shape) for value in values]
+
+
+def test_the_description_says_where_everything_comes_from(artefact: Path, exported: Path) -> None:
+    description, card = description_of(exported), json.loads((artefact / "kurtail.json").read_text())
+    assert description["source"] == {"artefact": artefact.name, "method": "quarot", **card["source"]}
+    assert {
+        name: description["rotations"][name]["paper"] for name in ("query_key", "attention_output", "mlp_hidden")
+    } == {
+        "query_key": "R3",
+        "attention_output": "R4",
+        "mlp_hidden": "R5",
+    }
+    rotations = read_rotations(artefact / "rotations.safetensors")
+    assert rotations.mlp_hidden is not None
+    assert description["rotations"]["mlp_hidden"]["construction"] == rotations.mlp_hidden.construction
+    assert description["rotations"]["origin"] == {"seed": 0}
+    for name, digest in description["sha256"].items():
+        assert sha256_of(exported / name) == digest
+    assert set(description["session"]) == {"exact", "fast"}
+
+
+def test_formulas_can_be_computed(exported: Path) -> None:
+    """The lines of the key quantizer are Python once its words are functions."""
+    formula = description_of(exported)["quantizers"]["keys"]["formula"]
+    x = np.random.default_rng(0).normal(size=16)
+
+    def larger(a: Any, b: float | None = None) -> Any:
+        return np.max(a) if b is None else np.maximum(a, b)
+
+    def smaller(a: Any, b: float | None = None) -> Any:
+        return np.min(a) if b is None else np.minimum(a, b)
+
+    words = {"x": x, "min": smaller, "max": larger, "clip": np.clip, "round_half_even": np.round}
+    for line in formula:
+        if " where " not in line:
+            exec(line, words)
+    low, high = 0.95 * x.min(), 0.95 * x.max()
+    values = np.clip(np.round(x / ((high - low) / 15)) + np.round(-low / ((high - low) / 15)), 0, 15)
+    np.testing.assert_array_equal(words["code"], values)
+    assert np.abs(words["value"] - np.clip(x, low, high)).max() <= (high - low) / 30 + 1e-12 + (high - low) / 15 / 2
+
+
+def test_quantized_linears_take_a_quarter(story_artefact: Path, tmp_path: Path) -> None:
+    folder = export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=False)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    codes = {i.name: i for i in model.graph.initializer if i.name.endswith(".codes")}
+    assert len(codes) == 35
+    length = {name: {e.key: int(e.value) for e in i.external_data if e.key != "location"} for name, i in codes.items()}
+    stored = sum(entry["length"] for entry in length.values())
+    assert stored <= 0.27 * 2 * sum(int(np.prod(i.dims)) for i in codes.values())
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "newer", "foreign"])
+def test_damaged_artefacts_are_refused(damage: str, artefact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "artefact"
+    shutil.copytree(artefact, copy)
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "changed":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    elif damage == "newer":
+        card = json.loads((copy / "kurtail.json").read_text())
+        (copy / "kurtail.json").write_text(json.dumps(card | {"format": 99}))
+    else:
+        (copy / "kurtail.json").unlink()
+    with pytest.raises(ArtefactError):
+        export(copy, tmp_path / "onnx", ExportSpec())
+    assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
+
+
+REFUSED: dict[str, tuple[ExportSpec, dict[str, Quantizer], str]] = {
+    "3-bit-weights": (ExportSpec(), {"weights": Quantizer(3)}, "weights have 3 bits"),
+    "6-bit-activations": (ExportSpec(), {"activations": Quantizer(6)}, "activations have 6 bits"),
+    "2-bit-keys": (ExportSpec(), {"keys": Quantizer(2, False)}, "keys have 2 bits"),
+    "cache-groups": (ExportSpec(), {"values": Quantizer(4, False, group_size=8)}, "values have groups of 8"),
+    "kernel-groups": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(group_size=4)}, "groups of 4"),
+    "integer-groups": (ExportSpec(weights="integer"), {"weights": Quantizer(group_size=4)}, "--weights integer"),
+    "integer-asymmetric": (ExportSpec(weights="integer"), {"activations": Quantizer(4, False)}, "--weights integer"),
+    "integer-float": (ExportSpec(weights="integer", act="none"), {}, "--weights integer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_onnx_cannot_say_is_refused(case: str, tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    spec, quantizers, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        export(make_artefact(tiny, **quantizers), tmp_path / "onnx", spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "'dynamic'"),
+    ],
+)
+def test_unknown_parts_are_refused(changes: dict[str, Any], message: str, tied: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_family("qwen3", **changes).save_pretrained(model)
+    for file in tied.glob("tokenizer*"):
+        shutil.copy(file, model)
+    fused = fuse(Checkpoint(model), Rotations(), "none", tmp_path / "fused")
+    with pytest.raises(UnsupportedArchitecture, match=message):
+        export(fused, tmp_path / "onnx", ExportSpec())
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_an_existing_folder_stays(artefact: Path, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "precious.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match="--overwrite"):
+        export(artefact, tmp_path / "onnx", ExportSpec())
+    assert (tmp_path / "onnx" / "precious.txt").read_text() == "mine"
+    export(artefact, tmp_path / "onnx", ExportSpec(), checked=False, overwrite=True)
+    assert (tmp_path / "onnx" / "model.onnx").read_bytes() == (exported / "model.onnx").read_bytes()
+    assert not (tmp_path / "onnx" / "precious.txt").exists()
+
+
+def test_a_full_disk_leaves_nothing(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskFull):
+        export(artefact, tmp_path / "onnx", ExportSpec())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["model.onnx", "model.onnx.data", "kurtail_export.json", "format"])
+def test_damaged_exports_are_not_run(damage: str, exported: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "onnx"
+    shutil.copytree(exported, copy)
+    if damage == "format":
+        (copy / "kurtail_export.json").write_text(json.dumps(description_of(copy) | {"format": 99}))
+    else:
+        (copy / damage).write_bytes((copy / damage).read_bytes()[:-9])
+    with pytest.raises(KurtailError) as error:
+        Export(copy)
+    assert isinstance(error.value, ArtefactError)

@@ -1,0 +1,31 @@
+"""Exports with a float cache in onnxruntime-genai."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from kurtail_onnx.export import export
+from kurtail_onnx.spec import ExportSpec
+
+import kurtail_pl
+
+genai = pytest.importorskip("onnxruntime_genai")
+
+
+@pytest.mark.parametrize("act", ["qdq", "none"])
+def test_greedy_text_is_transformers(act: str, story_artefact: Path, tmp_path: Path) -> None:
+    folder = export(story_artefact, tmp_path / "onnx", ExportSpec(kv="float", act=act), checked=False)  # type: ignore[arg-type]
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=30, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    ids = genai.Tokenizer(model).encode("Once upon a time")
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    reference = kurtail_pl.load(story_artefact)
+    for module in reference.modules():
+        if act == "none" and hasattr(module, "activations"):
+            module.activations = None
+    expected = reference.generate(torch.tensor([ids.tolist()]), max_length=30, do_sample=False)
+    assert list(generator.get_sequence(0)) == expected[0].tolist()

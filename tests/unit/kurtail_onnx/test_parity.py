@@ -1,0 +1,168 @@
+"""Exports against the torch model: every family, every form of weights, every kind of quantizer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from kurtail_onnx.export import export
+from kurtail_onnx.run.decoder import Decoder
+from kurtail_onnx.run.folder import Export
+from kurtail_onnx.run.perplexity import perplexity
+from kurtail_onnx.run.session import open_session
+from kurtail_onnx.spec import ExportSpec
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+import kurtail_pl
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.surgery.linear import QuantizedLinear
+
+MakeArtefact = Callable[..., Path]
+TEXTS, TOKENS = 5, 40
+"""More tokens than the sliding windows and than the short texts of longrope."""
+STEPS = ([TOKENS], [TOKENS - 6, *[1] * 6])
+TOLERANCE = 4e-6
+"""Of the logits, relative to the largest; another code somewhere moves them by more than a thousandth."""
+
+
+@torch.no_grad()
+def has_torchs_logits(artefact: Path, folder: Path, tolerance: float = TOLERANCE) -> bool:
+    """Whether a text has torch's logits in one prefill, and one when its last tokens come one by one.
+
+    Several texts may be tried: a value on the border of two codes falls on either side, for torch itself too when it
+    adds in another order, and changes all that follows. What is wrong in the graph is wrong in every text.
+    """
+    model, opened = kurtail_pl.load(artefact), Export(folder)
+    session = open_session(opened.model, threads=1)
+
+    def agrees(seed: int, widths: list[int]) -> bool:
+        ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+        cache, decoder = DynamicCache(), Decoder(opened, session)
+        pieces = ids.split(widths, dim=1)
+        expected = np.concatenate([model(piece, past_key_values=cache).logits.numpy() for piece in pieces], axis=1)
+        found = np.concatenate([decoder.forward(piece.numpy()) for piece in pieces], axis=1)
+        return bool(np.abs(found - expected).max() <= tolerance * np.abs(expected).max())
+
+    return all(any(agrees(seed, widths) for seed in range(TEXTS)) for widths in STEPS)
+
+
+def checks_of(folder: Path) -> dict[str, Any]:
+    checks: dict[str, Any] = json.loads((folder / "checks.json").read_text())
+    return checks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(
+    family: str, make_family: Callable[[str], Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    artefact = make_artefact(make_family(family))
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    linears = [m for m in kurtail_pl.load(artefact).modules() if isinstance(m, QuantizedLinear)]
+    assert checks_of(folder)["linears"] == {"quantized": len(linears), "fused": len(linears)}
+    assert has_torchs_logits(artefact, folder)
+
+
+def test_stories(story_artefact: Path, tmp_path: Path) -> None:
+    folder = export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    for text in checks_of(folder)["texts"].values():
+        assert text["codes_differing"] == 0
+        assert text["equal_tokens"] == text["tokens"]
+        assert text["logits_error"] <= 1e-5
+    assert checks_of(folder)["texts"]["batch"]["codes"] > 10_000
+
+
+@torch.no_grad()
+def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path) -> None:
+    opened = Export(export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=False))
+    session = open_session(opened.model, threads=1)
+    ids = np.random.default_rng(0).integers(512, size=(1, TOKENS))
+    whole, single = Decoder(opened, session), Decoder(opened, session)
+    logits = whole.forward(ids)
+    steps = np.concatenate([single.forward(ids[:, n : n + 1]) for n in range(TOKENS)], axis=1)
+    assert np.abs(steps - logits).max() <= 1e-6 * np.abs(logits).max()
+    for name, array in whole.cache().items():
+        if array.dtype == np.uint8:
+            np.testing.assert_array_equal(single.cache()[name], array)
+
+
+ASYMMETRIC = Quantizer(4, False)
+VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | None]]] = {
+    "groups": (ExportSpec(), {"weights": Quantizer(group_size=16)}),
+    "groups-asymmetric": (ExportSpec(), {"weights": Quantizer(4, False, group_size=32)}),
+    "asymmetric": (ExportSpec(), {"weights": ASYMMETRIC, "activations": ASYMMETRIC}),
+    "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
+    "quantile": (ExportSpec(), {"activations": Quantizer(clip="quantile:0.98")}),
+    "float-values": (ExportSpec(), {"values": None}),
+    "float-activations": (ExportSpec(), {"activations": None}),
+    "float-weights": (ExportSpec(), {"weights": None}),
+    "kernel": (ExportSpec(weights="matmulnbits"), {}),
+    "kernel-groups-16": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(group_size=16)}),
+    "kernel-groups-32": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(4, False, group_size=32)}),
+    "kernel-asymmetric": (ExportSpec(weights="matmulnbits"), {"weights": ASYMMETRIC}),
+    "kernel-8-bits": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(8)}),
+    "integer": (ExportSpec(weights="integer"), {}),
+    "float-cache": (ExportSpec(kv="float"), {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_form(variant: str, grouped: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    spec, quantizers = VARIANTS[variant]
+    artefact = make_artefact(grouped, **quantizers)
+    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    assert has_torchs_logits(artefact, folder)
+    assert (folder / "genai_config.json").is_file() == (spec.kv == "float")
+
+
+@pytest.mark.parametrize("weights", ["qdq", "integer"])
+def test_eight_bits(
+    weights: Literal["qdq", "integer"], grouped: Path, make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    """Sixteen times as many borders, and codes that matter sixteen times less."""
+    artefact = make_artefact(grouped, **dict.fromkeys(("weights", "activations", "keys", "values"), Quantizer(8)))
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(weights=weights), checked=True)
+    assert has_torchs_logits(artefact, folder, tolerance=0.02)
+
+
+def test_without_rotations(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    artefact = make_artefact(tiny, rotated=False)
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    assert "Hadamard" not in checks_of(folder)["operators"]
+    assert has_torchs_logits(artefact, folder)
+
+
+def test_float_activations_on_request(artefact: Path, make_artefact: MakeArtefact, tiny: Path, tmp_path: Path) -> None:
+    """`act none` of a W4A4KV4 artefact is the W4A16KV4 artefact: rounding to nearest does not see activations."""
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(act="none"), checked=True)
+    assert has_torchs_logits(make_artefact(tiny, activations=None), folder)
+
+
+def test_half_precision_of_a_float_model(stories: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    floats = make_artefact(stories, weights=None, activations=None, keys=None, values=None)
+    text = TextSpec(windows=4, seqlen=128)
+    single, half = (
+        perplexity(Export(export(floats, tmp_path / dtype, ExportSpec(dtype), checked=True)), text)
+        for dtype in ("fp32", "fp16")
+    )
+    assert half == pytest.approx(single, rel=1e-3)
+
+
+@torch.no_grad()
+def test_half_precision_has_torchs_mean_likelihood(story_artefact: Path, tmp_path: Path) -> None:
+    """Single tokens differ, since half precision moves values over the borders of codes; their mean does not."""
+    opened = Export(export(story_artefact, tmp_path / "onnx", ExportSpec("fp16"), checked=True))
+    model, session = kurtail_pl.load(story_artefact), open_session(opened.model, threads=1)
+    windows = cut_windows(opened.tokenizer(), TextSpec(windows=16, seqlen=128), "evaluation").tokens
+    change = []
+    for window in windows:
+        half = torch.from_numpy(Decoder(opened, session).forward(window[None].numpy())[0])
+        losses = [cross_entropy(x[:-1], window[1:], reduction="none") for x in (half, model(window[None]).logits[0])]
+        change.append(losses[0] - losses[1])
+    difference = torch.cat(change).double()
+    assert difference.mean().abs() < 4 * difference.std() / len(difference) ** 0.5 < 0.2
