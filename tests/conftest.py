@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import fill
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260k"
 VOCABULARY = """the a little old king queen dragon river mountain castle bread apple walked ran found lost sang gave
@@ -40,22 +41,8 @@ def tiny_config(tied: bool) -> LlamaConfig:
     )
 
 
-def tiny_model(tied: bool) -> LlamaForCausalLM:
-    """Weights large enough that every part matters: norms far from one, biases and the embedding's mean not zero."""
-    model = LlamaForCausalLM(tiny_config(tied))
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
-            if "norm" in name:
-                parameter.copy_(1.5 + 0.8 * noise)
-            elif "embed" in name:
-                parameter.copy_(0.3 + 0.5 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.3 * noise)
-            else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
-    return model
+def tiny_model(tied: bool) -> PreTrainedModel:
+    return fill(LlamaForCausalLM(tiny_config(tied)))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

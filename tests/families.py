@@ -85,29 +85,31 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def tiny_family(name: str, **changes: Any) -> PreTrainedModel:
-    """Weights large enough that every part matters: norms far from one, biases and the embedding's mean not zero.
-
-    Keyword arguments change the configuration.
-    """
+    """A filled model of a family; keyword arguments change the configuration."""
     config = FAMILIES[name]()
     for key, value in changes.items():
         setattr(config, key, value)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, experts_implementation="eager"
     )
+    return fill(model).eval().requires_grad_(False)
+
+
+def fill(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights large enough that every part matters: norms far from one, biases and the embedding's mean not zero."""
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
-            if "norm" in parameter_name:
+            if "norm" in name:
                 parameter.copy_(1.5 + 0.8 * noise)
-            elif "embed" in parameter_name:
+            elif "embed" in name:
                 parameter.copy_(0.3 + 0.5 * noise)
-            elif parameter_name.endswith("bias"):
+            elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def re_expressed(llama: Path, layout: str) -> PreTrainedModel:

@@ -1,7 +1,12 @@
-"""Hidden states before the first layer, for tests that walk a model themselves."""
+"""What tests walk by themselves: hidden states before the first layer, and a text through a whole model."""
+
+import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kurtail_pl.streaming.walker import Walker
 
@@ -12,3 +17,13 @@ def embed(walker: Walker, windows: Tensor) -> list[Tensor]:
     hidden = [embedding(window[None]) for window in windows]
     embedding.to("meta")
     return hidden
+
+
+@torch.no_grad()
+def perplexity_of(model: PreTrainedModel, tokenizer: Any, text: Path, windows: int, seqlen: int) -> float:
+    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    losses = []
+    for window in ids[: windows * seqlen].view(windows, seqlen):
+        logits = model(window[None]).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
+    return math.exp(torch.stack(losses).mean())

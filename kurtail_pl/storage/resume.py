@@ -131,9 +131,7 @@ def full_disk_is_ours(folder: Path) -> Iterator[None]:
         full = error.errno == errno.ENOSPC if isinstance(error, OSError) else "No space left" in str(error)
         if not full:
             raise
-        raise DiskFull(
-            f"the disk is full while writing {folder}; what was finished is kept: free some space and run it again"
-        ) from error
+        raise DiskFull(f"the disk is full while writing {folder}; free some space and run it again") from error
 
 
 def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,7 +1,6 @@
 """The whole road for every family, by the real command: capture, fit, fuse, GPTQ, evaluation, load, generation."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import pytest
 import torch
 from families import FAMILIES, re_expressed, tiny_family
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from walks import perplexity_of
 
 import kurtail_pl
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -21,16 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
 ]
 Kurtail = Callable[..., None]
-
-
-@torch.no_grad()
-def perplexity_of(model: PreTrainedModel, tokenizer: Any, text: Path, windows: int, seqlen: int) -> float:
-    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
-    losses = []
-    for window in ids[: windows * seqlen].view(windows, seqlen):
-        logits = model(window[None]).logits[0, :-1].double()
-        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
-    return math.exp(torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -26,6 +26,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+def fill_up(ballast: Path) -> None:
+    """Write a file until there is no room left."""
+    with ballast.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+
+
 def card_of(folder: Path) -> dict[str, object]:
     card: dict[str, object] = json.loads((folder / "kurtail.json").read_text())
     card.pop("cost")
@@ -42,10 +50,7 @@ def test_what_was_finished_is_kept_and_the_work_goes_on(
 
     def fill(path: Path, tensors: object, *rest: object) -> None:
         if "00003-of" in path.name and not ballast.exists():
-            with ballast.open("wb") as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
+            fill_up(ballast)
         write(path, tensors, *rest)  # type: ignore[arg-type]
 
     write = folder.write_tensors
@@ -72,3 +77,23 @@ def test_a_disk_too_small_is_refused_before_the_work(
         kurtail(small_disk, "capture", "--spec.model", tied, *text, "--spec.rows", 6000, "--store", small_disk / "s")
     assert "free some space" in capsys.readouterr().err
     assert list(small_disk.iterdir()) == []
+
+
+def test_an_export_that_fills_the_disk_leaves_nothing(
+    kurtail: Kurtail, tied: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = pytest.importorskip("kurtail_onnx.export")
+    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "fused")
+    kurtail(tmp_path, "quantize", "--fused", "fused", "--spec.method", "rtn", "--folder", "artefact")
+    save = export.save
+
+    def full(*arguments: object) -> None:
+        fill_up(small_disk / "ballast")
+        save(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "save", full)
+        with pytest.raises(SystemExit):
+            kurtail(small_disk, "export", "--checkpoint", tmp_path / "artefact", "--out", small_disk / "onnx")
+    assert "the disk is full" in capsys.readouterr().err
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]

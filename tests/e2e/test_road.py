@@ -1,7 +1,6 @@
 """The whole road by the real commands: fit, compare, load, and every verb alone, on two small models."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import scipy.stats
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from walks import perplexity_of
 
 import kurtail_pl
 
@@ -81,16 +81,6 @@ def assert_same_weights(first: Path, second: Path) -> None:
 def table_rows(markdown: str) -> list[list[str]]:
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-@torch.no_grad()
-def perplexity_of(model: PreTrainedModel, tokenizer: Any, text: Path, windows: int, seqlen: int) -> float:
-    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
-    losses = []
-    for window in ids[: windows * seqlen].view(windows, seqlen):
-        logits = model(window[None]).logits[0, :-1].double()
-        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
-    return math.exp(torch.stack(losses).mean())
 
 
 def test_the_folder_is_complete(road: Road) -> None:
