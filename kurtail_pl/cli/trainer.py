@@ -124,6 +124,7 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     sys.argv = [program, *arguments]  # LightningCLI reads it, and warns when it is given both.
     # Lightning advertises another logger at each start, and calls something that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     return kind(
         RotationModule,

@@ -114,7 +114,14 @@ class ActivationDataModule(L.LightningDataModule):
     def train_dataloader(self) -> BlockLoader:
         """Blocks of the training rows, all of equal size."""
         last = self.training_rows - self.training_rows % self.batch_rows
-        return BlockLoader(self.store, self.batch_rows, self.steps, self.capture_spec.seed, 0, last)
+        trainer = self.trainer
+        share = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        if self.batch_rows % share[1]:
+            raise ConfigError(
+                f"data.batch_rows is {self.batch_rows} and {share[1]} processes share each batch; "
+                "choose a multiple of their number"
+            )
+        return BlockLoader(self.store, self.batch_rows, self.steps, self.capture_spec.seed, 0, last, share)
 
     def val_dataloader(self) -> BlockLoader:
         """The validation rows, once."""

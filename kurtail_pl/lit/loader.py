@@ -19,14 +19,22 @@ class BlockLoader:
     once, in an order drawn from the seed. A plain DataLoader starts over at batch 0 when training resumes; this one
     carries on, through the `state_dict` that Lightning saves with the checkpoint.
 
-    A batch is ``{"residual": [2 layers, rows, hidden], "value": [layers, rows, kv_heads, head_dim]}``, float32.
+    A batch is ``{"residual": [2 layers, rows, hidden], "value": [layers, rows, kv_heads, head_dim]}``, float32. Of
+    several processes each takes its `share`, (rank, world size), of every batch: contiguous rows, equally many.
     """
 
     def __init__(
-        self, store: ActivationStore, batch_rows: int, steps: int, seed: int, first_row: int, last_row: int
+        self,
+        store: ActivationStore,
+        batch_rows: int,
+        steps: int,
+        seed: int,
+        first_row: int,
+        last_row: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._store, self._batch_rows, self._steps, self._seed = store, batch_rows, steps, seed
-        self._first_row, self._last_row = first_row, last_row
+        self._first_row, self._last_row, self._share = first_row, last_row, share
         self._blocks = -(-(last_row - first_row) // batch_rows)
         self._next_step = 0
 
@@ -45,7 +53,9 @@ class BlockLoader:
         epoch, position = divmod(step, self._blocks)
         order = torch.randperm(self._blocks, generator=torch.Generator().manual_seed(self._seed + epoch))
         start = self._first_row + int(order[position]) * self._batch_rows
-        return read_batch(self._store, start, min(start + self._batch_rows, self._last_row))
+        rank, world_size = self._share
+        rows = (min(start + self._batch_rows, self._last_row) - start) // world_size
+        return read_batch(self._store, start + rank * rows, start + (rank + 1) * rows)
 
     def state_dict(self) -> dict[str, int]:
         """The step that comes next."""

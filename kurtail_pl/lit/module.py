@@ -78,9 +78,17 @@ class RotationModule(L.LightningModule):
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
         """
         normed = rms_norm(batch["residual"], self.rms_norm_eps)
-        residual = torch.stack([kurtosis((site @ self.residual).flatten()) for site in normed])
+        residual = torch.stack([kurtosis((site @ self.residual).flatten(), self._over_ranks) for site in normed])
         value = batch["value"].flatten(1, 2) if self.value.ndim == 3 else batch["value"].transpose(1, 2)
-        return residual, kurtosis((value @ self.value).flatten(-2))
+        return residual, kurtosis((value @ self.value).flatten(-2), self._over_ranks)
+
+    def _over_ranks(self, moment: Tensor) -> Tensor:
+        """Mean over all processes, with its gradient; they hold equal parts of a batch."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return moment
+        gathered = self.all_gather(moment, sync_grads=True)
+        assert isinstance(gathered, Tensor)
+        return gathered.mean(0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. 4 for R1 plus its twin for every R2."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,11 +71,13 @@ def kurtosis_of(m: Moments) -> Tensor:
     return m.n * m.m4 / m.m2.square()
 
 
-def kurtosis(values: Tensor) -> Tensor:
+def kurtosis(values: Tensor, average: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Kurtosis (Pearson's: 3 for a normal distribution, not the excess) of each row, differentiable.
 
     Args:
         values: ``[..., n]``; the last dimension is pooled. Computed in float32 or wider.
+        average: turns a moment of these values into that of all values, of which each process holds as many: the
+            kurtosis is then that of all of them, not the mean of each process's own.
 
     Returns:
         ``[...]``.
@@ -84,8 +87,9 @@ def kurtosis(values: Tensor) -> Tensor:
     """
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
-    square = (values - values.mean(-1, keepdim=True)).square()
-    return square.square().mean(-1) / square.mean(-1).square()
+    pooled = average or (lambda moment: moment)
+    square = (values - pooled(values.mean(-1, keepdim=True))).square()
+    return pooled(square.square().mean(-1)) / pooled(square.mean(-1)).square()
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

@@ -45,7 +45,8 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
             hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
             work.state["cost"] = meter.to_dict()
         norm, head = walker.head()
-        metric = Perplexity().to(walker.device)
+        # One process evaluates, whoever trained.
+        metric = Perplexity(sync_on_compute=False).to(walker.device)
         for states, ids in zip(hidden.before, windows.tokens, strict=True):
             metric.update(head(norm(states)), ids.unsqueeze(0).to(walker.device))
     value = metric.compute().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
@@ -41,6 +42,7 @@ class Evaluation(L.Callback):
         if stage == "fit":
             self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
+    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the folder that the quantization wrote."""
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
@@ -15,6 +16,7 @@ FUSED = "fused"
 class Fusion(L.Callback):
     """Writes the rotated float32 model to the folder `fused` under the trainer's root, replacing an older one."""
 
+    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the written rotations and fuse them."""
         root = Path(trainer.default_root_dir)

@@ -20,7 +20,7 @@ class StepLines(L.Callback):
     ) -> None:
         """Log every tenth of the steps."""
         step, steps = batch_idx + 1, int(trainer.num_training_batches)
-        if step % max(1, steps // LINES) == 0 or step == steps:
+        if trainer.is_global_zero and (step % max(1, steps // LINES) == 0 or step == steps):
             values = trainer.progress_bar_metrics
             shown = ", ".join(f"{name} {values[name]:.3f}" for name in ("loss", "k_r1", "k_r2") if name in values)
             log.info("learn: %d/%d, %s", step, steps, shown)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
 from kurtail_pl.lit.callbacks.order import require_before
@@ -50,6 +51,7 @@ class WeightQuantization(L.Callback):
         if stage == "fit":
             self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
+    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote."""
         model = trainer.datamodule.capture_spec.model  # type: ignore[attr-defined]

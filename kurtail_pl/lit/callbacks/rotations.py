@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.datamodule import ActivationDataModule
 from kurtail_pl.lit.module import RotationModule
@@ -40,6 +41,7 @@ class RotationWriter(L.Callback):
         """Stop the clock."""
         self._meter.__exit__(None, None, None)
 
+    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write, also when training had ended before an interruption and there was nothing left of it to do."""
         data = trainer.datamodule  # type: ignore[attr-defined]

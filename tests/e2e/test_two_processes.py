@@ -1,0 +1,65 @@
+"""Two processes that share every batch learn what one learns."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+]
+
+
+def test_two_gloo_processes_learn_the_same_rotations(
+    kurtail: Callable[..., None], start: Callable[..., subprocess.Popen[str]], recipe: Path, tmp_path: Path
+) -> None:
+    """The kurtosis is that of all rows: a mean of two halves' kurtosis would lead elsewhere."""
+    places = {name: tmp_path / name for name in ("one", "two")}
+    for place in places.values():
+        place.mkdir()
+    steps = ["--data.init_args.steps", 20]
+    kurtail(places["one"], "fit", "--config", recipe, *steps)
+    both = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    process = start(places["two"], "fit", "--config", recipe, *steps, *both)
+    _, messages = process.communicate(timeout=240)
+    assert process.returncode == 0, messages
+    one, two = (load_file(place / "runs" / "rotations.safetensors") for place in places.values())
+    for name in ("residual", "value"):
+        assert (one[name] - two[name]).abs().max() < 1e-5
+    stores = [sorted((place / "runs" / "store").glob("*.safetensors")) for place in places.values()]
+    assert [path.name for path in stores[0]] == [path.name for path in stores[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*stores, strict=True))
+    artefacts = [place / "artifacts" / "tied-kurtail-w4a4kv4" for place in places.values()]
+    assert all((artefact / "results.json").is_file() for artefact in artefacts)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    start: Callable[..., subprocess.Popen[str]], recipe: Path, tmp_path: Path
+) -> None:
+    both = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    process = start(tmp_path, "fit", "--config", recipe, "--data.init_args.batch_rows", 63, *both)
+    _, messages = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "batch_rows is 63 and 2 processes share each batch" in messages
+
+
+def test_pooled_moments_are_those_of_all_values() -> None:
+    """Kurtosis of two halves through averaged moments against the whole, and its gradient."""
+    from kurtail_pl.maths.kurtosis import kurtosis
+
+    values = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).exp()
+    values.requires_grad_()
+    halves = torch.stack(values.chunk(2, -1))
+
+    def average(moment: torch.Tensor) -> torch.Tensor:
+        return moment.mean(0, keepdim=True)
+
+    pooled, whole = kurtosis(halves, average)[0], kurtosis(values)
+    torch.testing.assert_close(pooled, whole, rtol=1e-12, atol=0)
+    assert (kurtosis(halves).mean(0) - whole).abs().min() > 0.01
+    gradients = [torch.autograd.grad(k.sum(), values)[0] for k in (pooled, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
