@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -69,14 +70,16 @@ def test_killed_and_run_again(
     began = time.monotonic()
     kurtail(tmp_path, *verb, where, "undisturbed")
     seconds = time.monotonic() - began
-    draw = random.Random(stage)
-    killed = []
-    for _ in range(3):
+    draw, kills = random.Random(stage), 0
+    while kills < 2:
         process = start(tmp_path, *verb, where, "killed", program=("-c", READY))
-        killed.append(kill_after(process, draw.uniform(0.1, 0.7) * seconds))
-        if not killed[-1]:
-            break  # It was faster than the undisturbed run.
-    assert killed[0]
+        if kill_after(process, draw.uniform(0.1, 0.7) * seconds):
+            kills += 1
+        elif kills:
+            break  # The rest of the work was shorter than the wait.
+        else:
+            seconds /= 2  # This machine was busier before.
+            shutil.rmtree(tmp_path / "killed")
     if not (tmp_path / "killed").exists():
         kurtail(tmp_path, *verb, where, "killed")
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "undisturbed")
