@@ -46,9 +46,9 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
             work.state["cost"] = meter.to_dict()
         norm, head = walker.head()
         # One process evaluates, whoever trained.
-        metric = Perplexity(sync_on_compute=False).to(walker.device)
+        metric = Perplexity(sync_on_compute=False)
         for states, ids in zip(hidden.before, windows.tokens, strict=True):
-            metric.update(head(norm(states)), ids.unsqueeze(0).to(walker.device))
+            metric.update(head(norm(states)), ids.unsqueeze(0))
     value = metric.compute().item()
     log.info("perplexity of %s: %.3f (%d windows of %d tokens)", checkpoint.folder, value, spec.windows, spec.seqlen)
     return {

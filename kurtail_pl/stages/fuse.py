@@ -129,8 +129,8 @@ class _Fuser:
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(PROBE_TOKENS, config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
-        self.hidden = HiddenStates(work, (3, length, config.hidden_size), walker.dtype, walker.device)
+        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator)
+        self.hidden = HiddenStates(work, (3, length, config.hidden_size), walker.dtype)
 
     @torch.no_grad()
     def run(self, meter: Meter) -> dict[str, float]:

@@ -147,7 +147,7 @@ class LayerSolver:
         if self.quantizer is None or self.settings is None:
             return None
         assert isinstance(linear, QuantizedLinear)
-        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=self.walker.device)
+        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
         for x in inputs:
             rows = linear.prepare(x).flatten(0, -2)
             total += rows.T @ rows

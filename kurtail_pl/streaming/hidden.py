@@ -23,15 +23,14 @@ class MappedStates:
         path: the file; its states are kept when it exists in the right size.
         shape: windows, tokens and width.
         dtype: of the states.
-        device: where states that are read go to.
 
     Raises:
         OSError: when the disk has no room (the whole file is claimed at once: a full disk would otherwise kill the
             process later, on a write to memory).
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self._count, self._device = shape[0], device
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._count = shape[0]
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         if size == 0:
             return
@@ -47,7 +46,7 @@ class MappedStates:
         return self._count
 
     def __getitem__(self, window: int) -> Tensor:
-        return self._states[window : window + 1].to(self._device)
+        return self._states[window : window + 1]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[window] for window in range(len(self)))
@@ -68,13 +67,12 @@ class HiddenStates:
         work: whose folder holds the files, and which says how many layers are finished.
         shape: windows, tokens and hidden size; no windows where none are needed.
         dtype: of the states.
-        device: where states that are read go to.
     """
 
-    def __init__(self, work: Workplace, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self._work, self._shape, self._dtype, self._device = work, shape, dtype, device
+    def __init__(self, work: Workplace, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._work, self._shape, self._dtype = work, shape, dtype
         paths = [work.scratch / f"hidden.{turn}" for turn in range(2)]
-        self._files = [MappedStates(path, shape, dtype, device) for path in paths]
+        self._files = [MappedStates(path, shape, dtype) for path in paths]
 
     @property
     def before(self) -> MappedStates:
@@ -88,4 +86,4 @@ class HiddenStates:
 
     def scratch(self, width: int) -> MappedStates:
         """A third file for states of another width within a layer."""
-        return MappedStates(self._work.scratch / "hidden.inner", (*self._shape[:2], width), self._dtype, self._device)
+        return MappedStates(self._work.scratch / "hidden.inner", (*self._shape[:2], width), self._dtype)

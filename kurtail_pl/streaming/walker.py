@@ -28,7 +28,6 @@ class Walker:
         checkpoint: where the weights are.
         model: its modules, without weights; the plain model of the configuration when not given.
         dtype: floating-point type of the computation.
-        device: where it happens; the CPU when not given.
 
     Raises:
         UnsupportedArchitecture: when the model's family has no matching record.
@@ -39,10 +38,8 @@ class Walker:
         checkpoint: Checkpoint,
         model: PreTrainedModel | None = None,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
     ) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
-        self.device = device or torch.device("cpu")
         self.model = empty_model(checkpoint.config) if model is None else model
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))
@@ -57,7 +54,7 @@ class Walker:
     def _put(
         self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        state = {name: to_float(t.to(self.device), dtype or self.dtype) for name, t in tensors.items()}
+        state = {name: to_float(t, dtype or self.dtype) for name, t in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -108,10 +105,10 @@ class Walker:
 
         No windows give no states.
         """
-        hidden = HiddenStates(work, (*windows.shape, int(self.checkpoint.config.hidden_size)), self.dtype, self.device)
+        hidden = HiddenStates(work, (*windows.shape, int(self.checkpoint.config.hidden_size)), self.dtype)
         if work.done is None:
             embedding = self.embedding()
-            hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
+            hidden.before.fill(embedding(window.unsqueeze(0)) for window in windows)
             embedding.to("meta")
             work.finished(0)
         return hidden
@@ -121,8 +118,8 @@ class Walker:
         slides = self._slides(layer)
         key = hidden.shape[1], hidden.dtype, slides
         if key not in self._positions:
-            position_ids = torch.arange(hidden.shape[1], device=self.device).unsqueeze(0)
-            rotary = self.model.get_submodule(self.architecture.rotary).to(self.device)
+            position_ids = torch.arange(hidden.shape[1]).unsqueeze(0)
+            rotary = self.model.get_submodule(self.architecture.rotary)
             make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
             self._positions[key] = {
                 "position_ids": position_ids,
