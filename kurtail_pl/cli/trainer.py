@@ -86,10 +86,8 @@ class KurtailCLI(LightningCLI):
 
     def _require_room(self) -> None:
         """Refuse a recipe that does not fit this machine, before anything runs."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        quantization = next((c for c in callbacks if isinstance(c, WeightQuantization)), None)
-        evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
-        if quantization is None or evaluation is None:
+        quantization, evaluation = (_callback(self.trainer, kind) for kind in (WeightQuantization, Evaluation))
+        if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
             return
         data = self.datamodule
         stages = plan(
@@ -117,6 +115,11 @@ class KurtailCLI(LightningCLI):
         if not sys.stderr.isatty():
             trainer.callbacks.append(StepLines())  # type: ignore[attr-defined]
         return trainer
+
+
+def _callback(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:
+    """The trainer's first callback of a kind."""
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
 
 
 def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
@@ -152,10 +155,7 @@ def validate(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Run a recipe's baselines beside it and print the table."""
     cli = command_line(KurtailCLI, "kurtail compare", arguments, run=False)
-    quantization, evaluation = (
-        next((c for c in cli.trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
-        for kind in (WeightQuantization, Evaluation)
-    )
+    quantization, evaluation = (_callback(cli.trainer, kind) for kind in (WeightQuantization, Evaluation))
     if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
         raise ConfigError("compare needs a recipe with the callbacks WeightQuantization and Evaluation")
     data, work = cli.datamodule, Path(cli.trainer.default_root_dir)

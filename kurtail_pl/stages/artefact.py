@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
-from kurtail_pl.storage.folder import is_ours, require_intact, skeleton
+from kurtail_pl.storage.folder import require_intact, skeleton
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
 
@@ -32,10 +31,6 @@ def load(folder: str | Path) -> PreTrainedModel:
         CheckpointError: when a file is missing.
     """
     folder = Path(folder)
-    if not is_ours(folder):
-        raise ArtefactError(
-            f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit"
-        )
     require_intact(folder)
     checkpoint = Checkpoint(folder)
     model = skeleton(checkpoint)

@@ -122,8 +122,7 @@ class _Fuser:
     """
 
     def __init__(self, walker: Walker, rotations: Rotations, work: Workplace) -> None:
-        self.walker, self.architecture, self.work = walker, walker.architecture, work
-        self.rotations = rotations
+        self.walker, self.architecture, self.rotations, self.work = walker, walker.architecture, rotations, work
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
@@ -200,8 +199,7 @@ class _Fuser:
                 rows.copy_(folded)
             original = normed[0] @ plain.T
             changes[0].update(original, normed[1] @ folded.T)
-            written = rows if self.rotations.residual is not None else folded.float()
-            changes[1].update(original, normed[2] @ written.T)
+            changes[1].update(original, normed[2] @ folded.float().T)
         gate = {
             "float64": require("the fused model", changes[0].relative, FLOAT64_TOLERANCE),
             "float32": require("the fused model in float32", changes[1].relative, FLOAT32_TOLERANCE),

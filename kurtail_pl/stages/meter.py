@@ -77,27 +77,29 @@ def _reset_peak() -> None:
 
 
 def _peak() -> int:
-    try:
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    held = _bytes_of(_STATUS, "VmHWM")
+    if held is not None:
+        return held
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
     """Bytes of memory that this process holds now (on Linux; elsewhere the most it held)."""
-    try:
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return _peak()
+    held = _bytes_of(_STATUS, "VmRSS")
+    return _peak() if held is None else held
 
 
 def free_memory() -> int | None:
     """Bytes of memory that programs can still take, this one's own included; None where it is not Linux."""
+    available = _bytes_of(_MEMINFO, "MemAvailable")
+    return None if available is None else available + resident_memory()
+
+
+def _bytes_of(file: Path, field: str) -> int | None:
+    """A field of a file under /proc, which counts in kilobytes; None where there is none."""
     try:
-        line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024 + resident_memory()
+        line = next(line for line in file.read_text().splitlines() if line.startswith(field))
     except (OSError, StopIteration):
         return None
+    return int(line.split()[1]) * 1024

@@ -98,9 +98,8 @@ class LayerSolver:
     ) -> None:
         """Quantize a gated MLP, dense or one expert; keeps in `inner`, when given, what its down projection reads."""
         architecture = self.walker.architecture
-        readers = dict.fromkeys((f"{mlp}.{architecture.gate}", f"{mlp}.{architecture.up}"))
         down, block = f"{mlp}.{architecture.down}", layer.get_submodule(mlp)
-        self._solve(layer, prefix, tuple(readers), inputs)
+        self._solve(layer, prefix, architecture.gate_and_up(mlp), inputs)
         with _set_aside(layer, down) as linear:
             if inner is not None:
                 inner.fill(map(block, inputs()))

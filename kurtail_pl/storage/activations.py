@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import StoreMismatch
 from kurtail_pl.storage.files import sha256_of, write_json, write_tensors
+from kurtail_pl.storage.resume import differences
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -112,11 +113,10 @@ class ActivationStore:
 
     def require_origin(self, wanted: Origin) -> None:
         """Raise StoreMismatch, naming each difference, unless the store was made from what is wanted."""
-        have, want = asdict(self.origin), asdict(wanted)
-        differences = [f"{key} is {have[key]!r}, wanted {want[key]!r}" for key in want if have[key] != want[key]]
-        if differences:
+        found = differences(asdict(self.origin), asdict(wanted))
+        if found:
             raise StoreMismatch(
-                f"store {self.folder} was made from something else: {'; '.join(differences)}; "
+                f"store {self.folder} was made from something else: {'; '.join(found)}; "
                 "name another store folder, or remove this one to capture again"
             )
 

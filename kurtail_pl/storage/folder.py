@@ -72,7 +72,11 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def require_intact(folder: Path) -> None:
-    """Raise ArtefactError when a file is missing or is not the one that was written."""
+    """Raise ArtefactError when the folder is not a finished one of ours, or a file is not the one that was written."""
+    if not is_ours(folder):
+        raise ArtefactError(
+            f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit"
+        )
     for name, expected in read_card(folder)["sha256"].items():
         path = folder / name
         if not path.is_file():

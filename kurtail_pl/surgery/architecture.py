@@ -79,8 +79,11 @@ class Architecture:
 
     def mlp_readers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that read the MLP norm."""
-        names = dict.fromkeys((self.gate, self.up))
-        return tuple(f"{mlp}.{name}" for mlp in self.gated_mlps(layer) for name in names)
+        return tuple(name for mlp in self.gated_mlps(layer) for name in self.gate_and_up(mlp))
+
+    def gate_and_up(self, mlp: str) -> tuple[str, ...]:
+        """The linears that read what one gated MLP reads; one name where they are fused."""
+        return tuple(dict.fromkeys((f"{mlp}.{self.gate}", f"{mlp}.{self.up}")))
 
     def mlp_writers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that write the MLP's output into the residual stream."""

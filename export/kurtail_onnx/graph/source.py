@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import is_ours, require_intact, rotations_of, scheme_of, skeleton
+from kurtail_pl.storage.folder import require_intact, rotations_of, scheme_of, skeleton
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import checkpoint_name
@@ -32,10 +31,6 @@ class Source:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not is_ours(folder):
-            raise ArtefactError(
-                f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit"
-            )
         require_intact(folder)
         self.folder, self.checkpoint = folder, Checkpoint(folder)
         self.model = skeleton(self.checkpoint)

@@ -1,12 +1,15 @@
 """One fused model, one artefact and one store of the tiny model, which the stages' tests share and do not change."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from transformers import AutoConfig
 
+from kurtail_pl.stages import solver as solver_module
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -54,3 +57,17 @@ def kurtail_env() -> dict[str, str]:
     """Environment of a process that runs this checkout's `kurtail`."""
     root = str(Path(__file__).resolve().parents[3])
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": root}
+
+
+@pytest.fixture
+def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every Hessian that GPTQ is given, in order."""
+    seen: list[Tensor] = []
+    real: Callable[..., object] = solver_module.gptq
+
+    def record(weight: Tensor, hessian: Tensor, *rest: object) -> object:
+        seen.append(hessian.clone())
+        return real(weight, hessian, *rest)
+
+    monkeypatch.setattr(solver_module, "gptq", record)
+    return seen

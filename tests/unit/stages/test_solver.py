@@ -1,6 +1,5 @@
 """Hessians of experts against transformers' own routing of the same tokens."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.stages import solver as solver_module
 from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
@@ -38,25 +36,17 @@ def rows_of(model: torch.nn.Module, expert: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_an_experts_hessian_is_of_the_tokens_routed_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experts_hessian_is_of_the_tokens_routed_to_it(tmp_path: Path, hessians: list[Tensor]) -> None:
     """Eight bits: the experts then read nearly what they read in the float model."""
     model = tiny_family("mixtral")
     model.save_pretrained(tmp_path)
-    seen: list[Tensor] = []
-    real: Callable[..., object] = solver_module.gptq
-
-    def record(weight: Tensor, hessian: Tensor, *rest: object) -> object:
-        seen.append(hessian.clone())
-        return real(weight, hessian, *rest)
-
-    monkeypatch.setattr(solver_module, "gptq", record)
     walker = Walker(Checkpoint(tmp_path))
     equip_model(walker.model, FLOAT, Rotations())
     solver = LayerSolver(walker, Quantizer(8), GPTQ())
     with resumable_folder(tmp_path / "work", False, {}) as work:
         _, layer = next(walker.layers("test", work))
         solver.solve_layer(layer, "model.layers.0", walker.hidden_states(WINDOWS, work))
-    assert len(seen) == 4 + 4 * 3
+    assert len(hessians) == 4 + 4 * 3
     assert solver.notes["borrowers"] == []
     experts = model.model.layers[0].mlp.experts
     for expert in range(4):
@@ -65,6 +55,6 @@ def test_an_experts_hessian_is_of_the_tokens_routed_to_it(tmp_path: Path, monkey
         assert solver.notes["expert_tokens"][f"model.layers.0.mlp.experts.{expert}"] == pytest.approx(len(rows), abs=16)
         gate, up = (rows @ experts.gate_up_proj[expert].double().T).chunk(2, -1)
         inner = torch.nn.functional.silu(gate) * up
-        for hessian, x in zip(seen[4 + 3 * expert :][:3], (rows, rows, inner), strict=True):
+        for hessian, x in zip(hessians[4 + 3 * expert :][:3], (rows, rows, inner), strict=True):
             expected = x.T @ x
             assert (hessian - expected).norm() < 0.05 * expected.norm(), expert
