@@ -19,7 +19,7 @@ from statistics import mean
 
 import lightning as L
 
-from kurtail_pl.lit import ActivationDataModule, RotationModule
+from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture import CaptureSpec
@@ -43,7 +43,7 @@ SCHEMES = {
 def learn(data: ActivationDataModule, seed: int, lr: float, log: dict[str, float]) -> Rotations:
     """Learned R1 and R2; what it cost and the final kurtosis go into the log."""
     sizes = {name: getattr(data, name) for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")}
-    module = RotationModule(**sizes, rotation_seed=seed, optimizer=partial(CayleyAdam, lr=lr, q=0.15))
+    module = KurTailModule(**sizes, rotation_seed=seed, optimizer=partial(CayleyAdam, lr=lr, q=0.15))
     trainer = L.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
     )

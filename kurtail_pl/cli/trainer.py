@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.lit import ActivationDataModule, RotationModule
+from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
 from kurtail_pl.stages.compare import run_baselines
 from kurtail_pl.stages.meter import free_memory, resident_memory
@@ -130,7 +130,7 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     return kind(
-        RotationModule,
+        KurTailModule,
         ActivationDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -24,7 +24,7 @@ from kurtail_pl.surgery.rotations import random_fused
 FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
-class RotationModule(L.LightningModule):
+class KurTailModule(L.LightningModule):
     """Learns R1 ``[hidden, hidden]`` and every layer's R2 together.
 
     The two are independent (KurTail, Prop. 2.5), and the loss is a sum over them: each gets the gradient it would get

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.datamodule import ActivationDataModule
-from kurtail_pl.lit.module import RotationModule
+from kurtail_pl.lit.module import KurTailModule
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
 from kurtail_pl.surgery.rotations import random_rotations
@@ -45,7 +45,7 @@ class RotationWriter(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write, also when training had ended before an interruption and there was nothing left of it to do."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, RotationModule)
+        assert isinstance(pl_module, KurTailModule)
         assert isinstance(data, ActivationDataModule)
         origin = {
             "seed": pl_module.rotation_seed,

@@ -88,7 +88,7 @@ def test_a_size_given_by_hand_is_refused(
         ("max_epochs:", "epochs:"),
         ("quantized_activations:", "quantised_activations:"),
         ("seed_everything:", "seed_nothing:"),
-        ("RotationModule", "RotationModel"),
+        ("KurTailModule", "RotationModel"),
         ("method: rtn", "method: magic"),
         ("bits: 4", "bits: four"),
     ],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError, ResumeMismatch
-from kurtail_pl.lit import RotationModule
+from kurtail_pl.lit import KurTailModule
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.optim import CayleyAdam, CayleySGD
 
@@ -27,9 +27,9 @@ EPS = 1e-2
 MakeTrainer = Callable[..., L.Trainer]
 
 
-def module_of(lr: float = 0.3, **changes: Any) -> RotationModule:
+def module_of(lr: float = 0.3, **changes: Any) -> KurTailModule:
     sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "kv_heads": 2, "rms_norm_eps": EPS, **changes}
-    return RotationModule(**sizes, optimizer=lambda parameters: CayleyAdam(parameters, lr=lr))
+    return KurTailModule(**sizes, optimizer=lambda parameters: CayleyAdam(parameters, lr=lr))
 
 
 def loader_of(known: Any, steps: int = 10, batch_rows: int = 20) -> BlockLoader:
@@ -48,7 +48,7 @@ class Record(L.Callback):
         self.rotations.append((module.residual.detach().clone(), module.value.detach().clone()))
 
 
-def train(make_trainer: MakeTrainer, module: RotationModule, loader: BlockLoader, **settings: Any) -> Record:
+def train(make_trainer: MakeTrainer, module: KurTailModule, loader: BlockLoader, **settings: Any) -> Record:
     record = Record()
     make_trainer(callbacks=[record], **settings).fit(module, loader)
     return record
@@ -58,7 +58,7 @@ def scipy_kurtosis(values: np.ndarray) -> float:
     return float(scipy.stats.kurtosis(values, axis=None, fisher=False, bias=True))
 
 
-def rotated_kurtosis(batch: dict[str, Tensor], module: RotationModule) -> tuple[list[float], list[float]]:
+def rotated_kurtosis(batch: dict[str, Tensor], module: KurTailModule) -> tuple[list[float], list[float]]:
     """Of every block input after RMSNorm and R1, and of every layer's values after its R2."""
     r1, r2 = module.residual.detach().double().numpy(), module.value.detach().double().numpy()
     residual, value = batch["residual"].double().numpy(), batch["value"].double().numpy()
@@ -217,7 +217,7 @@ def test_validation_kurtosis_of_every_site_is_scipys(known: Any, make_trainer: M
 
 
 def test_the_recipes_optimizer_is_used() -> None:
-    module = RotationModule(3, 16, 4, 2, EPS, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
+    module = KurTailModule(3, 16, 4, 2, EPS, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
     optimizer = module.configure_optimizers()
     assert type(optimizer) is CayleySGD
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
@@ -235,11 +235,11 @@ def test_checkpoint_holds_plain_data_and_gives_the_module_back(
     assert torch.equal(saved["state_dict"]["value"], module.value)
     sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "kv_heads": 2, "rms_norm_eps": EPS}
     own = {"optimizer": lambda parameters: CayleyAdam(parameters, lr=module.configure_optimizers().defaults["lr"])}
-    loaded = RotationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **own)
+    loaded = KurTailModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **own)
     assert torch.equal(loaded.residual, module.residual)
     other = {"optimizer": lambda parameters: CayleyAdam(parameters, lr=0.7)}
     with pytest.raises(ResumeMismatch, match=r"optimizer.lr is .*, wanted 0.7"):
-        RotationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **other)
+        KurTailModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **other)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"head_dim": 8}, {"layers": 2}])

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from kurtail_pl.lit import RotationModule
+from kurtail_pl.lit import KurTailModule
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.optim import CayleyAdam
 
@@ -61,8 +61,8 @@ class InterruptedAdam(CayleyAdam):
 InterruptedAdam.__name__ = CayleyAdam.__name__  # A checkpoint of another optimizer would be refused.
 
 
-def module(optimizer: type[CayleyAdam] = CayleyAdam) -> RotationModule:
-    return RotationModule(3, 16, 4, 2, 1e-2, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
+def module(optimizer: type[CayleyAdam] = CayleyAdam) -> KurTailModule:
+    return KurTailModule(3, 16, 4, 2, 1e-2, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
 
 
 def loader(known: Any) -> BlockLoader:
@@ -83,7 +83,7 @@ def straight(known: Any, make_trainer: MakeTrainer) -> tuple[Tensor, Tensor]:
     return undisturbed.residual.detach(), undisturbed.value.detach()
 
 
-def resume(known: Any, make_trainer: MakeTrainer, checkpoint: Path) -> tuple[L.Trainer, RotationModule]:
+def resume(known: Any, make_trainer: MakeTrainer, checkpoint: Path) -> tuple[L.Trainer, KurTailModule]:
     resumed, trainer = module(), make_trainer()
     trainer.fit(resumed, loader(known), ckpt_path=checkpoint, weights_only=True)
     return trainer, resumed
