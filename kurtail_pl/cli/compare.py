@@ -164,7 +164,7 @@ def _effective(recipe: Path, overrides: list[str]) -> Settings:
     if not recipe.is_file():
         raise ConfigError(f"recipe {recipe} does not exist; name a YAML file such as configs/smollm2-135m.yaml")
     cli = command_line(RecipeCLI, "kurtail compare", ["--config", str(recipe), *overrides], run=False)
-    text = cli.parser.dump(cli.config, skip_none=False, skip_link_targets=True)
+    text = cli.parser.dump(cli.config, skip_unset=False, skip_link_targets=True)
     settings: Settings = yaml.safe_load(text)
     for name in ("config", "overwrite"):
         settings.pop(name, None)
