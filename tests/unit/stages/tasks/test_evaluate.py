@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from task_rows import read_rows
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,9 +36,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def test_accuracies_are_those_of_the_harness(
-    tiny: Path, folder: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
-) -> None:
+def test_accuracies_are_those_of_the_harness(tiny: Path, task_rows: Path, tmp_path: Path) -> None:
     """Its own run of task files that include its own and point at the rows."""
     yaml = {
         "boolq": "super_glue/boolq/default", "hellaswag": "hellaswag/hellaswag", "openbookqa": "openbookqa/openbookqa",
@@ -46,13 +44,13 @@ def test_accuracies_are_those_of_the_harness(
         "arc_challenge": "arc/arc_challenge", "mathqa": "mathqa/mathqa",
     }  # fmt: skip
     for name, included in yaml.items():
-        (path,) = (folder / name).glob("*.jsonl")
+        (path,) = (task_rows / name).glob("*.jsonl")
         _write_task(tmp_path, name, included, {path.stem: path}, {"test_split": None, "validation_split": path.stem})
-    subjects = sorted({row["subject"] for row in read(folder / "mmlu" / "test.jsonl")})
+    subjects = sorted({row["subject"] for row in read_rows(task_rows / "mmlu" / "test.jsonl")})
     for subject in subjects:
         files = {split: tmp_path / f"{subject}-{split}.jsonl" for split in ("test", "dev")}
         for split, path in files.items():
-            rows = read(folder / "mmlu" / f"{split}.jsonl")
+            rows = read_rows(task_rows / "mmlu" / f"{split}.jsonl")
             path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["subject"] == subject))
         _write_task(tmp_path, f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}", files, {"num_fewshot": 2})
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -61,7 +59,7 @@ def test_accuracies_are_those_of_the_harness(
     run = simple_evaluate(lm, tasks=manager.all_subtasks, task_manager=manager, bootstrap_iters=1, log_samples=False)
     expected = run["results"]
 
-    found = evaluate_tasks(Checkpoint(tiny), TaskSpec(folder=str(folder), mmlu_shots=2))
+    found = evaluate_tasks(Checkpoint(tiny), TaskSpec(folder=str(task_rows), mmlu_shots=2))
     assert list(found["tasks"]) == list(TASKS)
     for name in yaml:
         own, theirs = found["tasks"][name], expected[name]
@@ -102,14 +100,12 @@ def _write_task(folder: Path, name: str, included: str, files: dict[str, Path], 
 
 
 @pytest.mark.parametrize("which", ["tiny", "artefact"])
-def test_accuracy_by_hand(
-    which: str, request: pytest.FixtureRequest, folder: Path, read: Callable[[Path], list[dict[str, Any]]]
-) -> None:
+def test_accuracy_by_hand(which: str, request: pytest.FixtureRequest, task_rows: Path) -> None:
     place: Path = request.getfixturevalue(which)
     load = kurtail_pl.load if which == "artefact" else AutoModelForCausalLM.from_pretrained
     model, tokenizer = load(place), Tokenizer.from_file(str(place / "tokenizer.json"))
     right = []
-    for row in read(folder / "piqa" / "validation.jsonl"):
+    for row in read_rows(task_rows / "piqa" / "validation.jsonl"):
         totals, context = [], f"Question: {row['goal']}\nAnswer:"
         start = len(tokenizer.encode(context).ids)
         for answer in (row["sol1"], row["sol2"]):
@@ -118,16 +114,16 @@ def test_accuracy_by_hand(
                 scores = model(ids.unsqueeze(0)).logits[0].double().log_softmax(-1)
             totals.append(sum(scores[i - 1, ids[i]].item() for i in range(start, len(ids))) / len(answer))
         right.append(totals.index(max(totals)) == row["label"])
-    found = evaluate_tasks(Checkpoint(place), TaskSpec(names="piqa", folder=str(folder)))
+    found = evaluate_tasks(Checkpoint(place), TaskSpec(names="piqa", folder=str(task_rows)))
     assert found["tasks"]["piqa"]["acc_norm"] == np.mean(right)
     assert found["tasks"]["piqa"]["acc_norm_stderr"] == pytest.approx(np.std(right, ddof=1) / sqrt(len(right)))
     assert (found["mean"], found["mmlu"], found["mathqa"]) == (None, None, None)
     assert found["cost"]["seconds"] > 0
 
 
-def test_packed_weights_give_the_same_answers(artefact: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_give_the_same_answers(artefact: Path, task_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short they are dequantized at every use."""
-    spec = TaskSpec(names="hellaswag,arc_easy", folder=str(folder))
+    spec = TaskSpec(names="hellaswag,arc_easy", folder=str(task_rows))
     usual = evaluate_tasks(Checkpoint(artefact), spec)
     monkeypatch.setattr("kurtail_pl.stages.tasks.evaluate.free_memory", lambda: 1)
     assert evaluate_tasks(Checkpoint(artefact), spec)["tasks"] == usual["tasks"]
@@ -153,8 +149,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return counter
 
 
-def test_killed_and_run_again(tiny: Path, folder: Path, asked: dict[str, Any], cache: Path) -> None:
-    spec = TaskSpec(names="piqa,arc_easy,mmlu", folder=str(folder), mmlu_shots=1)
+def test_killed_and_run_again(tiny: Path, task_rows: Path, asked: dict[str, Any], cache: Path) -> None:
+    spec = TaskSpec(names="piqa,arc_easy,mmlu", folder=str(task_rows), mmlu_shots=1)
     undisturbed = evaluate_tasks(Checkpoint(tiny), spec)
     assert asked["calls"] == 6  # four subjects of MMLU
     asked |= {"calls": 0, "left": 4}
@@ -169,9 +165,9 @@ def test_killed_and_run_again(tiny: Path, folder: Path, asked: dict[str, Any], c
 
 @pytest.mark.parametrize("change", ["limit", "shots", "rows", "model"])
 def test_other_settings_start_anew(
-    change: str, tiny: Path, tied: Path, folder: Path, asked: dict[str, Any], tmp_path: Path
+    change: str, tiny: Path, tied: Path, task_rows: Path, asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows = shutil.copytree(folder, tmp_path / "rows")
+    rows = shutil.copytree(task_rows, tmp_path / "rows")
     settings: dict[str, Any] = {"names": "piqa,mmlu", "folder": str(rows), "limit": 4, "mmlu_shots": 1}
     whole = 1 + 3  # MMLU's 4 or 5 rows fall to three of its four subjects
     asked["left"] = 3
@@ -186,8 +182,8 @@ def test_other_settings_start_anew(
     assert asked["calls"] == whole
 
 
-def test_finished_models_are_not_repeated(tiny: Path, tied: Path, folder: Path, asked: dict[str, Any]) -> None:
-    spec = TaskSpec(names="piqa,boolq", folder=str(folder))
+def test_finished_models_are_not_repeated(tiny: Path, tied: Path, task_rows: Path, asked: dict[str, Any]) -> None:
+    spec = TaskSpec(names="piqa,boolq", folder=str(task_rows))
     models = [Checkpoint(tiny), Checkpoint(tied)]
     expected = [evaluate_tasks(model, spec)["tasks"] for model in models]
     assert expected[0] != expected[1]

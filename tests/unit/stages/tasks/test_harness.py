@@ -2,28 +2,26 @@
 
 import importlib.util
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from task_rows import read_rows
 
 from kurtail_pl.errors import ConfigError, HarnessMissing, TextError
 from kurtail_pl.stages.tasks.harness import deal, parts_of
 from kurtail_pl.stages.tasks.spec import TASKS, TaskSpec, chosen_tasks
 
-Read = Callable[[Path], list[dict[str, Any]]]
-
 
 @pytest.fixture
-def own(folder: Path, tmp_path: Path) -> Path:
+def own(task_rows: Path, tmp_path: Path) -> Path:
     """A copy of the rows that a test may spoil."""
-    return shutil.copytree(folder, tmp_path / "tasks")
+    return shutil.copytree(task_rows, tmp_path / "tasks")
 
 
 @pytest.mark.parametrize("shots", [0, 2, 5])
-def test_mmlu_prompts_hold_the_first_examples_of_their_subject(folder: Path, shots: int, read: Read) -> None:
-    asked, examples = read(folder / "mmlu" / "test.jsonl"), read(folder / "mmlu" / "dev.jsonl")
+def test_mmlu_prompts_hold_the_first_examples_of_their_subject(task_rows: Path, shots: int) -> None:
+    asked, examples = read_rows(task_rows / "mmlu" / "test.jsonl"), read_rows(task_rows / "mmlu" / "dev.jsonl")
 
     def block(row: dict[str, Any]) -> str:
         choices = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", row["choices"], strict=True))
@@ -35,7 +33,7 @@ def test_mmlu_prompts_hold_the_first_examples_of_their_subject(folder: Path, sho
         shown = [f"{block(example)} {'ABCD'[example['answer']]}\n\n" for example in own]
         head = f"The following are multiple choice questions (with answers) about {row['subject']}.\n\n"
         expected += [(head + "".join(shown) + block(row), f" {letter}") for letter in "ABCD"]
-    parts = parts_of("mmlu", TaskSpec(folder=str(folder), mmlu_shots=shots))
+    parts = parts_of("mmlu", TaskSpec(folder=str(task_rows), mmlu_shots=shots))
     assert sorted(request.args for part in parts for request in part.requests()) == sorted(expected)
     groups = {part.name: part.group for part in parts}
     assert groups == {
@@ -43,9 +41,9 @@ def test_mmlu_prompts_hold_the_first_examples_of_their_subject(folder: Path, sho
     }  # fmt: skip
 
 
-def test_mmlus_limit_is_dealt_out_over_its_subjects(folder: Path) -> None:
+def test_mmlus_limit_is_dealt_out_over_its_subjects(task_rows: Path) -> None:
     """1, 8, 3 and 2 of 14 rows: 0.57, 4.57, 1.71 and 1.14 of 8; of two equal remainders the first is rounded up."""
-    parts = parts_of("mmlu", TaskSpec(folder=str(folder), limit=8))
+    parts = parts_of("mmlu", TaskSpec(folder=str(task_rows), limit=8))
     asked = {part.name: len(part.requests()) // 4 for part in parts}
     assert asked == {"mmlu_philosophy": 1, "mmlu_anatomy": 4, "mmlu_astronomy": 2, "mmlu_virology": 1}
 
@@ -62,24 +60,24 @@ def test_deal_is_fair(sizes: list[int], total: int) -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 3, 50])
-def test_the_first_rows_are_asked(folder: Path, limit: int | None, read: Read) -> None:
-    (part,) = parts_of("piqa", TaskSpec(folder=str(folder), limit=limit))
+def test_the_first_rows_are_asked(task_rows: Path, limit: int | None) -> None:
+    (part,) = parts_of("piqa", TaskSpec(folder=str(task_rows), limit=limit))
     expected = [
         (f"Question: {row['goal']}\nAnswer:", f" {row[solution]}")
-        for row in read(folder / "piqa" / "validation.jsonl")[:limit]
+        for row in read_rows(task_rows / "piqa" / "validation.jsonl")[:limit]
         for solution in ("sol1", "sol2")
     ]
     assert [request.args for request in part.requests()] == expected
 
 
-def test_prompts_that_need_the_harness_own_functions(folder: Path, read: Read) -> None:
-    spec = TaskSpec(folder=str(folder))
-    (row, *_), (winogrande,) = read(folder / "winogrande" / "validation.jsonl"), parts_of("winogrande", spec)
+def test_prompts_that_need_the_harness_own_functions(task_rows: Path) -> None:
+    spec = TaskSpec(folder=str(task_rows))
+    (row, *_), (winogrande,) = read_rows(task_rows / "winogrande" / "validation.jsonl"), parts_of("winogrande", spec)
     before, after = row["sentence"].split("_")
     expected = [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
     assert [request.args for request in winogrande.requests()[:2]] == expected
 
-    (row, *_), (hellaswag,) = read(folder / "hellaswag" / "validation.jsonl"), parts_of("hellaswag", spec)
+    (row, *_), (hellaswag,) = read_rows(task_rows / "hellaswag" / "validation.jsonl"), parts_of("hellaswag", spec)
     context = f"Sailing: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     assert [request.args for request in hellaswag.requests()[:4]] == [(context, f" {end}") for end in row["endings"]]
 
@@ -126,9 +124,9 @@ def test_unusable_rows_are_refused(own: Path, name: str, file: str, content: str
         parts_of(name, TaskSpec(folder=str(own)))
 
 
-def test_more_examples_than_there_are_are_refused(folder: Path) -> None:
+def test_more_examples_than_there_are_are_refused(task_rows: Path) -> None:
     with pytest.raises(ConfigError, match=r"mmlu_shots is 7, but mmlu_\w+ has 6 examples"):
-        parts_of("mmlu", TaskSpec(folder=str(folder), mmlu_shots=7))
+        parts_of("mmlu", TaskSpec(folder=str(task_rows), mmlu_shots=7))
 
 
 @pytest.mark.parametrize(

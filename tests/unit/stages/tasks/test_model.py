@@ -29,8 +29,8 @@ def loaded(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Any, float]
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, FLOAT
 
 
-def requests_of(folder: Path, name: str) -> list[Any]:
-    return [r for part in parts_of(name, TaskSpec(folder=str(folder), mmlu_shots=0)) for r in part.requests()]
+def requests_of(task_rows: Path, name: str) -> list[Any]:
+    return [r for part in parts_of(name, TaskSpec(folder=str(task_rows), mmlu_shots=0)) for r in part.requests()]
 
 
 def by_hand(model: PreTrainedModel, tokenizer: Any, context: str, answer: str) -> tuple[float, bool]:
@@ -45,9 +45,9 @@ def by_hand(model: PreTrainedModel, tokenizer: Any, context: str, answer: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_by_hand_and_by_the_harness(loaded: tuple[PreTrainedModel, Any, float], folder: Path, name: str) -> None:
+def test_by_hand_and_by_the_harness(loaded: tuple[PreTrainedModel, Any, float], task_rows: Path, name: str) -> None:
     model, tokenizer, tolerance = loaded
-    requests = requests_of(folder, name)
+    requests = requests_of(task_rows, name)
     answers = LoadedModel(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
     expected = [by_hand(model, tokenizer, *request.args) for request in requests]
     assert [total for total, _ in answers] == pytest.approx([total for total, _ in expected], abs=tolerance)
@@ -58,10 +58,10 @@ def test_by_hand_and_by_the_harness(loaded: tuple[PreTrainedModel, Any, float], 
 
 @pytest.mark.parametrize("tokens", [1, 200, 100_000])
 def test_batches_do_not_change_the_numbers(
-    loaded: tuple[PreTrainedModel, Any, float], folder: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+    loaded: tuple[PreTrainedModel, Any, float], task_rows: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer, tolerance = loaded
-    requests = requests_of(folder, "hellaswag")
+    requests = requests_of(task_rows, "hellaswag")
     usual = [total for total, _ in LoadedModel(model, tokenizer).loglikelihood(requests, disable_tqdm=True)]
     monkeypatch.setattr(model_module, "BATCH_TOKENS", tokens)
     other = [total for total, _ in LoadedModel(model, tokenizer).loglikelihood(requests, disable_tqdm=True)]
@@ -76,19 +76,19 @@ def test_batches_hold_every_input_once_and_one_length_each(monkeypatch: pytest.M
     assert [[len(tokens) for tokens in batch] for batch in found] == [[20], [5, 5], [3, 3, 3, 3], [3], [1]]
 
 
-def test_letters_share_one_run(tiny: Path, folder: Path) -> None:
+def test_letters_share_one_run(tiny: Path, task_rows: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     rows = []
     model.register_forward_hook(lambda _, __, kwargs, ___: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    requests = requests_of(folder, "mmlu")
+    requests = requests_of(task_rows, "mmlu")
     LoadedModel(model, AutoTokenizer.from_pretrained(tiny)).loglikelihood(requests, disable_tqdm=True)
     assert sum(rows) == len(requests) / 4
 
 
-def test_too_long_inputs_lose_their_beginning(tiny: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_long_inputs_lose_their_beginning(tiny: Path, task_rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer, limit = AutoTokenizer.from_pretrained(tiny), model.config.max_position_embeddings
-    (request, *_) = requests_of(folder, "boolq")
+    (request, *_) = requests_of(task_rows, "boolq")
     request.arguments = (("the old king lost the bread and " * 60).strip(), " found the green river")
     ((total, _),) = LoadedModel(model, tokenizer).loglikelihood([request], disable_tqdm=True)
     text = tokenizer("".join(request.args))["input_ids"]
