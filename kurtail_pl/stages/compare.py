@@ -56,10 +56,13 @@ def run_baselines(
     """
     model = store.origin.model
     reference = artefacts / artefact_name(model, FLOAT_METHOD, FLOAT)
-    text_sha256 = cut_windows(checkpoint.tokenizer(), text, "evaluation").text_sha256
+    windows = cut_windows(checkpoint.tokenizer(), text, "evaluation")
     measured = {
-        **asdict(text), "text_sha256": text_sha256, "model_sha256": checkpoint.sha256, "kurtosis_rows": validation_rows
-    }  # fmt: skip
+        **asdict(windows.spec),
+        "text_sha256": windows.text_sha256,
+        "model_sha256": checkpoint.sha256,
+        "kurtosis_rows": validation_rows,
+    }
     if overwrite or not _reusable(reference, measured):
         reference.mkdir(parents=True, exist_ok=True)
         evaluate_folder(checkpoint, reference, text, store, validation_rows)
