@@ -13,7 +13,7 @@ from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
 from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import ActivationDataModule
-from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize
+from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize, require_groups
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing, sha256_of
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
@@ -39,11 +39,12 @@ class WeightQuantization(L.Callback):
         return self.artefacts / artefact_name(model, method, self.quantize_spec.scheme)
 
     def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
-        """Refuse a folder that must not be replaced, and a calibration text that is too short."""
+        """Refuse a folder that must not be replaced, groups that fit no width, and a calibration text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         folder = self.folder(data.capture_spec.model)
         if not self._awaits_evaluation(folder):
             refuse_existing(folder, self.overwrite)
+        require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
