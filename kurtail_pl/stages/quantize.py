@@ -66,6 +66,10 @@ class QuantizeSpec:
         if self.method not in ("rtn", "gptq"):
             raise ConfigError(f"method is {self.method!r}; weights are quantized by rtn or gptq")
 
+    def method_name(self, rotations: str) -> str:
+        """Name of what a method's rotations and these weights make: without rotations, how the weights are rounded."""
+        return self.method if rotations == UNROTATED and self.scheme.weights is not None else rotations
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
@@ -112,8 +116,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         write_rotations(partial / ROTATIONS, rotations)
         card: dict[str, Any] = {
             **{key: fused_card[key] for key in INHERITED},
-            # Without rotations, a method is how the weights are rounded.
-            "method": spec.method if fused_card["method"] == UNROTATED else fused_card["method"],
+            "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
             "calibration_text_sha256": recipe["calibration_text_sha256"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,14 @@ def row(results: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def markdown_table(rows: list[tuple[str, ...]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with the columns aligned, so that it also reads well on a terminal."""
-    widths = [max(len(line[i]) for line in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
 
-    def line(cells: tuple[str, ...]) -> str:
+    def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
-    return "\n".join([line(COLUMNS), line(tuple("-" * width for width in widths)), *map(line, rows)])
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])
 
 
 def comparison(folder: Path) -> str:
@@ -58,7 +59,7 @@ def comparison(folder: Path) -> str:
     results = siblings(folder)
     evaluation = results[0]["evaluation"]
     return (
-        f"{markdown_table([row(r) for r in results])}\n\n"
+        f"{markdown_table(COLUMNS, [row(r) for r in results])}\n\n"
         f"Perplexity on {Path(evaluation['source']).name}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "

@@ -148,7 +148,7 @@ def test_a_row_of_the_table() -> None:
 
 
 def test_the_table_is_aligned_markdown() -> None:
-    lines = markdown_table([row(results_of("kurtail")), row(results_of("float"))]).splitlines()
+    lines = markdown_table(COLUMNS, [row(results_of("kurtail")), row(results_of("float"))]).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert tuple(cells[0]) == COLUMNS
