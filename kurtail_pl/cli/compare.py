@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, callback_of, command_line, fit
 from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, WeightQuantization
@@ -28,23 +26,6 @@ from kurtail_pl.surgery.scheme import FLOAT
 
 log = logging.getLogger(__name__)
 
-FIXED, ROWS = "kurtail_pl.lit.FixedRotations", "kurtail_pl.lit.ActivationDataModule"
-ROUNDINGS = ("float", "rtn", "gptq")
-Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model of the table: a complete recipe, and the seed of its rotations."""
-
-    settings: Settings
-    seed: int
-
-    @property
-    def root(self) -> str:
-        """Its run folder; cells that differ in the weights alone share one, and learn once."""
-        return str(self.settings["trainer"]["default_root_dir"])
-
 
 def compare(arguments: list[str]) -> None:
     """Run recipes, their baselines and seeds, and print one table."""
@@ -54,7 +35,7 @@ def compare(arguments: list[str]) -> None:
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     begun: set[str] = set()
-    for number, cell in enumerate(_cells(recipes, options.weights, options.seeds)):
+    for number, cell in enumerate(cells_of(recipes, options.weights, options.seeds)):
         path = folder / "recipes" / f"{number:02d}.yaml"
         write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
         cli = command_line(KurtailCLI, "kurtail compare", ["--config", str(path)], run=False)
@@ -103,8 +84,8 @@ def _decisive(settings: Settings) -> Settings:
     return {
         "model": settings["model"],
         "data": data,
-        "quantize": _callback(settings, "WeightQuantization")["quantize"],
-        "evaluation": _callback(settings, "Evaluation"),
+        "quantize": settings_of(settings, "WeightQuantization")["quantize"],
+        "evaluation": settings_of(settings, "Evaluation"),
         "seed_everything": settings["seed_everything"],
     }
 
@@ -164,99 +145,8 @@ def _effective(recipe: Path, overrides: list[str]) -> Settings:
     if not recipe.is_file():
         raise ConfigError(f"recipe {recipe} does not exist; name a YAML file such as configs/smollm2-135m.yaml")
     cli = command_line(RecipeCLI, "kurtail compare", ["--config", str(recipe), *overrides], run=False)
-    text = cli.parser.dump(cli.config, skip_none=False, skip_link_targets=True)
+    text = cli.parser.dump(cli.config, skip_unset=False, skip_link_targets=True)
     settings: Settings = yaml.safe_load(text)
     for name in ("config", "overwrite"):
         settings.pop(name, None)
     return settings
-
-
-def _cells(recipes: list[Settings], weights: list[str] | None, seeds: list[int] | None) -> Iterator[Cell]:
-    """Every cell: the recipes, and what the first one is compared with, unless another recipe brings it."""
-    given = [_fixed(settings) for settings in recipes]
-    for hadamard in (False, True):
-        if hadamard not in given:
-            # Without rotations there is nothing for a seed to decide, and both ways to round are baselines.
-            yield from _variants(
-                _baseline(recipes[0], hadamard),
-                weights or (["rtn", "gptq"] if not hadamard else None),
-                seeds if hadamard else None,
-            )
-    for settings in recipes:
-        yield from _variants(settings, weights, seeds if _fixed(settings) is not False else None)
-
-
-def _fixed(settings: Settings) -> bool | None:
-    """Whether a recipe's fixed rotations are Hadamards; None when its rotations are learned."""
-    model = settings["model"]
-    return bool(model["init_args"]["hadamard"]) if model["class_path"].endswith("FixedRotations") else None
-
-
-def _baseline(settings: Settings, hadamard: bool) -> Settings:
-    """A recipe with fixed rotations in place of learned ones: the same text, store, bits and evaluation."""
-    derived = copy.deepcopy(settings)
-    seed = settings["model"]["init_args"]["rotation_seed"]
-    derived["model"] = {"class_path": FIXED, "init_args": {"hadamard": hadamard, "rotation_seed": seed}}
-    data = derived["data"]["init_args"]
-    kept = {name: data[name] for name in ("capture", "store", "steps", "validation_rows")}
-    derived["data"] = {"class_path": ROWS, "init_args": kept | {"batch_rows": 1}}
-    trainer = derived["trainer"]
-    trainer["max_epochs"] = 0
-    trainer["callbacks"] = [c for c in trainer["callbacks"] if not c["class_path"].endswith("ModelCheckpoint")]
-    _move(derived, "quarot" if hadamard else "none")
-    return derived
-
-
-def _variants(settings: Settings, weights: list[str] | None, seeds: list[int] | None) -> Iterator[Cell]:
-    """A recipe with each seed and each way to round its weights."""
-    own = settings["model"]["init_args"]["rotation_seed"]
-    for seed in seeds or [own]:
-        seeded = copy.deepcopy(settings)
-        if seed != own:
-            seeded["model"]["init_args"]["rotation_seed"] = seed
-            _move(seeded, f"seed{seed}")
-        yield from (Cell(_rounded(seeded, rounding), seed) for rounding in weights or (None,))
-
-
-def _move(settings: Settings, name: str) -> None:
-    """Give a variant a run folder beside the recipe's, and to a seed artefacts of its own."""
-    root = settings["trainer"]["default_root_dir"]
-    settings["trainer"] = _renamed(settings["trainer"], root, f"{root}-{name}")
-    if name.startswith("seed"):
-        quantization = _callback(settings, "WeightQuantization")
-        quantization["artefacts"] = f"{quantization['artefacts']}/{name}"
-
-
-def _renamed(value: Any, old: str, new: str) -> Any:
-    """Settings in which a folder, and all that lies in it, has another name."""
-    if isinstance(value, dict):
-        return {key: _renamed(item, old, new) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item, old, new) for item in value]
-    inside = isinstance(value, str) and (value == old or value.startswith(f"{old}/"))
-    return new + value.removeprefix(old) if inside else value
-
-
-def _rounded(settings: Settings, rounding: str | None) -> Settings:
-    """A recipe whose weights become integers so; a way that is not its own has artefacts of its own."""
-    changed = copy.deepcopy(settings)
-    quantization = _callback(changed, "WeightQuantization")
-    spec = quantization["quantize"]
-    if rounding == "float":
-        spec["scheme"]["weights"] = None
-    elif rounding is not None:
-        if spec["scheme"]["weights"] is None:
-            raise ConfigError(f"--weights {rounding} needs recipes that quantize weights; give scheme.weights")
-        # Without rotations, the way to round is the artefact's name.
-        if rounding != spec["method"] and _fixed(settings) is not False:
-            quantization["artefacts"] = f"{quantization['artefacts']}/{rounding}"
-        spec["method"] = rounding
-    return changed
-
-
-def _callback(settings: Settings, name: str) -> Settings:
-    for callback in settings["trainer"]["callbacks"] or []:
-        if callback["class_path"].endswith(f".{name}"):
-            found: Settings = callback["init_args"]
-            return found
-    raise ConfigError(f"compare needs a recipe with the callback {name}; add it to trainer.callbacks")

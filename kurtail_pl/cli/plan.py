@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kurtail_pl.cli.cells import settings_of
 from kurtail_pl.cli.trainer import RecipeCLI, command_line
-from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
@@ -27,22 +27,13 @@ def plan(arguments: list[str]) -> None:
         config_of(capture["model"]),
         CaptureSpec(**capture),
         _learning(data),
-        _quantization(_callback(config, "WeightQuantization")["quantize"]),
-        TextSpec(**_callback(config, "Evaluation")["text"]),
+        _quantization(settings_of(config, "WeightQuantization")["quantize"]),
+        TextSpec(**settings_of(config, "Evaluation")["text"]),
         resident_memory(),
     )
     print(stage.table(stages, stage.probe()))
     for line in stage.misfits(stages, free_memory(), free_disk(Path(data["store"]))):
         print(f"does not fit: {line}")
-
-
-def _callback(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Settings of one of the recipe's callbacks."""
-    for callback in config["trainer"]["callbacks"] or []:
-        if callback["class_path"].endswith(f".{name}"):
-            settings: dict[str, Any] = callback["init_args"]
-            return settings
-    raise ConfigError(f"the recipe has no callback {name}; add it to trainer.callbacks")
 
 
 def _learning(data: dict[str, Any]) -> stage.Learning:

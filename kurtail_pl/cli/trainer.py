@@ -59,7 +59,7 @@ class KeepConfig(SaveConfigCallback):
         if trainer.is_global_zero and isinstance(quantization, WeightQuantization):
             assert isinstance(pl_module, RotationModule)
             folder = quantization.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-            self.parser.save(self.config, str(folder / RECIPE), skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(self.config, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
 
 
 class KurtailCLI(LightningCLI):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from kurtail_pl.lit.datamodule import WindowDataModule
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.artefact import whole_model
+from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.surgery.learnable import make_learnable
 from kurtail_pl.surgery.rotations import random_rotations
 from kurtail_pl.surgery.scheme import Scheme
+
+log = logging.getLogger(__name__)
 
 NETWORK = "network"
 
@@ -71,6 +75,8 @@ class SpinQuantModule(RotationModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, WindowDataModule)
         network = whole_model(data.checkpoint)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+        log.info("spinquant learns through the whole model: %s of weights in memory", gigabytes(weights))
         online = random_rotations(network.config, self.rotation_seed)
         make_learnable(network, self.scheme, online, self.residual, self.value)
         self.network = network
