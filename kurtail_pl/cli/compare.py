@@ -99,7 +99,7 @@ def _origin(cli: KurtailCLI) -> Settings:
         "model_sha256": data.checkpoint.sha256,
         "kurtosis_rows": data.validation_rows,
         "text_sha256": text.text_sha256,
-        **asdict(evaluation.text),
+        **asdict(text.spec),
         **({} if evaluation.tasks is None else {"tasks": asdict(evaluation.tasks)}),
     }
 

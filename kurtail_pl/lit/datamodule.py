@@ -205,9 +205,9 @@ class WindowDataModule(StoredModel):
     ) -> None:
         super().__init__(capture, store, steps, validation_rows)
         self.text, self.batch_windows = text, batch_windows
-        if batch_windows < 1 or text.windows % batch_windows:
+        if batch_windows < 1 or text.windows is None or text.windows % batch_windows:
             raise ConfigError(
-                f"data.batch_windows is {batch_windows} and the text has {text.windows} windows; choose a divisor"
+                f"data.batch_windows is {batch_windows} and text.windows {text.windows}; choose a divisor of it"
             )
 
     @cached_property

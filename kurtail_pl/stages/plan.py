@@ -20,6 +20,8 @@ from kurtail_pl.surgery.rotations import head_dim_of
 
 TOKENIZER = 50_000_000
 """Bytes that a tokenizer takes once it is read, about."""
+WHOLE_TEXT = 350_000
+"""Tokens of a text that is taken whole, about: the test split of WikiText-2 has so many, and a plan reads no text."""
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 SEARCH_PASSES = 80 * 10
 """Passes over a weight that the search of its grid makes: 80 clip ratios, about ten elementwise steps each."""
@@ -150,23 +152,26 @@ def plan(
     layer = s.layer * (2 * s.stored + FLOAT32)
     written = s.embedding * 2 * FLOAT32
 
+    def tokens_of(text: TextSpec) -> int:
+        return WHOLE_TEXT if text.windows is None else text.windows * text.seqlen
+
     def states(text: TextSpec) -> int:
-        return 2 * text.windows * text.seqlen * s.hidden * FLOAT32
+        return 2 * tokens_of(text) * s.hidden * FLOAT32
 
     def window(text: TextSpec) -> int:
         return 6 * text.seqlen * s.widest * FLOAT32
 
-    text, tokens = capture.text, capture.text.windows * capture.text.seqlen
+    text, tokens = capture.text, tokens_of(capture.text)
     store = store_bytes(shape, capture.rows)
     sites = store // s.layers
-    calibration = quantize.text.windows * quantize.text.seqlen if quantize.needs_inputs else 0
+    calibration = tokens_of(quantize.text) if quantize.needs_inputs else 0
     inner = calibration * s.widest * FLOAT32
     hessians = 5 * s.widest**2 * FLOAT64 if calibration else 0
     kept = states(quantize.text) + inner if calibration else 0
     logits = 2 * evaluation.seqlen * config.vocab_size * FLOAT32
     artefact = s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16
     half = s.embedding * FLOAT16
-    evaluated = evaluation.windows * evaluation.seqlen
+    evaluated = tokens_of(evaluation)
     wide = s.layer * (FLOAT64 + FLOAT32) + s.widest * s.hidden * FLOAT64
     return [
         StagePlan(

@@ -106,6 +106,8 @@ def _model_card(folder: Path) -> str:
         f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
         for name, q in parts.items()
     ]
+    if scheme.activations is not None and scheme.attention_output == "head":
+        lines[1] += "; one scale a head in the input of the output projection"
     return (
         f"# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "

@@ -71,7 +71,7 @@ def _turn_layer(
     if online.mlp_hidden is not None:
         for name in writers:
             folding.absorb_online(folding.linear_of(layer, name), online.mlp_hidden)
-    equip_layer(layer.float(), architecture, scheme, online)
+    equip_layer(layer.float(), architecture, scheme, online, value.shape[-1])
 
     def per_head() -> Tensor:
         return folding.per_kv_head(layer, architecture, value[index])

@@ -14,7 +14,7 @@ from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize
+from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize, require_groups
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing, sha256_of
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
@@ -41,11 +41,12 @@ class WeightQuantization(L.Callback):
         return self.artefacts / artefact_name(data.capture_spec.model, method, self.quantize_spec.scheme)
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
-        """Refuse a folder that must not be replaced, and a calibration text that is too short."""
+        """Refuse a folder that must not be replaced, groups that fit no width, and a calibration text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         folder = self.folder(module, data)
         if not self._awaits_evaluation(folder):
             refuse_existing(folder, self.overwrite)
+        require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
