@@ -47,10 +47,10 @@ def draw_surfaces(before: Tensor, after: Tensor, method: str, site: str) -> Figu
         axes: Any = figure.add_subplot(1, 2, place, projection="3d")
         _draw(axes, magnitude, colour_of(name))
         axes.set_zlim(0, limit)
-        axes.set_title(name_of(name), y=0.97)
+        axes.set_title(name_of(name), y=0.94)
     figure.suptitle(f"{title_of(site)}; grey: largest magnitude of each token", fontsize="medium")
     # The other layouts do not see the labels of three axes.
-    figure.subplots_adjust(left=0.0, right=0.95, bottom=0.06, top=0.92, wspace=0.12)
+    figure.subplots_adjust(left=0.0, right=0.95, bottom=0.04, top=0.95, wspace=0.1)
     return figure
 
 
@@ -66,8 +66,8 @@ def _draw(axes: Any, magnitude: Tensor, colour: str) -> None:
     axes.set_xlabel("channel", labelpad=-2)
     axes.set_ylabel("token (sorted)", labelpad=-2)
     axes.set_zlabel("magnitude / rms", labelpad=-4)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4))
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(5))
     axes.tick_params(labelsize="small", pad=-1)
     axes.view_init(elev=20, azim=-50)
-    axes.set_box_aspect(None, zoom=0.88)
+    axes.set_box_aspect(None, zoom=0.98)
