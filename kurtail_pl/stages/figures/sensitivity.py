@@ -10,8 +10,8 @@ from torch import Tensor
 from kurtail_pl.maths.sensitivity import Sensitivity
 from kurtail_pl.stages.figures.style import GREY, colour_of, legend_above, name_of, new_figure, title_of
 
-DECADES = 1e4
-"""Shown below the highest sensitivity: at the best step it is 0."""
+RANGE = 1e4
+"""Of the highest sensitivity to the lowest that is shown: at the best step it is 0."""
 
 
 def draw_sensitivity(curves: Mapping[str, Sensitivity], fractions: Tensor, site: str, bits: int) -> Figure:
@@ -30,7 +30,7 @@ def draw_sensitivity(curves: Mapping[str, Sensitivity], fractions: Tensor, site:
     axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_yscale("log", nonpositive="mask")
     highest = max(curve.growth.max().item() for curve in curves.values())
-    axes.set_ylim(highest / DECADES, 2 * highest)
+    axes.set_ylim(highest / RANGE, 2 * highest)
     axes.set_xlabel(r"step, as a fraction of the best one, $\alpha$")
     axes.set_ylabel("sensitivity $\\Gamma$\n(squares of the token's rms)")
     axes.set_title(f"{title_of(site)}, {bits} bits")

@@ -69,5 +69,6 @@ def _draw(axes: Any, magnitude: Tensor, colour: str) -> None:
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_major_locator(MaxNLocator(5))
     axes.tick_params(labelsize="small", pad=-1)
+    axes.set_facecolor("none")
     axes.view_init(elev=20, azim=-50)
-    axes.set_box_aspect(None, zoom=0.98)
+    axes.set_box_aspect(None, zoom=0.93)
