@@ -19,7 +19,8 @@ class Reductions:
 
     def __init__(self, method: str) -> None:
         self.pairs = [(method, VANILLA), (HADAMARD, VANILLA), (method, HADAMARD)]
-        self._blocks = {(pair, block): SuccessRate() for pair in self.pairs for block in BLOCKS}
+        # Where several processes trained, one of them draws: the others would never answer.
+        self._blocks = {(pair, block): SuccessRate(sync_on_compute=False) for pair in self.pairs for block in BLOCKS}
         self._sites: dict[tuple[str, str], dict[str, float]] = {pair: {} for pair in self.pairs}
 
     def update(self, site: str, views: Mapping[str, Tensor]) -> None:
