@@ -185,7 +185,7 @@ def _figures(
     refuse_existing(folder, overwrite)
     activations, learned = ActivationStore(store), read_rotations(rotations)
     config = config_of(model or activations.origin.model)
-    hadamard = random_rotations(config, learned.origin["seed"])
+    hadamard = random_rotations(config, learned.origin.get("seed", 0))
     pages = figures_stage.figures(
         activations, learned, hadamard, config.rms_norm_eps, folder, validation_rows, layers, overwrite
     )

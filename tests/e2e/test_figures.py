@@ -11,6 +11,9 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.surgery.rotations import Rotations
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
@@ -135,3 +138,27 @@ def test_a_wrong_order_is_refused_before_training(
         kurtail(recipe.parent, "fit", "--config", recipe)
     assert f"Figures needs {needed} before it" in capsys.readouterr().err
     assert not (recipe.parent / "runs" / "rotations.safetensors").exists()
+
+
+def test_a_layer_that_is_not_there_is_refused_before_training(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    keep(recipe, "RotationWriter", "Figures")
+    edit(recipe, lambda settings: settings["trainer"]["callbacks"][1]["init_args"].update(layers=[1, 4]))
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(recipe.parent, "fit", "--config", recipe)
+    assert "layers has 4; the model's are 0 to 3" in capsys.readouterr().err
+    assert not (recipe.parent / "runs" / "rotations.safetensors").exists()
+
+
+def test_rotations_that_rotate_nothing_are_refused(
+    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    keep(recipe, "RotationWriter")
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    write_rotations(recipe.parent / "none.safetensors", Rotations())
+    verb = ["figures", "--store", "runs/store", "--folder", "drawn", "--validation_rows", 128]
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(recipe.parent, *verb, "--rotations", "none.safetensors")
+    assert "there is none" in capsys.readouterr().err
+    assert not (recipe.parent / "drawn").exists()

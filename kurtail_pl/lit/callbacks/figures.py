@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
-from kurtail_pl.stages.figures import Pages, figures
+from kurtail_pl.lit.datamodule import ActivationDataModule
+from kurtail_pl.stages.figures import Pages, chosen_layers, figures
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 from kurtail_pl.surgery.rotations import random_rotations
 
@@ -25,17 +26,23 @@ class Figures(L.Callback):
         layers: whose sensitivity, surface and histogram are drawn; by default the paper's 1 and 15, or the last one.
 
     Raises:
-        ConfigError: before training, when no `RotationWriter` comes before, or a `WeightQuantization` comes after.
+        ConfigError: before training, when no `RotationWriter` comes before, a `WeightQuantization` comes after, or a
+            layer is asked for that the model has not.
     """
 
     def __init__(self, layers: list[int] | None = None) -> None:
         self.layers = layers
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
         """Refuse what would fail after training."""
+        quantized = _quantization(trainer) is not None
+        require_before(trainer, self, RotationWriter, *([WeightQuantization] if quantized else []))
+        chosen_layers(data.layers, self.layers)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check, for those who run the callback under a trainer of their own."""
         if stage == "fit":
-            quantized = _quantization(trainer) is not None
-            require_before(trainer, self, RotationWriter, *([WeightQuantization] if quantized else []))
+            self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,7 +53,7 @@ class Figures(L.Callback):
         pages = figures(
             data.store,
             rotations,
-            random_rotations(config, rotations.origin["seed"]),
+            random_rotations(config, rotations.origin.get("seed", 0)),
             config.rms_norm_eps,
             (quantization.folder(data.capture_spec.model) if quantization else root) / FOLDER,
             data.validation_rows,

@@ -72,7 +72,7 @@ def figures(
     """
     method = rotations.origin.get("method", "kurtail")
     bases = {VANILLA: None, HADAMARD: _basis(store, hadamard), method: _basis(store, rotations)}
-    chosen = _chosen(store.shape.layers, layers)
+    chosen = chosen_layers(store.shape.layers, layers)
     total = store.origin.rows
     if not 0 < rows <= total:
         raise ConfigError(f"rows is {rows}; the store {store.folder} has {total}: ask for 1 to {total}")
@@ -113,7 +113,8 @@ def _basis(store: ActivationStore, rotations: Rotations) -> Tensor:
     return residual.float()
 
 
-def _chosen(layers: int, asked: Sequence[int] | None) -> set[int]:
+def chosen_layers(layers: int, asked: Sequence[int] | None) -> set[int]:
+    """The layers asked for, by default the paper's or the last one; raises ConfigError when a model has no such one."""
     if asked is None:
         return {min(layer, layers - 1) for layer in PAPER_LAYERS}
     for layer in asked:
