@@ -58,7 +58,8 @@ def _baseline(settings: Settings, hadamard: bool) -> Settings:
     derived["data"] = {"class_path": ROWS, "init_args": kept | {"batch_rows": 1}}
     trainer = derived["trainer"]
     trainer["max_epochs"] = 0
-    trainer["callbacks"] = [c for c in trainer["callbacks"] if not c["class_path"].endswith("ModelCheckpoint")]
+    learners = ("ModelCheckpoint", "Figures")
+    trainer["callbacks"] = [c for c in trainer["callbacks"] if not c["class_path"].endswith(learners)]
     _move(derived, "quarot" if hadamard else "none")
     return derived
 

@@ -21,6 +21,7 @@ VERBS = {
     "export": ("kurtail_pl.cli.onnx:export", "Write an ONNX model of an artefact folder, and check it."),
     "generate": ("kurtail_pl.cli.onnx:generate", "Continue a prompt by an export, printing the text as it comes."),
     "eval": ("kurtail_pl.cli.verbs:evaluate", "Measure perplexity or tasks of models or artefact folders."),
+    "figures": ("kurtail_pl.cli.verbs:figures", "Draw the paper's figures from activations and rotations."),
     "report": ("kurtail_pl.cli.verbs:report", "Write an artefact's report and print the table of methods."),
 }
 """Verb -> (function, first line of its docstring)."""

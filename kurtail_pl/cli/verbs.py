@@ -11,6 +11,7 @@ from jsonargparse import auto_cli
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.stages import capture as capture_stage
+from kurtail_pl.stages import figures as figures_stage
 from kurtail_pl.stages import fuse as fuse_stage
 from kurtail_pl.stages import quantize as quantize_stage
 from kurtail_pl.stages import report as report_stage
@@ -22,9 +23,10 @@ from kurtail_pl.stages.tasks.table import tasks_note, tasks_table
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.folder import is_ours
 from kurtail_pl.storage.rotation_file import read_rotations
-from kurtail_pl.storage.sources import open_model
+from kurtail_pl.storage.sources import config_of, open_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 FLAGS = ("dry_run", "overwrite", "check")
@@ -179,6 +181,41 @@ def _measure_text(checkpoint: Checkpoint, text: TextSpec, store: Path | None, va
 
 def _print_perplexity(value: float, text: TextSpec) -> None:
     print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.source})")
+
+
+def figures(arguments: list[str]) -> None:
+    """Draw the paper's figures from activations and rotations."""
+    run(_figures, arguments)
+
+
+def _figures(
+    store: Path,
+    rotations: Path,
+    folder: Path,
+    layers: list[int] | None = None,
+    model: str | None = None,
+    validation_rows: int = 1024,
+    overwrite: bool = False,
+) -> None:
+    """Draw the paper's figures from activations and rotations.
+
+    Args:
+        store: activation store of the vanilla model.
+        rotations: the learned `rotations.safetensors`; random Hadamards of its seed are drawn beside it.
+        folder: where the figures and their numbers go.
+        layers: whose sensitivity, surface and histogram are drawn; by default the paper's 1 and 15, or the last one.
+        model: the store's model, if it is no longer where it was captured.
+        validation_rows: the store's last rows, on which everything is measured.
+        overwrite: replace the folder if it exists.
+    """
+    refuse_existing(folder, overwrite)
+    activations, learned = ActivationStore(store), read_rotations(rotations)
+    config = config_of(model or activations.origin.model)
+    hadamard = random_rotations(config, learned.origin.get("seed", 0))
+    pages = figures_stage.figures(
+        activations, learned, hadamard, config.rms_norm_eps, folder, validation_rows, layers, overwrite
+    )
+    print(f"{pages.tables['max_reduction']}\n{folder}")
 
 
 def report(arguments: list[str]) -> None:

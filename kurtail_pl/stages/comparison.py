@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kurtail_pl.stages.chart import perplexity_chart, save
+from kurtail_pl.stages.figures.perplexity import draw_perplexity
 from kurtail_pl.stages.results import FLOAT_METHOD, LABELS, read_results
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.storage.files import gigabytes, sha256_of, write_json, write_text
@@ -118,7 +118,9 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> str:
     write_text(folder / TABLE, f"# {results['model']}\n\n{text}")
     write_json(folder / DATA, _data(rows, groups, derived, results))
     chart = {(g.method, g.weights, g.bits): g.of("perplexity") for g in groups}
-    save(perplexity_chart(chart, results["model"]), folder / CHART)
+    temporary = folder / f".{CHART}.partial"
+    draw_perplexity(chart, results["model"]).savefig(temporary, format="png")
+    temporary.replace(folder / CHART)
     return text
 
 

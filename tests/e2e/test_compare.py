@@ -73,13 +73,15 @@ def test_methods_roundings_and_seeds_in_one_table(
     assert (place / "comparisons" / "recipe" / "compare.md").read_text().endswith(printed.out.rstrip("\n") + "\n")
 
     # Again: nothing is made, and what was interrupted is made alone.
-    lost = place / "artifacts" / "rtn" / "seed1" / "tied-kurtail-w4a4kv4"
-    lost = lost if lost.is_dir() else place / "artifacts" / "seed1" / "rtn" / "tied-kurtail-w4a4kv4"
+    lost = place / "artifacts" / "seed1" / "rtn" / "tied-kurtail-w4a4kv4"
     (lost / "results.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
     kurtail(place, *arguments)
     after = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
-    assert {path for path in after if after[path] != before.get(path)} == {lost / "results.json"}
+    assert {path for path in after if after[path] != before.get(path)} == {
+        lost / "results.json",
+        lost / "figures" / "figures.json",
+    }
     again = lines_of(place)
     assert [[v["perplexity"] for v in line["values"]] for line in again] == [
         [v["perplexity"] for v in line["values"]] for line in lines

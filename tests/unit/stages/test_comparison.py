@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kurtail_pl.stages.chart import perplexity_chart
 from kurtail_pl.stages.comparison import Row, groups_of, write_comparison
+from kurtail_pl.stages.figures.perplexity import draw_perplexity
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 COST = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5e8}
@@ -88,7 +88,7 @@ def test_data_and_picture_hold_the_same_numbers(rows: list[Row], tmp_path: Path)
     assert [folder["seed"] for folder in data["folders"]] == [0, 1, 0, 1, 0]
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.format == "PNG"
-    chart = perplexity_chart({(g.method, g.weights, g.bits): g.of("perplexity") for g in groups_of(rows)}, "m")
+    chart = draw_perplexity({(g.method, g.weights, g.bits): g.of("perplexity") for g in groups_of(rows)}, "m")
     (axes,) = chart.axes
     assert [bar.get_width() for bar in axes.patches] == [10.0, 32.0, 22.0, 50.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
