@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kurtail_pl.stages.figures.style import DPI, GREY, PAGE_WIDTH, VANILLA, colour_of, name_of, title_of
 
 TOKENS, CHANNELS = 64, 72
-"""Points of a surface: 512 x 576 would take ten times as long to draw, and more than a page can show."""
+"""Points of a surface: a figure of these takes 0.3 CPU seconds, of 512 x 576 it takes 7 and shows no more on a page."""
 
 
 def patches(magnitude: Tensor) -> Tensor:
