@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -16,8 +15,6 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kurtail_pl.progress import track
 from kurtail_pl.stages.tasks.harness import quiet
-
-log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 1024
 """Tokens of a batch; more is no faster on a CPU and takes more memory for logits."""
@@ -38,32 +35,26 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
     Attributes:
         label: what the progress of the next requests is shown as; empty shows none.
+        cut: how many of the last requests were too long for the model and lost their beginning, as in the harness.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         with quiet():
             super().__init__(pretrained=model, tokenizer=tokenizer)
-        # What is longer than the model's context is cut, and said, below.
+        # What is longer than the model's context is cut, and counted, below.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        self.label = ""
+        self.label, self.cut = "", 0
 
     @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, in nats, and whether greedy decoding would write it.
-
-        Inputs too long for the model lose their beginning, as in the harness.
-        """
+        """Log-likelihood of each continuation after its context, in nats, and whether greedy decoding writes it."""
         asked: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-(self.max_length + 1) :]
             asked.setdefault(tuple(tokens[:-1]), []).append(number)
-        cut = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        if cut:
-            log.warning(
-                "%d of %d inputs exceed %d tokens and lose their beginning", cut, len(requests), self.max_length
-            )
+        self.cut = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         longest = {tokens: max(len(requests[i][2]) for i in numbers) for tokens, numbers in asked.items()}
         start, cache = self._shared(longest)
         answers: dict[int, tuple[float, bool]] = {}
