@@ -40,6 +40,7 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
     """
     card, scheme = read_card(source.folder), source.scheme
     parts = {"weights": scheme.weights, "activations": spec.activations(scheme)}
+    parts |= {"attention_output": spec.output_activations(scheme, source.head_dim)}
     parts |= {"keys": scheme.keys, "values": scheme.values}
     return {
         "format": FORMAT,

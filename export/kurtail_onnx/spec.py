@@ -32,6 +32,10 @@ class ExportSpec:
         """Quantizer of what linears read."""
         return scheme.activations if self.act == "qdq" else None
 
+    def output_activations(self, scheme: Scheme, head_dim: int) -> Quantizer | None:
+        """Quantizer of what the output projection reads."""
+        return scheme.output_activations(head_dim) if self.act == "qdq" else None
+
     def require_exportable(self, scheme: Scheme) -> None:
         """Raise ConfigError where a scheme cannot be said in ONNX, naming the quantizer and what can."""
         parts = {"weights": scheme.weights, "activations": self.activations(scheme)}
@@ -45,6 +49,11 @@ class ExportSpec:
                 raise ConfigError(f"{name} have groups of {quantizer.group_size}; the cache has one scale a head")
         if self.weights == "integer":
             _require_integer(scheme.weights, self.activations(scheme))
+            if scheme.attention_output != "token":
+                raise ConfigError(
+                    "--weights integer multiplies codes with one scale a row, and the scheme has attention_output "
+                    f"{scheme.attention_output!r}; use --weights qdq"
+                )
         if self.weights == "matmulnbits" and scheme.weights is not None:
             _require_blocks(scheme.weights)
 

@@ -14,7 +14,7 @@ VERBS = {
     "plan": ("kurtail_pl.cli.plan:plan", "Print what each stage of a recipe takes, and what does not fit."),
     "fit": ("kurtail_pl.cli.trainer:fit", "Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."),
     "validate": ("kurtail_pl.cli.trainer:validate", "Report the kurtosis of a checkpoint's rotations."),
-    "compare": ("kurtail_pl.cli.trainer:compare", "Run a recipe's baselines beside it and print the table."),
+    "compare": ("kurtail_pl.cli.compare:compare", "Run recipes, their baselines and seeds, and print one table."),
     "capture": ("kurtail_pl.cli.verbs:capture", "Run the model over text and store sampled activations."),
     "fuse": ("kurtail_pl.cli.verbs:fuse", "Fuse rotations, learned or random, into a model's weights."),
     "quantize": ("kurtail_pl.cli.verbs:quantize", "Quantize a fused model by RTN or GPTQ into an artefact folder."),

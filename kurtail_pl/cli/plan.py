@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kurtail_pl.cli.trainer import KurtailCLI, command_line
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.cli.cells import settings_of
+from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
@@ -18,25 +18,17 @@ from kurtail_pl.storage.sources import config_of
 from kurtail_pl.surgery.scheme import Scheme
 
 
-class PlanCLI(KurtailCLI):
-    """Reads a recipe without making anything of it: the sizes would come from the weights."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the settings."""
-
-
 def plan(arguments: list[str]) -> None:
     """Print what each stage of a recipe takes, and what does not fit."""
-    config = command_line(PlanCLI, "kurtail plan", arguments, run=False).config.as_dict()
+    config = command_line(RecipeCLI, "kurtail plan", arguments, run=False).config.as_dict()
     data = config["data"]["init_args"]
     capture = {**data["capture"], "text": TextSpec(**data["capture"]["text"])}
     stages = stage.plan(
         config_of(capture["model"]),
         CaptureSpec(**capture),
-        data["steps"],
-        data["batch_rows"],
-        _quantization(_callback(config, "WeightQuantization")["quantize"]),
-        TextSpec(**_callback(config, "Evaluation")["text"]),
+        _learning(data),
+        _quantization(settings_of(config, "WeightQuantization")["quantize"]),
+        TextSpec(**settings_of(config, "Evaluation")["text"]),
         resident_memory(),
     )
     print(stage.table(stages, stage.probe()))
@@ -44,13 +36,11 @@ def plan(arguments: list[str]) -> None:
         print(f"does not fit: {line}")
 
 
-def _callback(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Settings of one of the recipe's callbacks."""
-    for callback in config["trainer"]["callbacks"] or []:
-        if callback["class_path"].endswith(f".{name}"):
-            settings: dict[str, Any] = callback["init_args"]
-            return settings
-    raise ConfigError(f"the recipe has no callback {name}; add it to trainer.callbacks")
+def _learning(data: dict[str, Any]) -> stage.Learning:
+    """How a recipe's data module has rotations learned."""
+    if "batch_windows" in data:
+        return stage.WholeModelLearning(data["steps"], data["batch_windows"], data["text"]["seqlen"])
+    return stage.ProxyLearning(data["steps"], data["batch_rows"])
 
 
 def _quantization(settings: dict[str, Any]) -> QuantizeSpec:

@@ -13,17 +13,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
-from kurtail_pl.stages.compare import run_baselines
+from kurtail_pl.lit.datamodule import StoredModel
+from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import free_memory, resident_memory
 from kurtail_pl.stages.plan import misfits, plan
-from kurtail_pl.stages.report import report
-from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.files import free_disk
 
 log = logging.getLogger(__name__)
 
+RECIPE = "recipe.yaml"
+"""The recipe as run, in an artefact."""
 LINKED = ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -53,6 +53,14 @@ class KeepConfig(SaveConfigCallback):
             self.overwrite = True
         super().setup(trainer, pl_module, stage)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the recipe into the artefact, once it is measured."""
+        quantization = callback_of(trainer, WeightQuantization)
+        if trainer.is_global_zero and isinstance(quantization, WeightQuantization):
+            assert isinstance(pl_module, RotationModule)
+            folder = quantization.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            self.parser.save(self.config, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
+
 
 class KurtailCLI(LightningCLI):
     """LightningCLI whose sizes come from the data module."""
@@ -77,7 +85,7 @@ class KurtailCLI(LightningCLI):
         """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightQuantization | Evaluation):
-                callback.check(self.trainer, self.datamodule)
+                callback.check(self.trainer, self.model, self.datamodule)
         self._require_room()
         last = self._last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
@@ -86,13 +94,13 @@ class KurtailCLI(LightningCLI):
 
     def _require_room(self) -> None:
         """Refuse a recipe that does not fit this machine, before anything runs."""
-        quantization, evaluation = (_callback(self.trainer, kind) for kind in (WeightQuantization, Evaluation))
+        quantization, evaluation = (callback_of(self.trainer, kind) for kind in (WeightQuantization, Evaluation))
         if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
             return
         data = self.datamodule
         stages = plan(
-            data.checkpoint.config, data.capture_spec, data.steps, data.batch_rows, quantization.quantize_spec,
-            evaluation.text, resident_memory(),
+            data.checkpoint.config, data.capture_spec, data.learning(), quantization.quantize_spec, evaluation.text,
+            resident_memory(),
         )  # fmt: skip
         found = misfits(stages, free_memory(), free_disk(data.store_folder))
         if found:
@@ -117,7 +125,14 @@ class KurtailCLI(LightningCLI):
         return trainer
 
 
-def _callback(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:
+class RecipeCLI(KurtailCLI):
+    """Reads a recipe without making anything of it: sizes would come from the weights."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at the settings."""
+
+
+def callback_of(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:
     """The trainer's first callback of a kind."""
     return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
 
@@ -125,13 +140,17 @@ def _callback(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:
 def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
     """Parse a recipe and its overrides as a Lightning CLI of a kind; runs the verb unless told not to."""
     sys.argv = [program, *arguments]  # LightningCLI reads it, and warns when it is given both.
-    # Lightning advertises another logger at each start, and calls something that torch has deprecated.
+    # Lightning advertises its other products at each start, and calls something that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Fixed rotations have no optimizer, and say so by their class.
+    warnings.filterwarnings("ignore", message=".*configure_optimizers. returned .None.")
+    # The network that SpinQuant learns through does not train.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     return kind(
-        KurTailModule,
-        ActivationDataModule,
+        RotationModule,
+        StoredModel,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -142,6 +161,10 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     )
 
 
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return not any(product in str(record.msg) for product in ("litlogger", "litmodels"))
+
+
 def fit(arguments: list[str]) -> None:
     """Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."""
     command_line(KurtailCLI, "kurtail", ["fit", *arguments])
@@ -150,26 +173,3 @@ def fit(arguments: list[str]) -> None:
 def validate(arguments: list[str]) -> None:
     """Report the kurtosis of a checkpoint's rotations."""
     command_line(KurtailCLI, "kurtail", ["validate", *arguments])
-
-
-def compare(arguments: list[str]) -> None:
-    """Run a recipe's baselines beside it and print the table."""
-    cli = command_line(KurtailCLI, "kurtail compare", arguments, run=False)
-    quantization, evaluation = (_callback(cli.trainer, kind) for kind in (WeightQuantization, Evaluation))
-    if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
-        raise ConfigError("compare needs a recipe with the callbacks WeightQuantization and Evaluation")
-    data, work = cli.datamodule, Path(cli.trainer.default_root_dir)
-    data.prepare_data()
-    run_baselines(
-        data.checkpoint,
-        ActivationStore(data.store_folder),
-        quantization.quantize_spec,
-        evaluation.text,
-        data.validation_rows,
-        cli.model.rotation_seed,
-        quantization.artefacts,
-        work,
-        cli.config["overwrite"],
-    )
-    own = quantization.folder(data.capture_spec.model)
-    print(report(own if own.is_dir() else quantization.folder(data.capture_spec.model, "quarot")))

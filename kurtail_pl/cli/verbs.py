@@ -178,7 +178,7 @@ def _measure_text(checkpoint: Checkpoint, text: TextSpec, store: Path | None, va
 
 
 def _print_perplexity(value: float, text: TextSpec) -> None:
-    print(f"perplexity {value:.4f} ({text.windows} windows of {text.seqlen} tokens of {text.source})")
+    print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.source})")
 
 
 def report(arguments: list[str]) -> None:

@@ -1,7 +1,8 @@
-"""Lightning's view of the activation store: capture when there is none, serve its rows."""
+"""Lightning's view of the activation store: captured when there is none; its rows, or windows of text, as batches."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -10,49 +11,46 @@ from typing import Any
 import lightning as L
 
 from kurtail_pl.errors import ConfigError, ResumeMismatch
-from kurtail_pl.lit.loader import BlockLoader
+from kurtail_pl.lit.loader import BlockLoader, WindowLoader
 from kurtail_pl.stages.capture import CaptureSpec, capture, shape_of
+from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning
+from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
 
+VALIDATION_BATCH = 512
+"""Rows of each site that are measured at a time."""
 
-class ActivationDataModule(L.LightningDataModule):
-    """Serves cached layer activations; `prepare_data` captures them, or reuses a store of the same origin.
+
+class StoredModel(L.LightningDataModule):
+    """A model's sizes and its activation store, whose last rows every method is measured on.
 
     Args:
         capture: model, calibration text, rows per site and seed.
-        store: folder of the activation store.
+        store: folder of the activation store; `prepare_data` captures it, or reuses one of the same origin.
         steps: training iterations; one epoch is exactly that long.
-        batch_rows: rows of each site in a batch.
         validation_rows: the last rows of each site, kept out of training.
 
     Raises:
-        ConfigError: when the training rows do not fill one batch.
+        ConfigError: when a setting is out of range.
     """
 
-    def __init__(
-        self,
-        capture: CaptureSpec,
-        store: str,
-        steps: int = 100,
-        batch_rows: int = 512,
-        validation_rows: int = 1024,
-    ) -> None:
+    def __init__(self, capture: CaptureSpec, store: str, steps: int, validation_rows: int) -> None:
         super().__init__()
         self.capture_spec, self.store_folder = capture, Path(store)
-        self.steps, self.batch_rows, self.validation_rows = steps, batch_rows, validation_rows
+        self.steps, self.validation_rows = steps, validation_rows
         self.training_rows = capture.rows - validation_rows
         if steps < 1:
             raise ConfigError(f"data.steps is {steps}; training needs at least 1")
-        if not 0 < batch_rows <= self.training_rows:
-            raise ConfigError(
-                f"data.batch_rows is {batch_rows} and {capture.rows} rows less {validation_rows} for validation leave "
-                f"{self.training_rows} to train on; ask for smaller batches or more rows"
-            )
         if validation_rows < 1:
             raise ConfigError(f"data.validation_rows is {validation_rows}; keep at least 1 row out of training")
+        if self.training_rows < 1:
+            raise ConfigError(
+                f"data.validation_rows is {validation_rows} of {capture.rows} rows; leave some to train on, or ask for "
+                "more rows"
+            )
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -93,10 +91,17 @@ class ActivationDataModule(L.LightningDataModule):
         """Open the store."""
         self.store = ActivationStore(self.store_folder)
 
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What decides the batches; plain data for JSON. More `steps` only add batches at the end."""
+
+    @abstractmethod
+    def learning(self) -> Learning:
+        """What the training takes, for the plan."""
+
     def state_dict(self) -> dict[str, Any]:
-        """What decides the batches, for the checkpoint; more `steps` only add batches at the end."""
-        rows = {"batch_rows": self.batch_rows, "validation_rows": self.validation_rows}
-        return {"activations": asdict(self.store.origin), **rows}
+        """What decides the batches, for the checkpoint."""
+        return self.settings()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose batches were others.
@@ -111,19 +116,120 @@ class ActivationDataModule(L.LightningDataModule):
                 "resume with its own, or start anew with --overwrite"
             )
 
-    def train_dataloader(self) -> BlockLoader:
-        """Blocks of the training rows, all of equal size."""
-        last = self.training_rows - self.training_rows % self.batch_rows
+    def share_of(self, name: str, amount: int) -> tuple[int, int]:
+        """Rank and number of the processes that share each batch; raises ConfigError when it does not divide."""
         trainer = self.trainer
         share = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        if self.batch_rows % share[1]:
+        if amount % share[1]:
             raise ConfigError(
-                f"data.batch_rows is {self.batch_rows} and {share[1]} processes share each batch; "
-                "choose a multiple of their number"
+                f"data.{name} is {amount} and {share[1]} processes share each batch; choose a multiple of their number"
             )
-        return BlockLoader(self.store, self.batch_rows, self.steps, self.capture_spec.seed, 0, last, share)
+        return share
 
     def val_dataloader(self) -> BlockLoader:
         """The validation rows, once."""
-        batches = -(-self.validation_rows // self.batch_rows)
-        return BlockLoader(self.store, self.batch_rows, batches, 0, self.training_rows, self.capture_spec.rows)
+        rows = min(VALIDATION_BATCH, self.validation_rows)
+        batches = -(-self.validation_rows // rows)
+        return BlockLoader(self.store, rows, batches, 0, self.training_rows, self.capture_spec.rows)
+
+
+class ActivationDataModule(StoredModel):
+    """Serves cached layer activations.
+
+    Args:
+        capture: see `StoredModel`.
+        store: see `StoredModel`.
+        steps: see `StoredModel`.
+        batch_rows: rows of each site in a batch.
+        validation_rows: see `StoredModel`.
+
+    Raises:
+        ConfigError: when the training rows do not fill one batch.
+    """
+
+    def __init__(
+        self,
+        capture: CaptureSpec,
+        store: str,
+        steps: int = 100,
+        batch_rows: int = 512,
+        validation_rows: int = 1024,
+    ) -> None:
+        super().__init__(capture, store, steps, validation_rows)
+        self.batch_rows = batch_rows
+        if not 0 < batch_rows <= self.training_rows:
+            raise ConfigError(
+                f"data.batch_rows is {batch_rows} and {capture.rows} rows less {validation_rows} for validation leave "
+                f"{self.training_rows} to train on; ask for smaller batches or more rows"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Store and batch."""
+        rows = {"batch_rows": self.batch_rows, "validation_rows": self.validation_rows}
+        return {"activations": asdict(self.store.origin), **rows}
+
+    def learning(self) -> Learning:
+        """Rows of every site."""
+        return ProxyLearning(self.steps, self.batch_rows)
+
+    def train_dataloader(self) -> BlockLoader:
+        """Blocks of the training rows, all of equal size."""
+        last = self.training_rows - self.training_rows % self.batch_rows
+        share = self.share_of("batch_rows", self.batch_rows)
+        return BlockLoader(self.store, self.batch_rows, self.steps, self.capture_spec.seed, 0, last, share)
+
+
+class WindowDataModule(StoredModel):
+    """Serves windows of text, for methods that learn through the whole model.
+
+    Args:
+        capture: see `StoredModel`; the activations are only measured on.
+        store: see `StoredModel`.
+        text: calibration text; its windows are drawn by the capture's seed.
+        steps: see `StoredModel`.
+        batch_windows: windows in a batch.
+        validation_rows: see `StoredModel`.
+
+    Raises:
+        ConfigError: when the windows are no whole number of batches.
+    """
+
+    def __init__(
+        self,
+        capture: CaptureSpec,
+        store: str,
+        text: TextSpec,
+        steps: int = 100,
+        batch_windows: int = 8,
+        validation_rows: int = 1024,
+    ) -> None:
+        super().__init__(capture, store, steps, validation_rows)
+        self.text, self.batch_windows = text, batch_windows
+        if batch_windows < 1 or text.windows is None or text.windows % batch_windows:
+            raise ConfigError(
+                f"data.batch_windows is {batch_windows} and text.windows {text.windows}; choose a divisor of it"
+            )
+
+    @cached_property
+    def windows(self) -> Windows:
+        """The windows of tokens."""
+        return cut_windows(self.checkpoint.tokenizer(), self.text, "calibration", seed=self.capture_spec.seed)
+
+    def settings(self) -> dict[str, Any]:
+        """Model, text and batch."""
+        return {
+            "model_sha256": self.checkpoint.sha256,
+            "text_sha256": self.windows.text_sha256,
+            **asdict(self.text),
+            "data_seed": self.capture_spec.seed,
+            "batch_windows": self.batch_windows,
+        }
+
+    def learning(self) -> Learning:
+        """Windows through the whole model."""
+        return WholeModelLearning(self.steps, self.batch_windows, self.text.seqlen)
+
+    def train_dataloader(self) -> WindowLoader:
+        """Batches of windows."""
+        share = self.share_of("batch_windows", self.batch_windows)
+        return WindowLoader(self.windows.tokens, self.batch_windows, self.steps, self.capture_spec.seed, share)

@@ -7,7 +7,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,10 +107,24 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """`dequantize` of `quantize`, bit for bit, without the integers: ``[..., n]`` -> ``[..., n]``."""
-    grouped = split_groups(x, quantizer.group_size)
-    grid = dynamic_grid(grouped, quantizer)
-    return values_of(codes_on(grouped, grid, quantizer), grid).reshape(x.shape)
+    """`dequantize` of `quantize`, bit for bit, without the integers: ``[..., n]`` -> ``[..., n]``.
+
+    Gradients pass as if nothing had been rounded (the straight-through estimator, Bengio et al., arXiv 1308.3432).
+    """
+    quantized: Tensor = _StraightThrough.apply(x, quantizer)  # type: ignore[no-untyped-call]
+    return quantized
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
+        grouped = split_groups(x, quantizer.group_size)
+        grid = dynamic_grid(grouped, quantizer)
+        return values_of(codes_on(grouped, grid, quantizer), grid).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def split_groups(x: Tensor, group_size: int | None) -> Tensor:

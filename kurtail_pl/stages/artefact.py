@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.storage.folder import require_intact, skeleton
+from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
 
@@ -32,10 +33,20 @@ def load(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     require_intact(folder)
-    checkpoint = Checkpoint(folder)
-    model = skeleton(checkpoint)
-    state = {name: to_float(checkpoint.tensor(name), torch.float32) for name in checkpoint.names}
-    model.load_state_dict(module_state(state, architecture_of(model.config)), assign=True)
+    model = whole_model(Checkpoint(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def whole_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of any folder, plain or ours, with all its weights in memory: float32, on the CPU, evaluation mode."""
+    model = skeleton(checkpoint)
+    architecture = architecture_of(model.config)
+    layers = [f"{architecture.layers}.{index}" for index in range(len(layers_of(model, architecture)))]
+    for name in (architecture.embedding, architecture.final_norm, architecture.head, *layers):
+        tied = name == architecture.head and checkpoint.config.tie_word_embeddings
+        state = checkpoint.tensors_under(architecture.embedding if tied else name)
+        tensors = {key: to_float(t, torch.float32) for key, t in module_state(state, architecture).items()}
+        model.get_submodule(name).load_state_dict(tensors, assign=True)
     return model

@@ -53,10 +53,17 @@ class CaptureSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        available = self.text.windows * self.text.seqlen
+        if self.text.windows is not None:
+            self.require_rows(self.text.windows)
+        elif self.rows < 1:
+            raise ConfigError(f"rows is {self.rows}; give a positive number")
+
+    def require_rows(self, windows: int) -> None:
+        """Raise ConfigError unless so many windows have so many rows."""
+        available = windows * self.text.seqlen
         if not 1 <= self.rows <= available:
             raise ConfigError(
-                f"rows is {self.rows}; {self.text.windows} windows of {self.text.seqlen} tokens have 1 to {available}: "
+                f"rows is {self.rows}; {windows} windows of {self.text.seqlen} tokens have 1 to {available}: "
                 "ask for fewer rows or more windows"
             )
 
@@ -80,6 +87,7 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> Activatio
     checkpoint = open_model(spec.model)
     walker = Walker(checkpoint)
     windows = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
+    spec.require_rows(len(windows.tokens))
     origin = origin_of(spec, checkpoint, windows)
     if (folder / MANIFEST).is_file():
         store = ActivationStore(folder)
@@ -112,7 +120,7 @@ def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Or
         tokenizer_sha256=checkpoint.tokenizer_sha256(),
         text=spec.text.source,
         text_sha256=windows.text_sha256,
-        windows=spec.text.windows,
+        windows=len(windows.tokens),
         seqlen=spec.text.seqlen,
         rows=spec.rows,
         seed=spec.seed,

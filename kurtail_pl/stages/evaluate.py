@@ -37,6 +37,7 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
         TextError: when the text is too short.
     """
     windows = cut_windows(checkpoint.tokenizer(), spec, "evaluation")
+    spec = windows.spec
     recipe = {"model_sha256": checkpoint.sha256, "text_sha256": windows.text_sha256, **asdict(spec)}
     with resumable_work(recipe) as work, Meter(work.state.get("cost")) as meter:
         walker = Walker(checkpoint, skeleton(checkpoint))

@@ -33,7 +33,7 @@ from kurtail_pl.surgery.gate import (
     use_exact_layer,
 )
 from kurtail_pl.surgery.layout import checkpoint_state
-from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.scheme import FLOAT
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class _Fuser:
             gate("rotating the values (R2)", before, after)
         for name, factors in online_rotations(layer, architecture, rotations).items():
             folding.absorb_online(folding.linear_of(layer, name), factors)
-        equip_layer(layer, architecture, FLOAT, rotations)
+        equip_layer(layer, architecture, FLOAT, rotations, head_dim_of(self.walker.checkpoint.config))
         gate("rotating online (R3, R4, R5)", before, after)
 
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:

@@ -20,11 +20,16 @@ from kurtail_pl.surgery.rotations import head_dim_of
 
 TOKENIZER = 50_000_000
 """Bytes that a tokenizer takes once it is read, about."""
+WHOLE_TEXT = 350_000
+"""Tokens of a text that is taken whole, about: the test split of WikiText-2 has so many, and a plan reads no text."""
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 SEARCH_PASSES = 80 * 10
 """Passes over a weight that the search of its grid makes: 80 clip ratios, about ten elementwise steps each."""
 CAYLEY_PRODUCTS = 12
 """Square matrix products of one Cayley step: the skew direction, five fixed-point passes, the polish."""
+
+KEPT_HIDDEN, KEPT_WIDE = 14, 6
+"""Values that the backward pass keeps for each token and layer, in widths of the residual stream and of the MLP."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,26 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
 
 
 @dataclass(frozen=True)
+class ProxyLearning:
+    """Rotations learned from cached activations: iterations, and rows of each site in a batch."""
+
+    steps: int
+    batch_rows: int
+
+
+@dataclass(frozen=True)
+class WholeModelLearning:
+    """Rotations learned through the whole model: iterations, windows in a batch and their tokens."""
+
+    steps: int
+    batch_windows: int
+    seqlen: int
+
+
+Learning = ProxyLearning | WholeModelLearning
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """What one stage takes.
 
@@ -102,8 +127,7 @@ class StagePlan:
 def plan(
     config: PretrainedConfig,
     capture: CaptureSpec,
-    steps: int,
-    batch_rows: int,
+    learning: Learning,
     quantize: QuantizeSpec,
     evaluation: TextSpec,
     program: int,
@@ -113,8 +137,7 @@ def plan(
     Args:
         config: of the model.
         capture: what is captured.
-        steps: training iterations.
-        batch_rows: rows of each site in a batch.
+        learning: how rotations are learned.
         quantize: how weights are quantized.
         evaluation: evaluation text.
         program: bytes that the program itself takes, libraries included.
@@ -129,25 +152,26 @@ def plan(
     layer = s.layer * (2 * s.stored + FLOAT32)
     written = s.embedding * 2 * FLOAT32
 
+    def tokens_of(text: TextSpec) -> int:
+        return WHOLE_TEXT if text.windows is None else text.windows * text.seqlen
+
     def states(text: TextSpec) -> int:
-        return 2 * text.windows * text.seqlen * s.hidden * FLOAT32
+        return 2 * tokens_of(text) * s.hidden * FLOAT32
 
     def window(text: TextSpec) -> int:
         return 6 * text.seqlen * s.widest * FLOAT32
 
-    text, tokens = capture.text, capture.text.windows * capture.text.seqlen
+    text, tokens = capture.text, tokens_of(capture.text)
     store = store_bytes(shape, capture.rows)
     sites = store // s.layers
-    batch = 2 * s.layers * batch_rows * s.hidden * FLOAT32
-    square = s.hidden**2
-    calibration = quantize.text.windows * quantize.text.seqlen if quantize.needs_inputs else 0
+    calibration = tokens_of(quantize.text) if quantize.needs_inputs else 0
     inner = calibration * s.widest * FLOAT32
     hessians = 5 * s.widest**2 * FLOAT64 if calibration else 0
     kept = states(quantize.text) + inner if calibration else 0
     logits = 2 * evaluation.seqlen * config.vocab_size * FLOAT32
     artefact = s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16
     half = s.embedding * FLOAT16
-    evaluated = evaluation.windows * evaluation.seqlen
+    evaluated = tokens_of(evaluation)
     wide = s.layer * (FLOAT64 + FLOAT32) + s.widest * s.hidden * FLOAT64
     return [
         StagePlan(
@@ -158,14 +182,7 @@ def plan(
             0.0,
             "fewer windows or rows (data.init_args.capture)",
         ),
-        StagePlan(
-            "learn",
-            program + 3 * batch + 12 * square * FLOAT32,
-            3 * square * FLOAT32,
-            steps * (3.0 * 4 * s.layers * batch_rows * square + CAYLEY_PRODUCTS * 2.0 * s.hidden**3),
-            0.0,
-            "smaller batches (data.init_args.batch_rows)",
-        ),
+        _learn(s, learning, config.vocab_size, program),
         StagePlan(
             "fuse",
             program + max(ends + written + 4 * ROWS * s.hidden * FLOAT64, 2 * s.layer * s.stored + wide),
@@ -192,6 +209,31 @@ def plan(
             "shorter windows (evaluation text.seqlen)",
         ),
     ]
+
+
+def _learn(s: Sizes, learning: Learning, vocabulary: int, program: int) -> StagePlan:
+    square = s.hidden**2
+    cayley = learning.steps * CAYLEY_PRODUCTS * 2.0 * s.hidden**3
+    disk = 3 * square * FLOAT32
+    if isinstance(learning, ProxyLearning):
+        batch = 2 * s.layers * learning.batch_rows * s.hidden * FLOAT32
+        products = learning.steps * 3.0 * 4 * s.layers * learning.batch_rows * square
+        memory = program + 3 * batch + 12 * square * FLOAT32
+        return StagePlan("learn", memory, disk, products + cayley, 0.0, "smaller batches (data.init_args.batch_rows)")
+    tokens = learning.batch_windows * learning.seqlen
+    # Weights as they are and as rotated, two steps of them; and what the backward pass needs of every layer.
+    weights = 3 * s.layers * s.layer + 2 * s.embedding
+    kept = s.layers * tokens * (KEPT_HIDDEN * s.hidden + KEPT_WIDE * s.widest) + 4 * tokens * vocabulary
+    turned = 2.0 * s.layers * s.layer * s.hidden
+    forward = s.forward(tokens, learning.seqlen) + 2.0 * tokens * s.embedding + turned
+    return StagePlan(
+        "learn",
+        program + (weights + kept) * FLOAT32 + 12 * square * FLOAT32,
+        disk,
+        learning.steps * 3 * forward + cayley,
+        0.0,
+        "smaller batches or shorter windows (data.init_args); this method needs the whole model",
+    )
 
 
 @dataclass(frozen=True)

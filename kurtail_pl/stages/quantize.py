@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages.fuse import UNROTATED, copy_companions
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.solver import LayerSolver
@@ -25,7 +27,9 @@ from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
+from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import checkpoint_state
+from kurtail_pl.surgery.rotations import head_dim_of
 from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -62,6 +66,10 @@ class QuantizeSpec:
         if self.method not in ("rtn", "gptq"):
             raise ConfigError(f"method is {self.method!r}; weights are quantized by rtn or gptq")
 
+    def method_name(self, rotations: str) -> str:
+        """Name of what a method's rotations and these weights make: without rotations, how the weights are rounded."""
+        return self.method if rotations == UNROTATED and self.scheme.weights is not None else rotations
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
@@ -78,6 +86,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         overwrite: replace the folder if it exists.
 
     Raises:
+        ConfigError: when a group size does not divide the model's widths.
         ArtefactError: when `fused` is not a fused model, or the folder exists.
         TextError: when the calibration text is too short.
         DiskFull: when the artefact does not fit.
@@ -85,6 +94,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     fused_card = read_card(fused)
     checkpoint = Checkpoint(fused)
     scheme, rotations = spec.scheme, rotations_of(fused)
+    require_groups(checkpoint.config, scheme)
     model = empty_model(checkpoint.config)
     online = scheme if spec.quantized_activations else replace(scheme, activations=None, keys=None, values=None)
     equip_model(model, online, rotations)
@@ -106,8 +116,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         write_rotations(partial / ROTATIONS, rotations)
         card: dict[str, Any] = {
             **{key: fused_card[key] for key in INHERITED},
-            # Without rotations, a method is how the weights are rounded.
-            "method": spec.method if fused_card["method"] == UNROTATED else fused_card["method"],
+            "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
             "calibration_text_sha256": recipe["calibration_text_sha256"],
@@ -119,6 +128,24 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         write_card(partial, card)
     log.info("quantized to %s in %.0f s (%.0f CPU s): %s", scheme.name, meter.seconds, meter.cpu_seconds, folder)
     return folder
+
+
+def require_groups(config: PretrainedConfig, scheme: Scheme) -> None:
+    """Raise ConfigError when a quantizer's groups do not fill the vectors that it quantizes in this model."""
+    head_dim = head_dim_of(config)
+    mlp_width: int = getattr(config, architecture_of(config).mlp_width)
+    inputs = (config.hidden_size, config.num_attention_heads * head_dim, mlp_width)
+    widths = {"weights": inputs, "activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
+    for name, sizes in widths.items():
+        quantizer: Quantizer | None = getattr(scheme, name)
+        if quantizer is None or quantizer.group_size is None:
+            continue
+        for size in sizes:
+            if size % quantizer.group_size:
+                raise ConfigError(
+                    f"{name}.group_size is {quantizer.group_size} and this model has {size} channels to divide; "
+                    f"choose a divisor of {' and '.join(map(str, sizes))}, or null"
+                )
 
 
 def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:

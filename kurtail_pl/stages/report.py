@@ -47,17 +47,12 @@ def row(results: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def markdown_table(rows: list[tuple[str, ...]]) -> str:
-    """The table of methods."""
-    return markdown(COLUMNS, rows)
-
-
 def comparison(folder: Path) -> str:
     """The table of a folder's results and its siblings', with what was measured."""
     results = siblings(folder)
     evaluation = results[0]["evaluation"]
     return (
-        f"{markdown_table([row(r) for r in results])}\n\n"
+        f"{markdown(COLUMNS, [row(r) for r in results])}\n\n"
         f"Perplexity on {Path(evaluation['source']).name}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
@@ -111,6 +106,8 @@ def _model_card(folder: Path) -> str:
         f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
         for name, q in parts.items()
     ]
+    if scheme.activations is not None and scheme.attention_output == "head":
+        lines[1] += "; one scale a head in the input of the output projection"
     return (
         f"# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "

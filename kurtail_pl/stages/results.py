@@ -24,8 +24,11 @@ from kurtail_pl.surgery.scheme import FLOAT, Scheme
 RESULTS = "results.json"
 FLOAT_METHOD = "float"
 
-LABELS = {"float": "float", "rtn": "RTN", "gptq": "GPTQ", "quarot": "QuaRot", "kurtail": "KurTail"}
-"""Methods as the tables print them, in their order."""
+LABELS = {
+    "float": "float", "none": "none", "rtn": "RTN", "gptq": "GPTQ", "quarot": "QuaRot", "spinquant": "SpinQuant",
+    "kurtail": "KurTail",
+}  # fmt: skip
+"""Methods as the tables print them, in their order; without rotations, a method is how the weights are rounded."""
 
 
 def artefact_name(model: str, method: str, scheme: Scheme) -> str:

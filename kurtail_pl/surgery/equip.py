@@ -12,7 +12,7 @@ from kurtail_pl.surgery.attention import ATTENTION, equip_attention
 from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.scheme import Scheme
 
 
@@ -50,16 +50,19 @@ def equip_model(model: PreTrainedModel, scheme: Scheme, rotations: Rotations) ->
     architecture = architecture_of(model.config)
     model.set_attn_implementation(ATTENTION)
     for layer in layers_of(model, architecture):
-        equip_layer(layer, architecture, scheme, rotations)
+        equip_layer(layer, architecture, scheme, rotations, head_dim_of(model.config))
 
 
-def equip_layer(layer: nn.Module, architecture: Architecture, scheme: Scheme, rotations: Rotations) -> None:
+def equip_layer(
+    layer: nn.Module, architecture: Architecture, scheme: Scheme, rotations: Rotations, head_dim: int
+) -> None:
     """Replace linears and attention of one decoder layer; float weights stay what they are."""
     online = online_rotations(layer, architecture, rotations)
+    special = {architecture.output: scheme.output_activations(head_dim)}
     for name in architecture.linears(layer):
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer.set_submodule(name, QuantizedLinear(linear, online.get(name), scheme.activations))
+        layer.set_submodule(name, QuantizedLinear(linear, online.get(name), special.get(name, scheme.activations)))
     equip_attention(layer.get_submodule(architecture.attention), rotations.query_key, scheme.keys, scheme.values)
 
 

@@ -59,9 +59,14 @@ def rotate_output(linear: nn.Linear, rotation: Tensor) -> None:
         linear.bias.data = rotation.T @ linear.bias.data
 
 
+def residual_readers(layer: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """All that reads the residual stream, through either norm: linears and, in a mixture, the router."""
+    return (*architecture.attention_readers, *mlp_norm_readers(layer, architecture))
+
+
 def rotate_residual(layer: nn.Module, architecture: Architecture, rotation: Tensor) -> None:
     """R1 into a decoder layer whose norms are folded: what reads the residual stream, and what writes it."""
-    for name in (*architecture.attention_readers, *mlp_norm_readers(layer, architecture)):
+    for name in residual_readers(layer, architecture):
         rotate_input(layer.get_submodule(name), rotation)
     for name in (architecture.output, *architecture.mlp_writers(layer)):
         rotate_output(linear_of(layer, name), rotation)
@@ -76,19 +81,37 @@ def rotate_values(layer: nn.Module, architecture: Architecture, rotation: Tensor
         rotation: ``[head_dim, head_dim]`` for all heads, or ``[kv_heads, head_dim, head_dim]``.
     """
     value, output = linear_of(layer, architecture.value), linear_of(layer, architecture.output)
-    head_dim = rotation.shape[-1]
-    projected, heads = value.weight.shape[0] // head_dim, output.weight.shape[1] // head_dim
-    fused = architecture.value == architecture.query
-    kv_heads = (projected - heads) // 2 if fused else projected
-    per_head = rotation.expand(kv_heads, head_dim, head_dim)
-    # In place, on the values' rows: the last ones where queries and keys stand in the same weight.
-    weight = value.weight.data[-kv_heads * head_dim :]
-    weight.copy_((per_head.mT @ weight.view(kv_heads, head_dim, -1)).flatten(0, 1))
+    per_head = per_kv_head(layer, architecture, rotation)
+    value.weight.data = turn_values(value.weight.data, per_head)
     if value.bias is not None:
-        bias = value.bias.data[-kv_heads * head_dim :]
-        bias.copy_((per_head.mT @ bias.view(kv_heads, head_dim, 1)).flatten())
-    by_head = output.weight.data.view(-1, heads, 1, head_dim)
-    output.weight.data = (by_head @ per_head.repeat_interleave(heads // kv_heads, 0)).flatten(1)
+        value.bias.data = turn_values(value.bias.data.unsqueeze(1), per_head).squeeze(1)
+    output.weight.data = turn_heads(output.weight.data, per_head)
+
+
+def per_kv_head(layer: nn.Module, architecture: Architecture, rotation: Tensor) -> Tensor:
+    """R2 of a layer as ``[kv_heads, head_dim, head_dim]``, also where all heads share one."""
+    head_dim = rotation.shape[-1]
+    value = cast(int, layer.get_submodule(architecture.value).out_features) // head_dim
+    heads = cast(int, layer.get_submodule(architecture.output).in_features) // head_dim
+    kv_heads = (value - heads) // 2 if architecture.value == architecture.query else value
+    return rotation.expand(kv_heads, head_dim, head_dim)
+
+
+def turn_values(weight: Tensor, per_head: Tensor) -> Tensor:
+    """Value heads rotated in what writes them: ``[out, in]``, its last rows by ``[kv_heads, head_dim, head_dim]``.
+
+    Queries and keys stand in the rows before, where one linear makes all three.
+    """
+    kv_heads, head_dim, _ = per_head.shape
+    kept, values = weight[: -kv_heads * head_dim], weight[-kv_heads * head_dim :]
+    return torch.cat([kept, (per_head.mT @ values.view(kv_heads, head_dim, -1)).flatten(0, 1)])
+
+
+def turn_heads(weight: Tensor, per_head: Tensor) -> Tensor:
+    """Value heads rotated in what reads them: ``[out, heads * head_dim]``, each query head by its KV head's."""
+    kv_heads, head_dim, _ = per_head.shape
+    by_head = weight.view(weight.shape[0], -1, 1, head_dim)
+    return (by_head @ per_head.repeat_interleave(by_head.shape[1] // kv_heads, 0)).flatten(1)
 
 
 def absorb_online(linear: nn.Linear, rotation: HadamardFactors) -> None:

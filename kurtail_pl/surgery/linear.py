@@ -62,8 +62,9 @@ class QuantizedLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight as floats, ``[out, in]``."""
-        if self.weight is not None:
-            return self.weight
+        weight = self.weight  # Read once: it may be computed from rotations that learn.
+        if weight is not None:
+            return weight
         assert self.weights is not None
         codes = unpack_codes(self.codes, self.weights.symmetric) if self._two_to_a_byte else self.codes
         zero_point = None if self.zero_point is None else self.zero_point.to(self.scale.dtype)

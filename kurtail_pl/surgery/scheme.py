@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
@@ -26,21 +26,33 @@ class Scheme:
         activations: of the inputs of those linears, per token, dynamic.
         keys: of the cached keys after RoPE and rotation, per token and head.
         values: of the cached values, per token and head.
+        attention_output: the scales of the input of `o_proj`: those of `activations` (``token``), or one for each
+            head of each token (``head``), as SpinQuant's code has it.
 
     Raises:
-        ConfigError: when the weights' clip is not a ratio.
+        ConfigError: when the weights' clip is not a ratio, or `attention_output` is neither.
     """
 
     weights: Quantizer | None = field(default_factory=Quantizer)
     activations: Quantizer | None = field(default_factory=_activations)
     keys: Quantizer | None = field(default_factory=_cache)
     values: Quantizer | None = field(default_factory=_cache)
+    attention_output: Literal["token", "head"] = "token"
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights.clip_kind != "ratio":
             raise ConfigError(
                 f"weights.clip is {self.weights.clip!r}; weight grids are searched from a ratio: write ratio:1.0"
             )
+
+        if self.attention_output not in ("token", "head"):
+            raise ConfigError(f"attention_output is {self.attention_output!r}; write token or head")
+
+    def output_activations(self, head_dim: int) -> Quantizer | None:
+        """Quantizer of the input of `o_proj`."""
+        if self.activations is None or self.attention_output == "token":
+            return self.activations
+        return replace(self.activations, group_size=head_dim)
 
     @property
     def name(self) -> str:
@@ -58,7 +70,10 @@ class Scheme:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
         """Inverse of `to_dict`."""
-        return cls(**{part: None if spec is None else Quantizer(**spec) for part, spec in data.items()})
+        parts: dict[str, Any] = {
+            part: Quantizer(**spec) if isinstance(spec, dict) else spec for part, spec in data.items()
+        }
+        return cls(**parts)
 
 
 FLOAT = Scheme(weights=None, activations=None, keys=None, values=None)

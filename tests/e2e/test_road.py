@@ -217,7 +217,7 @@ def test_more_validation_rows_than_the_store_has_are_refused(
 
 def test_fuse_draws_quarots_rotations(road: Road, kurtail: Kurtail, tmp_path: Path) -> None:
     kurtail(tmp_path, "fuse", "--model", road.model, "--method", "quarot", "--folder", "fused")
-    assert_same_weights(tmp_path / "fused", road.place / "runs" / "fused-quarot")
+    assert_same_weights(tmp_path / "fused", road.place / "runs-quarot" / "fused")
 
 
 def test_compare_again_reuses_and_other_settings_are_refused(

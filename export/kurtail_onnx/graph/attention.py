@@ -34,7 +34,7 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         if source.rotations.attention_output is not None:
             mixed = hadamard(g, mixed, source.rotations.attention_output, "attention_output_R4", rank=3)
         name = f"{source.layer_name(index)}.{names.output}"
-        return step.linear(name, step.read(mixed, source.linear(name).in_features, "o_in"))
+        return step.linear(name, step.read(mixed, source.linear(name).in_features, "o_in", output=True))
 
 
 def _projections(step: Step, index: int, x: ir.Value) -> list[ir.Value]:

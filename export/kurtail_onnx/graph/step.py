@@ -50,7 +50,9 @@ class Step:
                 self._shared[name] = make()
         return self._shared[name]
 
-    def read(self, x: ir.Value, size: int, place: str, some: bool = False) -> ir.Value | IntegerRows:
+    def read(
+        self, x: ir.Value, size: int, place: str, some: bool = False, output: bool = False
+    ) -> ir.Value | IntegerRows:
         """What the linears at one place multiply, quantized where the scheme says so.
 
         Args:
@@ -58,8 +60,12 @@ class Step:
             size: channels.
             place: name of the scope.
             some: x is not all tokens but some of them, as one text.
+            output: x goes into the output projection, which may have a scale for each head.
         """
-        quantizer = self.spec.activations(self.source.scheme)
+        scheme = self.source.scheme
+        quantizer = self.spec.activations(scheme)
+        if output:
+            quantizer = self.spec.output_activations(scheme, self.source.head_dim)
         if quantizer is None:
             return x
         quantized = integer_rows if self.spec.weights == "integer" else fake_quantized

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
-from kurtail_pl.lit.datamodule import ActivationDataModule
+from kurtail_pl.lit.datamodule import StoredModel
+from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import evaluate_folder
 from kurtail_pl.stages.tasks.spec import TaskSpec, chosen_tasks
@@ -36,7 +37,7 @@ class Evaluation(L.Callback):
         self.text = text
         self.tasks = tasks
 
-    def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
+    def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse what would fail after hours of work."""
         require_before(trainer, self, WeightQuantization)
         cut_windows(data.checkpoint.tokenizer(), self.text, "evaluation")
@@ -46,13 +47,15 @@ class Evaluation(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, for those who run the callback under a trainer of their own."""
         if stage == "fit":
-            self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+            assert isinstance(pl_module, RotationModule)
+            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the folder that the quantization wrote."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        folder = quantization_of(trainer).folder(data.capture_spec.model)
+        assert isinstance(pl_module, RotationModule)
+        folder = quantization_of(trainer).folder(pl_module, data)
         evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows, self.tasks)
         log.info("\n%s\n%s", report(folder), folder)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 
@@ -21,4 +22,5 @@ class Fusion(L.Callback):
         """Read the written rotations and fuse them."""
         root = Path(trainer.default_root_dir)
         checkpoint = trainer.datamodule.checkpoint  # type: ignore[attr-defined]
-        fuse(checkpoint, read_rotations(root / FILE), "kurtail", root / FUSED, overwrite=True)
+        assert isinstance(pl_module, RotationModule)
+        fuse(checkpoint, read_rotations(root / FILE), pl_module.method, root / FUSED, overwrite=True)

@@ -12,15 +12,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
 from kurtail_pl.lit.callbacks.order import require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
-from kurtail_pl.lit.datamodule import ActivationDataModule
-from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize
+from kurtail_pl.lit.datamodule import StoredModel
+from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize, require_groups
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing, sha256_of
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
 
 
 class WeightQuantization(L.Callback):
-    """Writes the artefact folder `<artefacts>/<model>-kurtail-<bits>`.
+    """Writes the artefact folder `<artefacts>/<model>-<method>-<bits>`; without rotations, the method is RTN or GPTQ.
 
     Args:
         quantize: bits, RTN or GPTQ, calibration.
@@ -34,28 +35,32 @@ class WeightQuantization(L.Callback):
         self.quantize_spec, self.artefacts = quantize, Path(artefacts)
         self.overwrite = False
 
-    def folder(self, model: str, method: str = "kurtail") -> Path:
-        """Where a method's artefact goes."""
-        return self.artefacts / artefact_name(model, method, self.quantize_spec.scheme)
+    def folder(self, module: RotationModule, data: StoredModel) -> Path:
+        """Where the artefact of a module's method goes."""
+        method = self.quantize_spec.method_name(module.method)
+        return self.artefacts / artefact_name(data.capture_spec.model, method, self.quantize_spec.scheme)
 
-    def check(self, trainer: L.Trainer, data: ActivationDataModule) -> None:
-        """Refuse a folder that must not be replaced, and a calibration text that is too short."""
+    def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
+        """Refuse a folder that must not be replaced, groups that fit no width, and a calibration text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
-        folder = self.folder(data.capture_spec.model)
+        folder = self.folder(module, data)
         if not self._awaits_evaluation(folder):
             refuse_existing(folder, self.overwrite)
+        require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, for those who run the callback under a trainer of their own."""
         if stage == "fit":
-            self.check(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+            assert isinstance(pl_module, RotationModule)
+            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote."""
-        model = trainer.datamodule.capture_spec.model  # type: ignore[attr-defined]
-        fused, folder = Path(trainer.default_root_dir) / FUSED, self.folder(model)
+        assert isinstance(pl_module, RotationModule)
+        folder = self.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        fused = Path(trainer.default_root_dir) / FUSED
         if not (self._awaits_evaluation(folder) and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)):
             quantize(fused, self.quantize_spec, folder, overwrite=self.overwrite)
 

@@ -1,23 +1,22 @@
-"""Write the learned rotations when training ends."""
+"""Write the rotations when training ends."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from kurtail_pl.lit.datamodule import ActivationDataModule
-from kurtail_pl.lit.module import KurTailModule
+from kurtail_pl.lit.datamodule import StoredModel
+from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
-from kurtail_pl.surgery.rotations import random_rotations
 
 
 class RotationWriter(L.Callback):
-    """Writes `rotations.safetensors`: learned R1 and R2, random online R3 to R5, and all that led to them.
+    """Writes `rotations.safetensors`: R1 and R2, the online R3 to R5, and all that led to them.
 
     `last.ckpt` may be older than the end of training; this file never is.
     """
@@ -45,18 +44,13 @@ class RotationWriter(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write, also when training had ended before an interruption and there was nothing left of it to do."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, KurTailModule)
-        assert isinstance(data, ActivationDataModule)
+        assert isinstance(pl_module, RotationModule)
+        assert isinstance(data, StoredModel)
         origin = {
-            "seed": pl_module.rotation_seed,
+            **pl_module.settings(),
             "steps": trainer.global_step,
-            "batch_rows": data.batch_rows,
-            "training_rows": data.training_rows,
-            "optimizer": pl_module.settings()["optimizer"],
-            "activations": asdict(data.store.origin),
+            "data": data.settings(),
             "cost": self._meter.to_dict(),
         }
-        start = random_rotations(data.checkpoint.config, pl_module.rotation_seed)
-        residual, value = pl_module.learned()
-        rotations = replace(start, residual=residual, value=value, origin=origin)
+        rotations = replace(pl_module.rotations(data.checkpoint.config), origin=origin)
         write_rotations(Path(trainer.default_root_dir) / FILE, rotations)

@@ -12,7 +12,11 @@ from kurtail_pl.cli.main import main
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+OVERLAYS = [path for path in FILES if "trainer" not in yaml.safe_load(path.read_text())]
+"""Some knobs alone, to go over a recipe."""
+RECIPES = [path for path in FILES if path not in OVERLAYS]
+ABLATED = (CONFIGS / "ablation" / "smollm2-135m.yaml", CONFIGS / "paper" / "llama-3.2-3b.yaml")
 SMOKE = CONFIGS / "smoke" / "smollm2-135m.yaml"
 
 
@@ -38,7 +42,9 @@ def printed_config(capsys: pytest.CaptureFixture[str], *arguments: object) -> st
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 2
+    assert len(RECIPES) >= 37
+    assert len(OVERLAYS) >= 8
+    assert {path.parent.name for path in FILES} == {"configs", "ablation", "paper", "protocols", "smoke"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -51,6 +57,22 @@ def test_recipe_is_understood_and_its_print_is_too(
     again = tmp_path / "printed.yaml"
     again.write_text(printed)
     assert yaml.safe_load(printed_config(capsys, "--config", again)) == yaml.safe_load(printed)
+
+
+@pytest.mark.parametrize("base", ABLATED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_changes_its_own_knobs_and_no_others(
+    capsys: pytest.CaptureFixture[str], overlay: Path, base: Path
+) -> None:
+    under = dict(leaves(yaml.safe_load(printed_config(capsys, "--config", base))))
+    over = dict(leaves(yaml.safe_load(printed_config(capsys, "--config", base, "--config", overlay))))
+    own = dict(leaves(yaml.safe_load(overlay.read_text())))
+    assert {path: over[path] for path in own} == own
+    others = {path for path in under.keys() & over.keys() if path not in own}
+    assert {path: over[path] for path in others} == {path: under[path] for path in others}
+    if overlay.parent.name == "ablation":
+        assert under.keys() == over.keys()
+        assert all(under[path] != value for path, value in own.items())
 
 
 def test_trainer_defaults_stand_where_a_recipe_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_damaged_artefacts_are_refused(damage: str, artefact: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
 
 
-REFUSED: dict[str, tuple[ExportSpec, dict[str, Quantizer], str]] = {
+REFUSED: dict[str, tuple[ExportSpec, dict[str, Any], str]] = {
     "3-bit-weights": (ExportSpec(), {"weights": Quantizer(3)}, "weights have 3 bits"),
     "6-bit-activations": (ExportSpec(), {"activations": Quantizer(6)}, "activations have 6 bits"),
     "2-bit-keys": (ExportSpec(), {"keys": Quantizer(2, False)}, "keys have 2 bits"),
@@ -149,6 +149,7 @@ REFUSED: dict[str, tuple[ExportSpec, dict[str, Quantizer], str]] = {
     "kernel-groups": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(group_size=4)}, "groups of 4"),
     "integer-groups": (ExportSpec(weights="integer"), {"weights": Quantizer(group_size=4)}, "--weights integer"),
     "integer-asymmetric": (ExportSpec(weights="integer"), {"activations": Quantizer(4, False)}, "--weights integer"),
+    "integer-heads": (ExportSpec(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
     "integer-float": (ExportSpec(weights="integer", act="none"), {}, "--weights integer"),
 }
 

@@ -92,12 +92,13 @@ def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path)
 
 
 ASYMMETRIC = Quantizer(4, False)
-VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | None]]] = {
+VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | str | None]]] = {
     "groups": (ExportSpec(), {"weights": Quantizer(group_size=16)}),
     "groups-asymmetric": (ExportSpec(), {"weights": Quantizer(4, False, group_size=32)}),
     "asymmetric": (ExportSpec(), {"weights": ASYMMETRIC, "activations": ASYMMETRIC}),
     "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
     "quantile": (ExportSpec(), {"activations": Quantizer(clip="quantile:0.98")}),
+    "scale-a-head": (ExportSpec(), {"activations": ASYMMETRIC, "attention_output": "head"}),
     "float-values": (ExportSpec(), {"values": None}),
     "float-activations": (ExportSpec(), {"activations": None}),
     "float-weights": (ExportSpec(), {"weights": None}),

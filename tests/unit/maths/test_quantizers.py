@@ -252,3 +252,12 @@ def test_split_groups_keeps_runs_of_channels() -> None:
         [[6, 7, 8], [9, 10, 11]],
     ]
     assert split_groups(torch.zeros(2, 6), None).shape == (2, 1, 6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_pass_straight_through(symmetric: bool) -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(5, 8, generator=draw, requires_grad=True), torch.randn(5, 8, generator=draw)
+    (fake_quantize(x, Quantizer(4, symmetric=symmetric, clip="ratio:0.5", group_size=4)) * weight).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, weight)

@@ -20,7 +20,7 @@ from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.scheme import Scheme
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 
 def windows_of(folder: Path, text: TextSpec) -> Tensor:
@@ -48,7 +48,14 @@ def walked(folder: Path, windows: Tensor) -> list[Tensor]:
     return [head(norm(h))[0] for h in hidden]
 
 
+EIGHT = Quantizer(8)
 SCHEMES = {
+    "16-16-16": FLOAT,
+    "4-16-16": Scheme(activations=None, keys=None, values=None),
+    "4-8-8": Scheme(activations=EIGHT, keys=EIGHT, values=EIGHT),
+    "4-4-16": Scheme(keys=None, values=None),
+    "3-4-4": Scheme(weights=Quantizer(3)),
+    "per head": Scheme(activations=Quantizer(4, False), attention_output="head"),
     "w3 groups, a8, k4v2": Scheme(
         Quantizer(3, False, group_size=4), Quantizer(8, clip="quantile:0.98"), values=Quantizer(2, False)
     ),

@@ -11,7 +11,7 @@ from families import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import Speed, StagePlan, misfits, plan, probe, sizes_of, table
+from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, misfits, plan, probe, sizes_of, table
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 
@@ -26,7 +26,7 @@ print(program)
 
 
 def planned(config: LlamaConfig, capture: CaptureSpec, quantize: QuantizeSpec, program: int) -> dict[str, StagePlan]:
-    stages = plan(config, capture, 100, 512, quantize, TextSpec("pydoc", 6, 2048), program)
+    stages = plan(config, capture, ProxyLearning(100, 512), quantize, TextSpec("pydoc", 6, 2048), program)
     assert [stage.stage for stage in stages] == ["capture", "learn", "fuse", "quantize", "evaluate"]
     return {stage.stage: stage for stage in stages}
 

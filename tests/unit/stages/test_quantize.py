@@ -350,3 +350,19 @@ def test_unfinished_work_with_other_settings_is_refused(
         quantize(source, spec, tmp_path / "out")
     quantize(source, replace(spec, method="rtn"), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "kurtail.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Scheme(weights=Quantizer(group_size=16)), "weights.group_size is 16 and this model has 172"),
+        (Scheme(activations=Quantizer(group_size=5)), "activations.group_size is 5 and this model has 48"),
+        (Scheme(keys=Quantizer(group_size=12)), "keys.group_size is 12 and this model has 16"),
+    ],
+)
+def test_groups_that_fill_no_width_are_refused_at_once(
+    scheme: Scheme, message: str, fused: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantize(fused, QuantizeSpec(scheme), tmp_path / "artefact")
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config
 
 from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.surgery.architecture import check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_codes, layers_of
 from kurtail_pl.surgery.families import LLAMA, architecture_of
@@ -107,6 +108,24 @@ def test_expect_codes_leaves_float_weights_when_the_scheme_does(tiny: Path) -> N
     equip_model(model, scheme, Rotations())
     expect_codes(model, scheme)
     assert set(model.state_dict()) == names
+
+
+def test_the_output_projection_may_have_a_scale_for_each_head(tiny: Path) -> None:
+    """Against a loop over heads; every other linear has one scale a token."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    equip_model(model, Scheme(attention_output="head", activations=Quantizer(4)), Rotations())
+    x = torch.randn(5, 6 * 16, generator=torch.Generator().manual_seed(0))
+    layer = model.model.layers[2]
+    expected = torch.empty_like(x)
+    for token in range(5):
+        for head in range(6):
+            own = x[token, 16 * head : 16 * head + 16]
+            scale = own.abs().max() / 7
+            expected[token, 16 * head : 16 * head + 16] = (own / scale).round() * scale
+    assert torch.equal(layer.self_attn.o_proj.prepare(x), expected)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"):
+        read = layer.get_submodule(name).prepare(x[:, :48])
+        assert len((read[0] / (x[0, :48].abs().max() / 7)).round(decimals=3).unique()) <= 15
 
 
 def test_head_dim_is_read_or_derived(tiny: Path) -> None:

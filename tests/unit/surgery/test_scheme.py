@@ -33,7 +33,13 @@ def test_defaults_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [Scheme(), FLOAT, Scheme(weights=Quantizer(3, False, "ratio:0.9", 16), activations=None, values=CACHE2)]
+    "scheme",
+    [
+        Scheme(),
+        FLOAT,
+        Scheme(weights=Quantizer(3, False, "ratio:0.9", 16), activations=None, values=CACHE2),
+        Scheme(attention_output="head"),
+    ],
 )
 def test_round_trip_through_json(scheme: Scheme) -> None:
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
@@ -43,6 +49,20 @@ def test_plain_data_names_every_setting() -> None:
     data = Scheme(values=None).to_dict()
     assert data["values"] is None
     assert data["activations"] == {"bits": 4, "symmetric": True, "clip": "ratio:0.9", "group_size": None}
+
+
+def test_cards_of_before_there_were_scales_per_head_are_read() -> None:
+    data = Scheme(values=None).to_dict()
+    del data["attention_output"]
+    assert Scheme.from_dict(data) == Scheme(values=None)
+
+
+def test_what_the_output_projection_reads() -> None:
+    assert Scheme().output_activations(16) == Scheme().activations
+    assert Scheme(attention_output="head").output_activations(16) == Quantizer(4, True, "ratio:0.9", group_size=16)
+    assert Scheme(activations=None, attention_output="head").output_activations(16) is None
+    with pytest.raises(ValueError, match="attention_output is 'layer'; write token or head"):
+        Scheme(attention_output="layer")  # type: ignore[arg-type]
 
 
 def test_weights_refuse_a_quantile() -> None:

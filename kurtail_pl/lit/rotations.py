@@ -1,34 +1,36 @@
-"""The proxy that learns the rotations: RMSNorm and rotation, kurtosis loss, Cayley Adam (KurTail, §3)."""
+"""What all methods share: R1 and R2 as parameters, their checkpoints, and the kurtosis that they leave."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
-from kurtail_pl.maths.kurtosis import distance_to_uniform, kurtosis, rms_norm
+from kurtail_pl.maths.kurtosis import rms_norm
 from kurtail_pl.maths.orthogonal import nearest_orthogonal, orthogonality_error
 from kurtail_pl.metrics import Kurtosis
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.storage.activations import block_sites
 from kurtail_pl.storage.resume import differences
-from kurtail_pl.surgery.rotations import random_fused
+from kurtail_pl.surgery.rotations import Rotations, random_fused, random_rotations
 
 FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
-class KurTailModule(L.LightningModule):
-    """Learns R1 ``[hidden, hidden]`` and every layer's R2 together.
+class RotationModule(L.LightningModule):
+    """Holds R1 ``[hidden, hidden]`` and every layer's R2; how they are learned is the subclass's.
 
-    The two are independent (KurTail, Prop. 2.5), and the loss is a sum over them: each gets the gradient it would get
-    alone. Sizes come from the data module when `kurtail fit` runs; a size given by hand is then ignored.
+    Sizes come from the data module when `kurtail fit` runs; a size given by hand is then refused.
 
     Args:
         layers: decoder layers.
@@ -36,11 +38,15 @@ class KurTailModule(L.LightningModule):
         head_dim: width of a value head.
         kv_heads: key and value heads.
         rms_norm_eps: of the model's norms.
-        rotation_seed: decides the random Hadamards that the rotations start from.
+        rotation_seed: decides the random Hadamards that R1 and R2 start from, and the online ones.
         value_per_head: one R2 for each KV head, ``[layers, kv_heads, head_dim, head_dim]``, instead of one for each
             layer, ``[layers, head_dim, head_dim]``.
         optimizer: an optimizer on the Stiefel manifold.
+        scheduler: of its step size, stepped after each iteration; None keeps the step size.
     """
+
+    method: ClassVar[str]
+    """Name in artefacts and tables."""
 
     def __init__(
         self,
@@ -52,10 +58,11 @@ class KurTailModule(L.LightningModule):
         rotation_seed: int = 0,
         value_per_head: bool = False,
         optimizer: OptimizerCallable = CayleyAdam,
+        scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         self.layers, self.rms_norm_eps, self.rotation_seed = layers, rms_norm_eps, rotation_seed
-        self.optimizer = optimizer
+        self.optimizer, self.scheduler = optimizer, scheduler
         residual, value = random_fused(
             layers, hidden_size, head_dim, rotation_seed, kv_heads if value_per_head else None
         )
@@ -71,48 +78,16 @@ class KurTailModule(L.LightningModule):
                 f"use one of {', '.join(FLOAT32_PRECISIONS)}"
             )
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Kurtosis of what the quantizers would see: of block inputs ``[2 layers]`` and of what each R2 turns.
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The loss of the method."""
 
-        The RMSNorm has no weight (it is folded) and comes first: it commutes with the rotation and needs no gradient
-        there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
-        """
-        normed = rms_norm(batch["residual"], self.rms_norm_eps)
-        residual = torch.stack([kurtosis((site @ self.residual).flatten(), self._over_ranks) for site in normed])
-        value = batch["value"].flatten(1, 2) if self.value.ndim == 3 else batch["value"].transpose(1, 2)
-        return residual, kurtosis((value @ self.value).flatten(-2), self._over_ranks)
-
-    def _over_ranks(self, moment: Tensor) -> Tensor:
-        """Mean over all processes, with its gradient; they hold equal parts of a batch."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return moment
-        gathered = self.all_gather(moment, sync_grads=True)
-        assert isinstance(gathered, Tensor)
-        return gathered.mean(0)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Eq. 4 for R1 plus its twin for every R2."""
-        with torch.autocast(self.device.type, enabled=False):
-            kurtosis_r1, kurtosis_r2 = self(batch)
-            loss_r1, loss_r2 = distance_to_uniform(kurtosis_r1).mean(), distance_to_uniform(kurtosis_r2).sum()
-        loss: Tensor = loss_r1 + loss_r2
-        with torch.no_grad():
-            scalars = {
-                "loss/total": loss,
-                "loss/r1": loss_r1,
-                "loss/r2": loss_r2,
-                "kurtosis/r1/mean": kurtosis_r1.mean(),
-                "kurtosis/r1/max": kurtosis_r1.max(),
-                "kurtosis/r2/mean": kurtosis_r2.mean(),
-                "kurtosis/r2/max": kurtosis_r2.max(),
-                "orthogonality/r1": orthogonality_error(self.residual),
-                "orthogonality/r2": orthogonality_error(self.value).max(),
-            }
-        self.log_dict({name: value.float() for name, value in scalars.items()})
-        # Keys of at most five characters: longer ones are cut to the same word at 80 columns.
-        bar = {"loss": loss, "k_r1": kurtosis_r1.mean(), "k_r2": kurtosis_r2.mean()}
-        self.log_dict(bar, prog_bar=True, logger=False)
-        return loss
+    def orthogonality(self) -> dict[str, Tensor]:
+        """Scalars for the log: the largest entry of ``|R^T R - I|``."""
+        return {
+            "orthogonality/r1": orthogonality_error(self.residual),
+            "orthogonality/r2": orthogonality_error(self.value).max(),
+        }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the kurtosis of every block input on rows kept out of training."""
@@ -130,19 +105,36 @@ class KurTailModule(L.LightningModule):
         """Whatever the trainer, an interrupted training can be resumed."""
         return [InterruptBetweenSteps()]
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer for all rotations; its moments are kept for each matrix."""
-        return self.optimizer([self.residual, self.value])
+        optimizer = self.optimizer([self.residual, self.value])
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def learned(self) -> tuple[Tensor, Tensor]:
         """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU."""
         return nearest_orthogonal(self.residual.detach().cpu()), nearest_orthogonal(self.value.detach().cpu())
 
+    def rotations(self, config: PretrainedConfig) -> Rotations:
+        """All rotations of a model: the learned ones, and the random online ones of the same seed."""
+        residual, value = self.learned()
+        return replace(random_rotations(config, self.rotation_seed), residual=residual, value=value)
+
     def settings(self) -> dict[str, Any]:
-        """What decides the learned rotations, beside the data."""
+        """What decides the learned rotations, beside the data; plain data for JSON."""
         optimizer = self.optimizer([nn.Parameter(torch.eye(2))])
-        own = {"rotation_seed": self.rotation_seed, "rms_norm_eps": self.rms_norm_eps}
-        return {**own, "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults}}
+        settings = {
+            "method": self.method,
+            "seed": self.rotation_seed,
+            "rms_norm_eps": self.rms_norm_eps,
+            "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
+        }
+        if self.scheduler is not None:
+            scheduler = self.scheduler(optimizer)
+            numbers = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
+            settings["scheduler"] = {"class": type(scheduler).__name__, **numbers}
+        return settings
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the settings, for whoever resumes."""

@@ -1,0 +1,153 @@
+"""`kurtail compare`: recipes, their baselines, seeds and ways to round weights, each made by `fit`, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
+from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, callback_of, command_line, fit
+from kurtail_pl.errors import ArtefactError, ConfigError
+from kurtail_pl.lit.callbacks import Evaluation, WeightQuantization
+from kurtail_pl.stages.comparison import Row, write_comparison
+from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, read_results
+from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.activations import ActivationStore
+from kurtail_pl.storage.files import write_text
+from kurtail_pl.storage.folder import is_ours
+from kurtail_pl.storage.resume import differences
+from kurtail_pl.surgery.scheme import FLOAT
+
+log = logging.getLogger(__name__)
+
+
+def compare(arguments: list[str]) -> None:
+    """Run recipes, their baselines and seeds, and print one table."""
+    options, overrides = _options(arguments)
+    recipes = [_effective(path, overrides) for path in options.config]
+    folder = options.folder or Path("comparisons") / options.config[0].stem
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    begun: set[str] = set()
+    for number, cell in enumerate(cells_of(recipes, options.weights, options.seeds)):
+        path = folder / "recipes" / f"{number:02d}.yaml"
+        write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
+        cli = command_line(KurtailCLI, "kurtail compare", ["--config", str(path)], run=False)
+        rows.append(Row(_make(cli, path, cell, options.overwrite, cell.root in begun), cell.seed))
+        begun.add(cell.root)
+        if number == 0:
+            rows.insert(0, Row(_reference(cli, options.overwrite), cell.seed))
+    print(write_comparison(rows, folder))
+
+
+def _make(cli: KurtailCLI, recipe: Path, cell: Cell, overwrite: bool, learned: bool) -> Path:
+    """Run a cell's recipe unless its artefact stands there, finished; returns the artefact."""
+    quantization, _ = _callbacks(cli)
+    folder = quantization.folder(cli.model, cli.datamodule)
+    if overwrite and is_ours(folder):
+        shutil.rmtree(folder)
+    elif (folder / RESULTS).is_file():
+        found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).is_file() else {}
+        _require_same(folder, {**_decisive(found), **_measured(folder)}, {**_decisive(cell.settings), **_origin(cli)})
+        log.info("reusing %s", folder)
+        return folder
+    # What was learned a moment ago, for other weights, is not learned again.
+    fit(["--config", str(recipe), *(["--overwrite"] if overwrite and not learned else [])])
+    return folder
+
+
+def _reference(cli: KurtailCLI, overwrite: bool) -> Path:
+    """Measure the float model, or reuse what was measured."""
+    quantization, evaluation = _callbacks(cli)
+    data = cli.datamodule
+    folder = quantization.artefacts / artefact_name(data.capture_spec.model, FLOAT_METHOD, FLOAT)
+    if not overwrite and (folder / RESULTS).is_file():
+        _require_same(folder, _measured(folder), _origin(cli))
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    store = ActivationStore(data.store_folder)
+    evaluate_folder(data.checkpoint, folder, evaluation.text, store, data.validation_rows, evaluation.tasks)
+    return folder
+
+
+def _decisive(settings: Settings) -> Settings:
+    """The settings of a recipe that decide its numbers: not where things are put."""
+    if not settings:
+        return {}
+    data = {key: value for key, value in settings["data"]["init_args"].items() if key != "store"}
+    return {
+        "model": settings["model"],
+        "data": data,
+        "quantize": settings_of(settings, "WeightQuantization")["quantize"],
+        "evaluation": settings_of(settings, "Evaluation"),
+        "seed_everything": settings["seed_everything"],
+    }
+
+
+def _origin(cli: KurtailCLI) -> Settings:
+    """What a recipe would measure: hashes of model and text, windows and rows, tasks if it asks for them."""
+    _, evaluation = _callbacks(cli)
+    data = cli.datamodule
+    text = cut_windows(data.checkpoint.tokenizer(), evaluation.text, "evaluation")
+    return {
+        "model_sha256": data.checkpoint.sha256,
+        "kurtosis_rows": data.validation_rows,
+        "text_sha256": text.text_sha256,
+        **asdict(text.spec),
+        **({} if evaluation.tasks is None else {"tasks": asdict(evaluation.tasks)}),
+    }
+
+
+def _measured(folder: Path) -> Settings:
+    """The same of results that stand there."""
+    results = read_results(folder)
+    text = {key: results["evaluation"].get(key) for key in ("text_sha256", *TextSpec.__dataclass_fields__)}
+    return {**results["measured"], **text, "tasks": results.get("tasks", {}).get("settings")}
+
+
+def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
+    """Raise ArtefactError, naming the differences, when results are not those that are wanted."""
+    different = differences({key: found.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
+    if different:
+        raise ArtefactError(
+            f"{folder} was made or measured with other settings: {'; '.join(different)}; pass --overwrite, or remove it"
+        )
+
+
+def _callbacks(cli: KurtailCLI) -> tuple[WeightQuantization, Evaluation]:
+    quantization, evaluation = (callback_of(cli.trainer, kind) for kind in (WeightQuantization, Evaluation))
+    if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
+        raise ConfigError("compare needs recipes with the callbacks WeightQuantization and Evaluation")
+    return quantization, evaluation
+
+
+def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        "kurtail compare", description=__doc__, epilog="Other options override settings of every recipe, as in fit."
+    )
+    parser.add_argument("--config", type=Path, nargs="+", required=True, help="recipes")
+    parser.add_argument(
+        "--weights", nargs="+", choices=ROUNDINGS, help="how weights become integers; as the recipe says if not given"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the rotations; the recipe's own if not given")
+    parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPE)")
+    parser.add_argument("--overwrite", action="store_true", help="make everything anew")
+    return parser.parse_known_args(arguments)
+
+
+def _effective(recipe: Path, overrides: list[str]) -> Settings:
+    """A recipe with its overrides and every default written out."""
+    if not recipe.is_file():
+        raise ConfigError(f"recipe {recipe} does not exist; name a YAML file such as configs/smollm2-135m.yaml")
+    cli = command_line(RecipeCLI, "kurtail compare", ["--config", str(recipe), *overrides], run=False)
+    text = cli.parser.dump(cli.config, skip_unset=False, skip_link_targets=True)
+    settings: Settings = yaml.safe_load(text)
+    for name in ("config", "overwrite"):
+        settings.pop(name, None)
+    return settings

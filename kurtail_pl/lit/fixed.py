@@ -1,0 +1,66 @@
+"""QuaRot and no rotation at all: nothing is learned, the callbacks do all the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from transformers import PretrainedConfig
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.surgery.rotations import Rotations, random_rotations
+
+
+class FixedRotations(RotationModule):
+    """Random Hadamards (QuaRot, arXiv 2404.00456), or none; its trainer takes no steps (`max_epochs: 0`).
+
+    Args:
+        layers: decoder layers.
+        hidden_size: width of the residual stream.
+        head_dim: width of a value head.
+        kv_heads: key and value heads.
+        rms_norm_eps: of the model's norms.
+        hadamard: random Hadamards for R1 to R5; false leaves the model unrotated.
+        rotation_seed: decides the random Hadamards.
+
+    Raises:
+        ConfigError: when the trainer would take steps.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        hidden_size: int,
+        head_dim: int,
+        kv_heads: int,
+        rms_norm_eps: float,
+        hadamard: bool = True,
+        rotation_seed: int = 0,
+    ) -> None:
+        super().__init__(layers, hidden_size, head_dim, kv_heads, rms_norm_eps, rotation_seed)
+        self.hadamard = hadamard
+        self.method = "quarot" if hadamard else "none"  # type: ignore[misc]
+
+    def setup(self, stage: str) -> None:
+        """Refuse to train what does not learn."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.max_epochs != 0:
+            raise ConfigError(
+                f"trainer.max_epochs is {self.trainer.max_epochs}, but fixed rotations do not learn; set it to 0"
+            )
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: Lightning only asks that there be one."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """None: nothing learns."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """The method and what draws its Hadamards."""
+        return {"method": self.method, "seed": self.rotation_seed}
+
+    def rotations(self, config: PretrainedConfig) -> Rotations:
+        """The random Hadamards, or no rotations."""
+        return random_rotations(config, self.rotation_seed) if self.hadamard else Rotations()

@@ -1,0 +1,92 @@
+"""Windows of tokens, cut from a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kurtail_pl.errors import ConfigError, TextError
+from kurtail_pl.stages.text.hub import Split
+from kurtail_pl.stages.text.sources import EMBEDDED, parts_of, read_text
+from kurtail_pl.storage.files import sha256_of_text
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Some text, cut into windows of tokens.
+
+    Args:
+        source: ``pydoc`` (the language reference that comes with Python, split in two), ``wikitext``, ``c4``, ``ptb``
+            or ``alpaca`` (from the folder that `KURTAIL_TEXT` names, else from the Hugging Face hub), or a file: plain
+            text, WikiText's ``.raw``, JSONL or JSON with a field `text` or Alpaca's fields. Several, joined by ``+``,
+            give equal numbers of windows; ``combined`` is ``wikitext+c4+ptb+alpaca``.
+        windows: how many windows; None takes all that the text has.
+        seqlen: tokens in a window.
+    """
+
+    source: str = EMBEDDED
+    windows: int | None = 16
+    seqlen: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and self.windows < 1:
+            raise ConfigError(f"windows is {self.windows}; give a positive number, or null for all of them")
+        if self.seqlen < 2:
+            raise ConfigError(f"seqlen is {self.seqlen}; a window needs at least 2 tokens")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens and the hash of the text they come from."""
+
+    spec: TextSpec
+    """As asked for, with the number of windows there are."""
+    tokens: Tensor
+    """``[windows, seqlen]`` int64."""
+    text_sha256: str
+
+
+def cut_windows(tokenizer: PreTrainedTokenizerBase, spec: TextSpec, split: Split, seed: int | None = None) -> Windows:
+    """Tokenise each text of a source once, without special tokens, and take non-overlapping windows.
+
+    Of k texts each gives the k-th part of the windows, in their order; where k does not divide their number, the first
+    ones give one more. All windows of several texts are as many of each as the shortest has.
+
+    Args:
+        tokenizer: of the model.
+        spec: source, number and length of the windows.
+        split: which part of a text by name.
+        seed: windows of each text drawn without replacement by this seed; None takes the first ones (the perplexity
+            protocol).
+
+    Raises:
+        TextError: when a text has fewer windows than asked for.
+    """
+    parts = parts_of(spec.source)
+    texts = [read_text(part, split) for part in parts]
+    tokens = [_tokens(tokenizer, text) for text in texts]
+    available = [len(ids) // spec.seqlen for ids in tokens]
+    counts = [max(1, min(available))] * len(parts)
+    if spec.windows is not None:
+        each, rest = divmod(spec.windows, len(parts))
+        counts = [each + (index < rest) for index in range(len(parts))]
+    chosen = []
+    for part, ids, there, count in zip(parts, tokens, available, counts, strict=True):
+        if there < count:
+            raise TextError(
+                f"text {part!r} ({split}) has {len(ids)} tokens, {there} windows of {spec.seqlen}, and {count} were "
+                "asked for; ask for fewer or shorter windows, or give a longer text"
+            )
+        windows = ids[: there * spec.seqlen].view(there, spec.seqlen)
+        if seed is not None:
+            windows = windows[torch.randperm(there, generator=torch.Generator().manual_seed(seed))]
+        chosen.append(windows[:count])
+    return Windows(replace(spec, windows=sum(counts)), torch.cat(chosen), sha256_of_text("\n\n".join(texts)))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    # verbose=False: a text longer than the model's context is what we want to cut.
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)

@@ -1,0 +1,92 @@
+"""`kurtail compare`: several recipes, roundings and seeds, each learned once, all in one table, and again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+Kurtail = Callable[..., None]
+
+
+def spinquant(recipe: Path) -> Path:
+    """The recipe with SpinQuant in KurTail's place, in run folders of its own."""
+    settings = yaml.safe_load(recipe.read_text().replace("dirpath: runs/", "dirpath: runs-spin/"))
+    settings["trainer"]["default_root_dir"] = "runs-spin"
+    optimizer = {"class_path": "kurtail_pl.optim.CayleySGD", "init_args": {"lr": 0.2, "momentum": 0.0}}
+    scheme = {"weights": None}
+    arguments = {"rotation_seed": 0, "scheme": scheme, "optimizer": optimizer}
+    settings["model"] = {"class_path": "kurtail_pl.lit.SpinQuantModule", "init_args": arguments}
+    data = settings["data"]["init_args"]
+    text = {"source": data["capture"]["text"]["source"], "windows": 4, "seqlen": 32}
+    kept = {name: data[name] for name in ("capture", "store", "validation_rows")}
+    arguments = {**kept, "steps": 2, "batch_windows": 2, "text": text}
+    settings["data"] = {"class_path": "kurtail_pl.lit.WindowDataModule", "init_args": arguments}
+    path = recipe.with_name("spinquant.yaml")
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def lines_of(place: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = json.loads((place / "comparisons" / "recipe" / "compare.json").read_text())["lines"]
+    return lines
+
+
+def test_methods_roundings_and_seeds_in_one_table(
+    kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = recipe.parent
+    arguments = ["compare", "--config", recipe, spinquant(recipe), "--weights", "float", "rtn", "--seeds", 0, 1]
+    kurtail(place, *arguments)
+    printed = capsys.readouterr()
+    lines = lines_of(place)
+    assert [(line["method"], line["bits"], line["weights"], line["seeds"]) for line in lines] == [
+        ("float", "w16a16kv16", "-", [0]),
+        *[
+            (method, bits, weights, [0] if method in ("none", "rtn") else [0, 1])
+            for bits, weights, unrotated in (("w16a4kv4", "-", "none"), ("w4a4kv4", "RTN", "rtn"))
+            for method in (unrotated, "quarot", "kurtail", "spinquant")
+        ],
+    ]
+    assert all(len({v["perplexity"] for v in line["values"]}) == len(line["seeds"]) for line in lines)
+    # Both roundings of a seed come from rotations that were learned once: five steps of KurTail, two of SpinQuant.
+    for method in ("kurtail", "spinquant"):
+        costs = {
+            line["bits"]: [v["learn_seconds"] for v in line["values"]] for line in lines if line["method"] == method
+        }
+        assert costs["w16a4kv4"] == costs["w4a4kv4"]
+    rotations = [load_file(place / folder / "rotations.safetensors")["residual"] for folder in ("runs", "runs-spin")]
+    rotations += [load_file(place / f"{f}-seed1" / "rotations.safetensors")["residual"] for f in ("runs", "runs-spin")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(rotations) for b in rotations[:i])
+    card = json.loads((place / "artifacts" / "tied-spinquant-w16a4kv4" / "kurtail.json").read_text())
+    assert card["method"] == card["rotations"]["method"] == "spinquant"
+    assert (card["rotations"]["steps"], card["rotations"]["data"]["batch_windows"]) == (2, 2)
+    assert (place / "comparisons" / "recipe" / "compare.md").read_text().endswith(printed.out.rstrip("\n") + "\n")
+
+    # Again: nothing is made, and what was interrupted is made alone.
+    lost = place / "artifacts" / "rtn" / "seed1" / "tied-kurtail-w4a4kv4"
+    lost = lost if lost.is_dir() else place / "artifacts" / "seed1" / "rtn" / "tied-kurtail-w4a4kv4"
+    (lost / "results.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
+    kurtail(place, *arguments)
+    after = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
+    assert {path for path in after if after[path] != before.get(path)} == {lost / "results.json"}
+    again = lines_of(place)
+    assert [[v["perplexity"] for v in line["values"]] for line in again] == [
+        [v["perplexity"] for v in line["values"]] for line in lines
+    ]
+
+
+def test_a_missing_recipe_is_named(kurtail: Kurtail, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(tmp_path, "compare", "--config", "nowhere.yaml")
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err

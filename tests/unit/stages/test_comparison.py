@@ -1,0 +1,100 @@
+"""The table of several models, from results written by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from kurtail_pl.stages.chart import perplexity_chart
+from kurtail_pl.stages.comparison import Row, groups_of, write_comparison
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
+
+COST = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5e8}
+
+
+def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", zero_shot: float | None = None) -> Path:
+    """A folder with the results, and the card, that a stage would leave."""
+    folder.mkdir(parents=True)
+    scheme = FLOAT if method == "float" else Scheme()
+    results: dict[str, Any] = {
+        "method": method,
+        "model": "m",
+        "measured": {"model_sha256": "1"},
+        "scheme": scheme.to_dict(),
+        "evaluation": {"perplexity": perplexity, "source": "t.txt", "windows": 2, "seqlen": 8, "tokens": 14},
+        "kurtosis": {"mean": 2.0, "max": 3.0, "rows": 4, "sites": {}},
+        "cost": {"learn": COST, "quantize": COST, "evaluate": {**COST, "peak_bytes": 7e8}},
+    }
+    if zero_shot is not None:
+        results["tasks"] = {"mean": zero_shot}
+    (folder / "results.json").write_text(json.dumps(results))
+    if method != "float":
+        card = {"format": 1, "quantize": {"method": rounding}, "sha256": {}}
+        (folder / "kurtail.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    return [
+        Row(write(tmp_path / "float", "float", 10.0), 0),
+        Row(write(tmp_path / "q0", "quarot", 30.0), 0),
+        Row(write(tmp_path / "q1", "quarot", 34.0), 1),
+        Row(write(tmp_path / "k0", "kurtail", 20.0), 0),
+        Row(write(tmp_path / "k1", "kurtail", 24.0), 1),
+        Row(write(tmp_path / "r", "quarot", 50.0, "rtn"), 0),
+    ]
+
+
+def cells(markdown: str) -> list[dict[str, str]]:
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_means_spreads_recovery_and_gap(rows: list[Row], tmp_path: Path) -> None:
+    table = cells(write_comparison(rows, tmp_path))
+    assert [(line["method"], line["weights"]) for line in table] == [
+        ("float", "-"), ("QuaRot", "GPTQ"), ("KurTail", "GPTQ"), ("QuaRot", "RTN"),
+    ]  # fmt: skip
+    assert [line["perplexity"] for line in table] == [
+        "10.00", "32.00 (30.00 to 34.00)", "22.00 (20.00 to 24.00)", "50.00",
+    ]  # fmt: skip
+    # 10 / 32, 10 / 22, 10 / 50; from 32 towards 10, 22 is 10 of 22.
+    assert [line["recovery"] for line in table] == ["100.0 %", "31.2 %", "45.5 %", "20.0 %"]
+    assert [line["gap closed"] for line in table] == ["-", "-", "45 %", "-"]
+    assert {line["all s"] for line in table} == {"4"}
+    assert {line["peak memory"] for line in table} == {"0.70 GB"}
+    assert "0-shot" not in table[0]
+
+
+def test_recovery_is_of_accuracy_where_it_was_measured(tmp_path: Path) -> None:
+    scored = [Row(write(tmp_path / m, m, 10.0, zero_shot=a), 0) for m, a in (("float", 0.5), ("kurtail", 0.4))]
+    table = cells(write_comparison(scored, tmp_path))
+    assert [line["0-shot"] for line in table] == ["50.0%", "40.0%"]
+    assert [line["recovery"] for line in table] == ["100.0 %", "80.0 %"]
+
+
+def test_data_and_picture_hold_the_same_numbers(rows: list[Row], tmp_path: Path) -> None:
+    write_comparison(rows, tmp_path)
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert [[v["perplexity"] for v in line["values"]] for line in data["lines"]] == [
+        [10.0],
+        [30.0, 34.0],
+        [20.0, 24.0],
+        [50.0],
+    ]
+    assert [folder["seed"] for folder in data["folders"]] == [0, 1, 0, 1, 0]
+    with Image.open(tmp_path / "compare.png") as picture:
+        assert picture.format == "PNG"
+    chart = perplexity_chart({(g.method, g.weights, g.bits): g.of("perplexity") for g in groups_of(rows)}, "m")
+    (axes,) = chart.axes
+    assert [bar.get_width() for bar in axes.patches] == [10.0, 32.0, 22.0, 50.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "float w16a16kv16", "QuaRot w4a4kv4 GPTQ", "KurTail w4a4kv4 GPTQ", "QuaRot w4a4kv4 RTN",
+    ]  # fmt: skip
+    assert axes.get_xlabel() == "perplexity (lower is better)"
+    left, right = axes.get_xlim()
+    assert left < 10
+    assert right > 50
