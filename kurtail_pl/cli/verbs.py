@@ -167,9 +167,8 @@ def _eval(
         for checkpoint, result in zip(checkpoints, found, strict=True):
             if is_ours(checkpoint.folder):
                 add_tasks(checkpoint.folder, result)
-        short = [Path(name).name for name in names]
-        columns = short if len(set(short)) == len(short) else names
-        print(tasks_table(dict(zip(columns, found, strict=True))), tasks_note(found[0]), sep="\n\n")
+        columns = [(Path(name).name, result) for name, result in zip(names, found, strict=True)]
+        print(tasks_table(columns), tasks_note(found[0]), sep="\n\n")
 
 
 def _measure_text(checkpoint: Checkpoint, text: TextSpec, store: Path | None, validation_rows: int) -> None:

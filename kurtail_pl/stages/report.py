@@ -64,11 +64,11 @@ def _tasks(own: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The table of tasks of a folder and of those beside it that were asked the same; empty when there is none."""
     if "tasks" not in own:
         return ""
-    columns = {
-        LABELS.get(results["method"], results["method"]): results["tasks"]
+    columns = [
+        (LABELS.get(results["method"], results["method"]), results["tasks"])
         for results in rows
         if "tasks" in results and measured_alike(results["tasks"], own["tasks"])
-    }
+    ]
     return f"\n{tasks_table(columns)}\n\n{tasks_note(own['tasks'])}\n"
 
 

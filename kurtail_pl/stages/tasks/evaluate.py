@@ -53,7 +53,8 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
     Returns:
         ``tasks``: for each its accuracies and standard errors as the harness computes them (``acc``; ``acc_norm``, by
         length of the answer, where it has it), ``metric`` (the one that is reported: acc_norm where there is one), its
-        ``value`` and ``stderr``, ``split``, ``rows``, ``shots``; MMLU also has its ``groups``. ``mean`` of the paper's
+        ``value`` and ``stderr``, ``split``, ``rows``, ``shots``, ``cut`` (inputs that lost their beginning to the
+        model's context); MMLU also has its ``groups``. ``mean`` of the paper's
         eight 0-shot tasks and its ``mean_stderr``, ``mmlu`` and ``mathqa`` (None where they were not all run); what was
         ``skipped`` and why; the settings, the version of the ``harness`` and the ``cost``.
 
@@ -65,11 +66,11 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
     names, skipped = chosen_tasks(spec)
     for name, why in skipped.items():
         log.info("skipping %s: %s", name, why)
+    from kurtail_pl.stages.tasks.harness import parts_of
+
+    parts = [part for name in names for part in parts_of(name, spec)]
     recipe = _recipe(checkpoint, spec)
     with resumable_work(recipe) as work, Meter(work.state.get("cost")) as meter:
-        from kurtail_pl.stages.tasks.harness import parts_of
-
-        parts = [part for name in names for part in parts_of(name, spec)]
         scores = _answer(checkpoint, parts, work, meter)
     tasks = {name: _summary(name, spec, [p for p in parts if p.task == name], scores) for name in names}
     return {**_headline(tasks), "tasks": tasks, "skipped": skipped, **recipe, "cost": meter.to_dict()}
@@ -107,7 +108,8 @@ def _answer(checkpoint: Checkpoint, parts: list[Part], work: Workplace, meter: M
         model.label = "" if name == MMLU else name
         for part in track(list(own), name) if name == MMLU else own:
             requests = part.requests()
-            scores[part.name] = part.score(requests, model.loglikelihood(requests, disable_tqdm=True))
+            answers = model.loglikelihood(requests, disable_tqdm=True)
+            scores[part.name] = {**part.score(requests, answers), "cut": model.cut}
             work.state["cost"] = meter.to_dict()
             work.finished(len(scores))
     return scores
@@ -137,7 +139,10 @@ def _summary(name: str, spec: TaskSpec, parts: list[Part], scores: dict[str, dic
         "stderr": figures[f"{metric}_stderr"],
         "split": split_of(name),
         "shots": spec.mmlu_shots if name == MMLU else 0,
+        "cut": sum(scores[part.name]["cut"] for part in parts),
     }
+    if found["cut"]:
+        log.warning("%s: %d inputs are longer than the model's context and lost their beginning", name, found["cut"])
     if name == MMLU:
         groups: dict[str, list[dict[str, float]]] = {}
         for part in parts:

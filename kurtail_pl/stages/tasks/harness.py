@@ -73,7 +73,7 @@ def parts_of(name: str, spec: TaskSpec) -> list[Part]:
     """The harness's tasks that make up one of ours, limited to the rows asked for.
 
     Raises:
-        TextError: when local rows cannot be read or lack the harness's fields.
+        TextError: when local rows cannot be read or lack the harness's fields, or the hub cannot be reached.
         ConfigError: when a subject of MMLU has fewer examples than asked for.
     """
     if name != MMLU:
@@ -143,6 +143,10 @@ def _harness_task(name: str, shots: int, local: dict[str, list[dict[str, Any]]] 
     try:
         with quiet():
             return ConfigurableTask(config=config)
+    except OSError as error:
+        raise TextError(
+            f"the rows of {name} cannot be had from the Hugging Face hub ({error}); give a folder of local ones"
+        ) from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
         if local is None:
             raise

@@ -124,6 +124,15 @@ def test_unusable_rows_are_refused(own: Path, name: str, file: str, content: str
         parts_of(name, TaskSpec(folder=str(own)))
 
 
+def test_without_the_hub_a_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for library in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(TextError, match=r"rows of piqa cannot be had .*give a folder"):
+        parts_of("piqa", TaskSpec())
+
+
 def test_more_examples_than_there_are_are_refused(task_rows: Path) -> None:
     with pytest.raises(ConfigError, match=r"mmlu_shots is 7, but mmlu_\w+ has 6 examples"):
         parts_of("mmlu", TaskSpec(folder=str(task_rows), mmlu_shots=7))

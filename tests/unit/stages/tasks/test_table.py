@@ -29,7 +29,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_a_line_for_each_task_and_mean_a_column_for_each_model() -> None:
-    table = cells(tasks_table({"float": result(0.5, *TASKS), "KurTail": result(0.4567, *TASKS)}))
+    table = cells(tasks_table([("float", result(0.5, *TASKS)), ("KurTail", result(0.4567, *TASKS))]))
     assert table[0] == ["task", "metric", "split", "shots", "rows", "float", "KurTail"]
     groups = [f"mmlu: {group}" for group in ("social sciences", "other")]
     assert [line[0] for line in table[2:]] == [*TASKS[:8], "0-shot (mean of 8)", "mmlu", *groups, "mathqa"]
@@ -40,7 +40,7 @@ def test_a_line_for_each_task_and_mean_a_column_for_each_model() -> None:
 
 
 def test_some_tasks_have_no_mean() -> None:
-    table = cells(tasks_table({"float": result(0.5, "piqa", "arc_challenge")}))
+    table = cells(tasks_table([("float", result(0.5, "piqa", "arc_challenge"))]))
     assert [line[0] for line in table[2:]] == ["piqa", "arc_challenge"]
 
 
