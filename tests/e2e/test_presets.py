@@ -24,7 +24,9 @@ Kurtail = Callable[..., None]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER, PROTOCOLS, ABLATION = CONFIGS / "paper", CONFIGS / "protocols", CONFIGS / "ablation"
 WHOLE = sorted([*(path for path in PAPER.glob("*.yaml") if path.stem != "spinquant"), *PROTOCOLS.glob("*.yaml")])
-TINY: dict[str, Any] = {"rows": 120, "steps": 2, "batch_rows": 32, "batch_windows": 2, "validation_rows": 40}
+TINY: dict[str, Any] = {
+    "rows": 120, "steps": 2, "batch_rows": 32, "batch_windows": 2, "validation_rows": 40, "tasks": None
+}  # fmt: skip
 RUN: dict[str, tuple[list[Path], str]] = {
     "kurtail-w4a4kv4": ([PROTOCOLS / "kurtail.yaml"], "llama3"),
     "quarot-w4a4kv4": ([PROTOCOLS / "quarot.yaml"], "llama3"),
