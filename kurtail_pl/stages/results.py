@@ -93,10 +93,13 @@ def evaluate_folder(
         "cost": cost,
     }
     earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
-    if earlier is not None and earlier["model_sha256"] == checkpoint.sha256:
+    if tasks is not None:
+        results["tasks"] = evaluate_tasks(checkpoint, tasks)
+    elif earlier is not None and earlier["model_sha256"] == checkpoint.sha256:
         results["tasks"] = earlier
+    # Only now: results without the tasks would pass for results of other settings.
     write_json(folder / RESULTS, results)
-    return results if tasks is None else add_tasks(folder, evaluate_tasks(checkpoint, tasks))
+    return results
 
 
 def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:

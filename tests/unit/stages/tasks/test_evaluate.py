@@ -18,9 +18,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kurtail_pl
+from kurtail_pl.stages.results import evaluate_folder
 from kurtail_pl.stages.tasks.evaluate import evaluate_models, evaluate_tasks
 from kurtail_pl.stages.tasks.model import LoadedModel
 from kurtail_pl.stages.tasks.spec import TASKS, ZERO_SHOT, TaskSpec
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -182,6 +185,21 @@ def test_other_settings_start_anew(
     settings |= {"limit": {"limit": 5}, "shots": {"mmlu_shots": 2}}.get(change, {})
     evaluate_tasks(Checkpoint(tied if change == "model" else tiny), TaskSpec(**settings))
     assert asked["calls"] == whole
+
+
+def test_results_are_written_when_all_is_measured(
+    tiny: Path, store: ActivationStore, text: TextSpec, task_rows: Path, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = TaskSpec(names="piqa,boolq", folder=str(task_rows))
+    asked["left"] = 1
+    with pytest.raises(Killed):
+        evaluate_folder(Checkpoint(tiny), tmp_path, text, store, 20, spec)
+    assert not (tmp_path / "results.json").exists()
+    asked |= {"calls": 0, "left": None}
+    results = evaluate_folder(Checkpoint(tiny), tmp_path, text, store, 20, spec)
+    assert asked["calls"] == 1
+    assert list(results["tasks"]["tasks"]) == ["boolq", "piqa"]
+    assert evaluate_folder(Checkpoint(tiny), tmp_path, text, store, 20)["tasks"] == results["tasks"]
 
 
 def test_finished_models_are_not_repeated(tiny: Path, tied: Path, task_rows: Path, asked: dict[str, Any]) -> None:
