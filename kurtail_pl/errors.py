@@ -51,3 +51,7 @@ class InputError(KurtailError, ValueError):
 
 class CheckFailed(KurtailError):
     """An exported graph does not compute what the artefact does, or not in the way it should."""
+
+
+class HarnessMissing(KurtailError):
+    """Tasks were asked for and the lm-evaluation-harness is not installed."""

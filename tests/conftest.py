@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import fill
+from task_rows import write_tasks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -102,6 +103,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "tales.txt"
     path.write_text("\n".join(sentences(400, seed=2)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def task_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local rows of all ten tasks; skips where the extra `eval` is not installed."""
+    pytest.importorskip("lm_eval")
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "rows")
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def _reference(cli: KurtailCLI, overwrite: bool) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     store = ActivationStore(data.store_folder)
-    evaluate_folder(data.checkpoint, folder, evaluation.text, store, data.validation_rows)
+    evaluate_folder(data.checkpoint, folder, evaluation.text, store, data.validation_rows, evaluation.tasks)
     return folder
 
 
@@ -91,7 +91,7 @@ def _decisive(settings: Settings) -> Settings:
 
 
 def _origin(cli: KurtailCLI) -> Settings:
-    """What a recipe would measure: hashes of model and text, windows and rows."""
+    """What a recipe would measure: hashes of model and text, windows and rows, tasks if it asks for them."""
     _, evaluation = _callbacks(cli)
     data = cli.datamodule
     text = cut_windows(data.checkpoint.tokenizer(), evaluation.text, "evaluation")
@@ -100,6 +100,7 @@ def _origin(cli: KurtailCLI) -> Settings:
         "kurtosis_rows": data.validation_rows,
         "text_sha256": text.text_sha256,
         **asdict(text.spec),
+        **({} if evaluation.tasks is None else {"tasks": asdict(evaluation.tasks)}),
     }
 
 
@@ -107,12 +108,12 @@ def _measured(folder: Path) -> Settings:
     """The same of results that stand there."""
     results = read_results(folder)
     text = {key: results["evaluation"].get(key) for key in ("text_sha256", *TextSpec.__dataclass_fields__)}
-    return {**results["measured"], **text}
+    return {**results["measured"], **text, "tasks": results.get("tasks", {}).get("settings")}
 
 
 def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
     """Raise ArtefactError, naming the differences, when results are not those that are wanted."""
-    different = differences(found, json.loads(json.dumps(wanted)))
+    different = differences({key: found.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if different:
         raise ArtefactError(
             f"{folder} was made or measured with other settings: {'; '.join(different)}; pass --overwrite, or remove it"

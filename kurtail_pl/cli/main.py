@@ -20,7 +20,7 @@ VERBS = {
     "quantize": ("kurtail_pl.cli.verbs:quantize", "Quantize a fused model by RTN or GPTQ into an artefact folder."),
     "export": ("kurtail_pl.cli.onnx:export", "Write an ONNX model of an artefact folder, and check it."),
     "generate": ("kurtail_pl.cli.onnx:generate", "Continue a prompt by an export, printing the text as it comes."),
-    "eval": ("kurtail_pl.cli.verbs:evaluate", "Measure the perplexity of a model or artefact folder."),
+    "eval": ("kurtail_pl.cli.verbs:evaluate", "Measure perplexity or tasks of models or artefact folders."),
     "report": ("kurtail_pl.cli.verbs:report", "Write an artefact's report and print the table of methods."),
 }
 """Verb -> (function, first line of its docstring)."""

@@ -15,7 +15,10 @@ from kurtail_pl.stages import fuse as fuse_stage
 from kurtail_pl.stages import quantize as quantize_stage
 from kurtail_pl.stages import report as report_stage
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.results import evaluate_folder
+from kurtail_pl.stages.results import add_tasks, evaluate_folder
+from kurtail_pl.stages.tasks.evaluate import evaluate_models
+from kurtail_pl.stages.tasks.spec import TaskSpec, chosen_tasks
+from kurtail_pl.stages.tasks.table import tasks_note, tasks_table
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -112,24 +115,27 @@ def _quantize(fused: Path, folder: Path, spec: quantize_stage.QuantizeSpec, over
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Measure the perplexity of a model or artefact folder."""
-    run(_eval, arguments)
+    """Measure perplexity or tasks of models or artefact folders."""
+    several = arguments.count("--model") > 1
+    run(_eval, ["--model+" if several and argument == "--model" else argument for argument in arguments])
 
 
 def _eval(
-    text: TextSpec,
-    model: str | None = None,
+    text: TextSpec | None = None,
+    tasks: TaskSpec | None = None,
+    model: list[str] | str | None = None,
     onnx: Path | None = None,
     store: Path | None = None,
     validation_rows: int = 1024,
     profile: Literal["exact", "fast"] = "exact",
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
-    """Measure the perplexity of a model or artefact folder.
+    """Measure perplexity or tasks of models or artefact folders.
 
     Args:
-        text: evaluation text, windows and their length.
-        model: model name or folder; an artefact folder gets a results.json when a store is given.
+        text: evaluation text, windows and their length; the embedded text when no tasks are given either.
+        tasks: of the lm-evaluation-harness; an artefact's results.json gets what they give.
+        model: model name or folder, several by repeating it; an artefact gets a results.json when a store is given.
         onnx: instead, a folder that kurtail export wrote.
         store: activation store of the vanilla model, for the kurtosis of the block inputs.
         validation_rows: its last rows, on which kurtosis is measured.
@@ -138,17 +144,37 @@ def _eval(
     """
     if (model is None) == (onnx is None):
         raise ConfigError(f"model is {model} and onnx is {onnx}; give one of --model and --onnx")
+    if text is None and tasks is None:
+        text = TextSpec()
     if onnx is not None:
+        if text is None or tasks is not None:
+            raise ConfigError("tasks are for models and artefact folders; measure the artefact of the export")
         from kurtail_pl.cli.onnx import measure
 
         _print_perplexity(measure(onnx, text, profile, device), text)
         return
-    assert model is not None
-    checkpoint = Checkpoint(Path(model)) if is_ours(Path(model)) else open_model(model)
+    names = [model] if isinstance(model, str) else model or []
+    checkpoints = [Checkpoint(Path(name)) if is_ours(Path(name)) else open_model(name) for name in names]
+    if tasks is not None:
+        chosen_tasks(tasks)
+    if text is not None:
+        for checkpoint in checkpoints:
+            _measure_text(checkpoint, text, store, validation_rows)
+    if tasks is not None:
+        found = evaluate_models(checkpoints, tasks)
+        for checkpoint, result in zip(checkpoints, found, strict=True):
+            if is_ours(checkpoint.folder):
+                add_tasks(checkpoint.folder, result)
+        short = [Path(name).name for name in names]
+        columns = short if len(set(short)) == len(short) else names
+        print(tasks_table(dict(zip(columns, found, strict=True))), tasks_note(found[0]), sep="\n\n")
+
+
+def _measure_text(checkpoint: Checkpoint, text: TextSpec, store: Path | None, validation_rows: int) -> None:
     if store is not None and is_ours(checkpoint.folder):
         evaluate_folder(checkpoint, checkpoint.folder, text, ActivationStore(store), validation_rows)
-        return
-    _print_perplexity(perplexity(checkpoint, text)["perplexity"], text)
+    else:
+        _print_perplexity(perplexity(checkpoint, text)["perplexity"], text)
 
 
 def _print_perplexity(value: float, text: TextSpec) -> None:

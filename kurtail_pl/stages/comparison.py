@@ -9,8 +9,8 @@ from statistics import mean
 from typing import Any
 
 from kurtail_pl.stages.chart import perplexity_chart, save
-from kurtail_pl.stages.report import markdown_table
 from kurtail_pl.stages.results import FLOAT_METHOD, LABELS, read_results
+from kurtail_pl.stages.tables import markdown
 from kurtail_pl.storage.files import gigabytes, sha256_of, write_json, write_text
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
 from kurtail_pl.surgery.scheme import Scheme
@@ -54,7 +54,7 @@ class Group:
 def numbers_of(results: dict[str, Any]) -> dict[str, float]:
     """What a table shows of one model's results."""
     cost = results["cost"]
-    making = [c["seconds"] for stage, c in cost.items() if stage not in ("evaluate", "tasks")]
+    making = [c["seconds"] for stage, c in cost.items() if stage != "evaluate"]
     numbers = {
         "perplexity": results["evaluation"]["perplexity"],
         "kurtosis_mean": results["kurtosis"]["mean"],
@@ -112,7 +112,7 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> str:
     peers = {(g.bits, g.weights): g for g in groups if g.method == QUAROT}
     derived = [(recovery(g, reference), gap_closed(g, peers.get((g.bits, g.weights)), reference)) for g in groups]
     columns, lines = _columns(groups), [_line(g, *more) for g, more in zip(groups, derived, strict=True)]
-    table = markdown_table(columns, [[line[column] for column in columns] for line in lines])
+    table = markdown(columns, [[line[column] for column in columns] for line in lines])
     results = read_results(rows[0].folder)
     text = f"{table}\n\n{_caption(results, groups)}"
     write_text(folder / TABLE, f"# {results['model']}\n\n{text}")

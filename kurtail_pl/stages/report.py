@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.stages.results import LABELS, RESULTS, read_results
+from kurtail_pl.stages.tables import markdown
+from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_table
 from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.folder import is_ours, read_card
 from kurtail_pl.surgery.scheme import Scheme
@@ -19,13 +20,15 @@ COLUMNS = ("method", "bits", "kurtosis mean", "kurtosis max", "perplexity", "sec
 def siblings(folder: Path) -> list[dict[str, Any]]:
     """Results of a folder and of those beside it that measured the same model on the same windows."""
     own = read_results(folder)
+    if "evaluation" not in own:
+        raise ArtefactError(f"{folder} has no perplexity yet; run kurtail eval on it with --text and --store")
 
     def measured_on(results: dict[str, Any]) -> tuple[Any, ...]:
         evaluation = results["evaluation"]
         return (results["model"], *(evaluation[key] for key in ("text_sha256", "windows", "seqlen")))
 
     found = [read_results(path.parent) for path in sorted(folder.parent.glob(f"*/{RESULTS}"))]
-    rows = [results for results in found if measured_on(results) == measured_on(own)]
+    rows = [results for results in found if "evaluation" in results and measured_on(results) == measured_on(own)]
     order = list(LABELS)
     return sorted(rows, key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
 
@@ -44,27 +47,29 @@ def row(results: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with the columns aligned, so that it also reads well on a terminal."""
-    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])
-
-
 def comparison(folder: Path) -> str:
     """The table of a folder's results and its siblings', with what was measured."""
     results = siblings(folder)
     evaluation = results[0]["evaluation"]
     return (
-        f"{markdown_table(COLUMNS, [row(r) for r in results])}\n\n"
+        f"{markdown(COLUMNS, [row(r) for r in results])}\n\n"
         f"Perplexity on {Path(evaluation['source']).name}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
-        "learn, fuse and quantize; peak resident memory of any stage.\n"
+        f"learn, fuse and quantize; peak resident memory of any stage.\n{_tasks(read_results(folder), results)}"
     )
+
+
+def _tasks(own: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The table of tasks of a folder and of those beside it that were asked the same; empty when there is none."""
+    if "tasks" not in own:
+        return ""
+    columns = {
+        LABELS.get(results["method"], results["method"]): results["tasks"]
+        for results in rows
+        if "tasks" in results and measured_alike(results["tasks"], own["tasks"])
+    }
+    return f"\n{tasks_table(columns)}\n\n{tasks_note(own['tasks'])}\n"
 
 
 def report(folder: Path) -> str:
@@ -110,7 +115,7 @@ def _model_card(folder: Path) -> str:
         + "\n".join(lines)
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {Path(evaluation['source']).name} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
-        f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n\n"
+        f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{_tasks(results, [results])}\n"
         "Weights are stored as packed integers; activations and the KV cache are quantized in simulation, with the "
         "numbers that an integer kernel would give. `kurtail.json` holds every setting, seed, version and hash.\n\n"
         "```python\nimport kurtail_pl\nfrom transformers import AutoTokenizer\n\n"

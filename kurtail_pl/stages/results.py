@@ -12,6 +12,8 @@ from torch import Tensor
 from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
 from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.tasks.evaluate import evaluate_tasks
+from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore, block_sites
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -49,8 +51,9 @@ def evaluate_folder(
     text: TextSpec,
     store: ActivationStore,
     validation_rows: int,
+    tasks: TaskSpec | None = None,
 ) -> dict[str, Any]:
-    """Measure a model and write `results.json`.
+    """Measure a model and write `results.json`; what tasks gave earlier is kept when none are asked for.
 
     Args:
         checkpoint: what to measure: an artefact folder, or a plain model for the float reference.
@@ -58,6 +61,7 @@ def evaluate_folder(
         text: evaluation text.
         store: activation store of the vanilla model.
         validation_rows: its last rows, on which the kurtosis of the block inputs is measured.
+        tasks: of the lm-evaluation-harness, if any.
     """
     ours = is_ours(checkpoint.folder)
     card: dict[str, Any] = (
@@ -88,6 +92,16 @@ def evaluate_folder(
         "disk_bytes": checkpoint.size,
         "cost": cost,
     }
+    earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
+    if earlier is not None and earlier["model_sha256"] == checkpoint.sha256:
+        results["tasks"] = earlier
+    write_json(folder / RESULTS, results)
+    return results if tasks is None else add_tasks(folder, evaluate_tasks(checkpoint, tasks))
+
+
+def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Put what `evaluate_tasks` found into a folder's `results.json`, beside what is there; returns all of it."""
+    results = {**(read_results(folder) if (folder / RESULTS).is_file() else {}), "tasks": found}
     write_json(folder / RESULTS, results)
     return results
 

@@ -47,7 +47,7 @@ class Workplace:
         found = differences(record["recipe"], self._recipe)
         if not found:
             self.done, self.state = record["done"], record["state"]
-            log.info("going on after %d finished layers in %s", self.done, self.folder)
+            log.info("going on after %d finished parts in %s", self.done, self.folder)
         return found
 
     def finished(self, layers: int) -> None:

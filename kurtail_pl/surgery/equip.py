@@ -80,3 +80,16 @@ def expect_codes(model: PreTrainedModel, scheme: Scheme) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.expect_codes(scheme.weights)
+
+
+def unpacked_bytes(model: PreTrainedModel) -> int:
+    """Bytes that `unpack_weights` will take."""
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.weight is None]
+    return sum(module.in_features * module.out_features * module.scale.element_size() for module in packed)
+
+
+def unpack_weights(model: PreTrainedModel) -> None:
+    """Turn the packed weights of a loaded model into floats once, instead of at every use; logits stay bit for bit."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.weight is None:
+            module.unpack()

@@ -70,6 +70,12 @@ class QuantizedLinear(nn.Module):
         zero_point = None if self.zero_point is None else self.zero_point.to(self.scale.dtype)
         return dequantize(Quantized(codes, Grid(self.scale, zero_point)))
 
+    def unpack(self) -> None:
+        """Replace the codes by the floats they stand for: the same results, faster, for eight times the memory."""
+        self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
+        self.weights = None
+        del self.codes, self.scale, self.zero_point
+
     def prepare(self, x: Tensor) -> Tensor:
         """What the weight multiplies: the input rotated and quantized, ``[..., in]``."""
         if self.rotation is not None:

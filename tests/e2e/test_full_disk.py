@@ -65,7 +65,7 @@ def test_what_was_finished_is_kept_and_the_work_goes_on(
     assert all(load_file(path) for path in shards)
     ballast.unlink()
     kurtail(small_disk, *fuse, small_disk / "out")
-    assert "going on after 1 finished layers" in capsys.readouterr().err
+    assert "going on after 1 finished parts" in capsys.readouterr().err
     assert card_of(small_disk / "out") == card_of(tmp_path / "undisturbed")
 
 

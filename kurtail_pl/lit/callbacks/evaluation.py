@@ -13,6 +13,7 @@ from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import evaluate_folder
+from kurtail_pl.stages.tasks.spec import TaskSpec, chosen_tasks
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 
@@ -24,19 +25,24 @@ class Evaluation(L.Callback):
 
     Args:
         text: evaluation text.
+        tasks: of the lm-evaluation-harness, if any.
 
     Raises:
-        TextError: before training, when the text is too short.
+        TextError: before training, when the text is too short or a file of the tasks is missing.
+        HarnessMissing: before training, when tasks are asked for and the harness is not installed.
         ConfigError: when no `WeightQuantization` comes before.
     """
 
-    def __init__(self, text: TextSpec) -> None:
+    def __init__(self, text: TextSpec, tasks: TaskSpec | None = None) -> None:
         self.text = text
+        self.tasks = tasks
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse what would fail after hours of work."""
         require_before(trainer, self, WeightQuantization)
         cut_windows(data.checkpoint.tokenizer(), self.text, "evaluation")
+        if self.tasks is not None:
+            chosen_tasks(self.tasks)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, for those who run the callback under a trainer of their own."""
@@ -50,7 +56,7 @@ class Evaluation(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
         folder = quantization_of(trainer).folder(pl_module, data)
-        evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows)
+        evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows, self.tasks)
         log.info("\n%s\n%s", report(folder), folder)
 
 

@@ -12,8 +12,9 @@ import scipy.stats
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.report import COLUMNS, markdown_table, report, row, siblings
+from kurtail_pl.stages.report import COLUMNS, report, row, siblings
 from kurtail_pl.stages.results import RESULTS, artefact_name, block_kurtosis, evaluate_folder, read_results
+from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore, block_sites
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -148,7 +149,7 @@ def test_a_row_of_the_table() -> None:
 
 
 def test_the_table_is_aligned_markdown() -> None:
-    lines = markdown_table(COLUMNS, [row(results_of("kurtail")), row(results_of("float"))]).splitlines()
+    lines = markdown(COLUMNS, [row(results_of("kurtail")), row(results_of("float"))]).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert tuple(cells[0]) == COLUMNS

@@ -156,3 +156,14 @@ def test_no_bias() -> None:
     module.pack(codes_of(layer, Quantizer(4)), Quantizer(4))
     assert set(module.state_dict()) == {"codes", "scale"}
     torch.testing.assert_close(module(x), x @ dense(codes_of(layer, Quantizer(4))).T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
+def test_unpacked_weights_give_the_same_bits(quantizer: Quantizer) -> None:
+    layer, x = linear().float(), rows().float()
+    module = QuantizedLinear(layer, None, Quantizer(4))
+    module.pack(codes_of(layer, quantizer), quantizer)
+    expected = module(x)
+    module.unpack()
+    assert set(module.state_dict()) == {"weight", "bias"}
+    assert torch.equal(module(x), expected)
