@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kurtail_pl.errors import TextError
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.text import TextSpec, cut_windows, read_text
+from kurtail_pl.stages.text import TextSpec, cut_windows, read_text, title_of
 from kurtail_pl.stages.text.hub import HUB, HubText
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text
@@ -256,3 +256,9 @@ def test_perplexity_on_whole_texts_by_name(
     losses = [model(ids, labels=ids).loss.double().item() for ids in torch.tensor(windows).unsqueeze(1)]
     assert measured["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
     assert measured["source"] == "+".join(names)
+
+
+def test_titles_hold_no_folders(three: list[Path]) -> None:
+    assert title_of("wikitext") == "wikitext"
+    assert title_of("combined") == "wikitext+c4+ptb+alpaca"
+    assert title_of(f"{three[0]}+{three[1]}+c4") == "40.txt+60.txt+c4"
