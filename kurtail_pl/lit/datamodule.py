@@ -207,7 +207,8 @@ class WindowDataModule(StoredModel):
         self.text, self.batch_windows = text, batch_windows
         if batch_windows < 1 or text.windows is None or text.windows % batch_windows:
             raise ConfigError(
-                f"data.batch_windows is {batch_windows} and text.windows {text.windows}; choose a divisor of it"
+                f"data.batch_windows is {batch_windows} and the text has {text.windows or 'any'} windows; "
+                "choose a divisor"
             )
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import Any
 from kurtail_pl.stages.figures.perplexity import draw_perplexity
 from kurtail_pl.stages.results import FLOAT_METHOD, LABELS, read_results
 from kurtail_pl.stages.tables import markdown
+from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes, sha256_of, write_json, write_text
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
 from kurtail_pl.surgery.scheme import Scheme
@@ -169,7 +170,7 @@ def _caption(results: dict[str, Any], groups: list[Group]) -> str:
     over = f" Mean of {seeds} seeds of the rotations, smallest and largest in brackets." if seeds > 1 else ""
     kept = "0-shot accuracy" if any(group.of("zero_shot") for group in groups) else "perplexity (float's over its own)"
     return (
-        f"Perplexity on {Path(evaluation['source']).name}: {evaluation['windows']} windows of {evaluation['seqlen']} "
+        f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
         f"{results['kurtosis']['rows']} rows kept out of training. Recovery: of the float model's {kept}. Gap closed: "
         "from QuaRot's perplexity to the float model's. Seconds to learn, and to learn, fuse and quantize; peak "

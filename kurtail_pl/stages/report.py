@@ -9,6 +9,7 @@ from kurtail_pl.errors import ArtefactError
 from kurtail_pl.stages.results import LABELS, RESULTS, read_results
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_table
+from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.folder import is_ours, read_card
 from kurtail_pl.surgery.scheme import Scheme
@@ -53,7 +54,7 @@ def comparison(folder: Path) -> str:
     evaluation = results[0]["evaluation"]
     return (
         f"{markdown(COLUMNS, [row(r) for r in results])}\n\n"
-        f"Perplexity on {Path(evaluation['source']).name}: {evaluation['windows']} windows of {evaluation['seqlen']} "
+        f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
         f"learn, fuse and quantize; peak resident memory of any stage.\n{_tasks(read_results(folder), results)}"
@@ -113,7 +114,7 @@ def _model_card(folder: Path) -> str:
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
         f"{LABELS.get(card['method'], card['method'])}, weights by {card['quantize']['method'].upper()}.\n\n"
         + "\n".join(lines)
-        + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {Path(evaluation['source']).name} "
+        + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
         f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{_tasks(results, [results])}\n"
         "Weights are stored as packed integers; activations and the KV cache are quantized in simulation, with the "

@@ -24,6 +24,11 @@ def parts_of(source: str) -> list[str]:
     return [source] if Path(source).expanduser().is_file() else source.split("+")
 
 
+def title_of(source: str) -> str:
+    """A source for tables: its names, and its files without their folders."""
+    return "+".join(Path(part).name for part in parts_of(source))
+
+
 def read_text(source: str, split: Split) -> str:
     """The whole text of a source, its rows joined by blank lines.
 

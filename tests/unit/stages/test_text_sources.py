@@ -1,6 +1,7 @@
 """Texts by name, from a folder and by way of `datasets`; several texts in equal parts; all windows of a text."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import sentences
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from kurtail_pl.errors import TextError
-from kurtail_pl.stages.text import TextSpec, cut_windows, read_text
+from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.text import TextSpec, cut_windows, read_text, title_of
 from kurtail_pl.stages.text.hub import HUB, HubText
+from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "text"
@@ -233,3 +237,28 @@ def test_the_shared_texts(
         pytest.skip("no shared texts beside the checkout")
     monkeypatch.setenv("KURTAIL_TEXT", str(SHARED))
     assert cut_windows(tokenizer, TextSpec(source, 6, 128), split, seed=0).tokens.shape == (6, 128)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [["c4"], ["ptb", "alpaca"]])
+def test_perplexity_on_whole_texts_by_name(
+    names: list[str], tiny: Path, tokenizer: PreTrainedTokenizerBase, windows_of: Windows, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Against transformers' own loss on slices of the tokens, as many of each text as the shortest has."""
+    files = [write(tmp_path / name / "test.txt", " ".join(sentences(20 + 9 * len(name), 3))) for name in names]
+    monkeypatch.setenv("KURTAIL_TEXT", str(tmp_path))
+    measured = perplexity(Checkpoint(tiny), TextSpec("+".join(names), None, 24))
+    own = [windows_of(file, 24) for file in files]
+    windows = [window for windows in own for window in windows[: min(map(len, own))]]
+    assert (measured["windows"], measured["seqlen"], measured["tokens"]) == (len(windows), 24, 23 * len(windows))
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    losses = [model(ids, labels=ids).loss.double().item() for ids in torch.tensor(windows).unsqueeze(1)]
+    assert measured["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+    assert measured["source"] == "+".join(names)
+
+
+def test_titles_hold_no_folders(three: list[Path]) -> None:
+    assert title_of("wikitext") == "wikitext"
+    assert title_of("combined") == "wikitext+c4+ptb+alpaca"
+    assert title_of(f"{three[0]}+{three[1]}+c4") == "40.txt+60.txt+c4"
