@@ -19,7 +19,7 @@ SHORTER = [
     (r"(--\S*seqlen) \d+", r"\1 128"),
     (r"(--\S*rows) \d+", r"\1 256"),
     # The smoke recipe keeps 128 rows, not the default's 1024.
-    (r"^(eval .*--store .*)$", r"\1 --validation_rows 128"),
+    (r"^((?:eval|figures) .*--store .*)$", r"\1 --validation_rows 128"),
 ]
 
 
@@ -58,7 +58,7 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
             for arguments in commands(block):
                 run(arguments[0], *arguments)
 
-    assert set(printed) >= {"fit", "compare", "python", "capture", "fuse", "quantize", "eval", "report"}
+    assert set(printed) >= {"fit", "compare", "python", "capture", "fuse", "quantize", "eval", "report", "figures"}
     for method in ("float", "RTN", "GPTQ", "QuaRot", "KurTail"):
         assert f"| {method} " in printed["report"]
     assert "The capital of France is" in printed["python"]
