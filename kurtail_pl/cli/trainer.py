@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.lit.callbacks import Evaluation, Figures, StepLines, WeightQuantization
+from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
+from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import free_memory, resident_memory
@@ -84,7 +85,7 @@ class KurtailCLI(LightningCLI):
     def before_fit(self) -> None:
         """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightQuantization | Evaluation | Figures):
+            if isinstance(callback, CheckedCallback):
                 callback.check(self.trainer, self.model, self.datamodule)
         self._require_room()
         last = self._last_checkpoint()

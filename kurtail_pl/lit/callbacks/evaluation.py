@@ -7,7 +7,7 @@ import logging
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from kurtail_pl.lit.callbacks.order import require_before
+from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
@@ -20,7 +20,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 log = logging.getLogger(__name__)
 
 
-class Evaluation(L.Callback):
+class Evaluation(CheckedCallback):
     """Writes `results.json`, `report.md` and the model card of the artefact.
 
     Args:
@@ -43,12 +43,6 @@ class Evaluation(L.Callback):
         cut_windows(data.checkpoint.tokenizer(), self.text, "evaluation")
         if self.tasks is not None:
             chosen_tasks(self.tasks)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check, for those who run the callback under a trainer of their own."""
-        if stage == "fit":
-            assert isinstance(pl_module, RotationModule)
-            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.lit.callbacks.order import require_before
+from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
@@ -22,7 +22,7 @@ from kurtail_pl.surgery.rotations import random_rotations
 FOLDER = "figures"
 
 
-class Figures(L.Callback):
+class Figures(CheckedCallback):
     """Writes the folder `figures` of the artefact, or of the trainer's root without one, and TensorBoard's pages.
 
     Args:
@@ -43,12 +43,6 @@ class Figures(L.Callback):
         quantized = _quantization(trainer) is not None
         require_before(trainer, self, RotationWriter, *([WeightQuantization] if quantized else []))
         chosen_layers(data.layers, self.layers)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check, for those who run the callback under a trainer of their own."""
-        if stage == "fit":
-            assert isinstance(pl_module, RotationModule)
-            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,10 +1,28 @@
-"""Callbacks run in the order of the recipe, and each needs what another wrote."""
+"""Callbacks run in the order of the recipe, each needs what another wrote, and all say beforehand what would fail."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import lightning as L
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.datamodule import StoredModel
+from kurtail_pl.lit.rotations import RotationModule
+
+
+class CheckedCallback(L.Callback):
+    """Does its work at the end of fit, and refuses at the beginning what would fail then, after hours of work."""
+
+    @abstractmethod
+    def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
+        """Raise what the work would."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check, for those who run the callback under a trainer of their own."""
+        if stage == "fit":
+            assert isinstance(pl_module, RotationModule)
+            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def require_before(trainer: L.Trainer, callback: L.Callback, *needed: type[L.Callback]) -> None:

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
-from kurtail_pl.lit.callbacks.order import require_before
+from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
@@ -20,7 +20,7 @@ from kurtail_pl.storage.files import refuse_existing, sha256_of
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
 
 
-class WeightQuantization(L.Callback):
+class WeightQuantization(CheckedCallback):
     """Writes the artefact folder `<artefacts>/<model>-<method>-<bits>`; without rotations, the method is RTN or GPTQ.
 
     Args:
@@ -48,12 +48,6 @@ class WeightQuantization(L.Callback):
             refuse_existing(folder, self.overwrite)
         require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check, for those who run the callback under a trainer of their own."""
-        if stage == "fit":
-            assert isinstance(pl_module, RotationModule)
-            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
