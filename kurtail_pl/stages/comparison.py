@@ -86,9 +86,9 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     return sorted(groups.values(), key=lambda g: (g.method != FLOAT_METHOD, cells.index((g.bits, g.weights))))
 
 
-def recovery(group: Group, reference: Group) -> float | None:
-    """Share of the float model's mean 0-shot accuracy that is kept, in percent; of perplexity without tasks."""
-    if group.of("zero_shot") and reference.of("zero_shot"):
+def recovery(group: Group, reference: Group, scored: bool) -> float:
+    """Share of the float model's mean 0-shot accuracy that is kept, in percent; where not scored, of perplexity."""
+    if scored:
         return 100 * mean(group.of("zero_shot")) / mean(reference.of("zero_shot"))
     return 100 * mean(reference.of("perplexity")) / mean(group.of("perplexity"))
 
@@ -111,11 +111,14 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> str:
     groups = groups_of(rows)
     reference = next(group for group in groups if group.method == FLOAT_METHOD)
     peers = {(g.bits, g.weights): g for g in groups if g.method == QUAROT}
-    derived = [(recovery(g, reference), gap_closed(g, peers.get((g.bits, g.weights)), reference)) for g in groups]
+    scored = all(group.of("zero_shot") for group in groups)
+    derived = [
+        (recovery(g, reference, scored), gap_closed(g, peers.get((g.bits, g.weights)), reference)) for g in groups
+    ]
     columns, lines = _columns(groups), [_line(g, *more) for g, more in zip(groups, derived, strict=True)]
     table = markdown(columns, [[line[column] for column in columns] for line in lines])
     results = read_results(rows[0].folder)
-    text = f"{table}\n\n{_caption(results, groups)}"
+    text = f"{table}\n\n{_caption(results, groups, scored)}"
     write_text(folder / TABLE, f"# {results['model']}\n\n{text}")
     write_json(folder / DATA, _data(rows, groups, derived, results))
     chart = {(g.method, g.weights, g.bits): g.of("perplexity") for g in groups}
@@ -147,11 +150,11 @@ def _columns(groups: list[Group]) -> tuple[str, ...]:
     return ("method", "bits", "weights", *shown, "recovery", "gap closed", *(head for head, _, _ in COSTS))
 
 
-def _line(group: Group, kept: float | None, closed: float | None) -> dict[str, str]:
+def _line(group: Group, kept: float, closed: float | None) -> dict[str, str]:
     cells = {"method": LABELS.get(group.method, group.method), "bits": group.bits, "weights": group.weights}
     cells |= {head: _spread(group.of(name), show) for head, name, show in COLUMNS}
     cells |= {head: show(max(group.of(name), default=0.0)) for head, name, show in COSTS}
-    cells["recovery"] = "-" if kept is None else f"{kept:.1f} %"
+    cells["recovery"] = f"{kept:.1f} %"
     cells["gap closed"] = "-" if closed is None else f"{closed:.0f} %"
     return cells
 
@@ -164,11 +167,11 @@ def _spread(values: list[float], show: Callable[[float], str]) -> str:
     return f"{show(mean(values))}{several}"
 
 
-def _caption(results: dict[str, Any], groups: list[Group]) -> str:
+def _caption(results: dict[str, Any], groups: list[Group], scored: bool) -> str:
     evaluation = results["evaluation"]
     seeds = max(len(group.seeds) for group in groups)
     over = f" Mean of {seeds} seeds of the rotations, smallest and largest in brackets." if seeds > 1 else ""
-    kept = "0-shot accuracy" if any(group.of("zero_shot") for group in groups) else "perplexity (float's over its own)"
+    kept = "0-shot accuracy" if scored else "perplexity (float's over its own)"
     return (
         f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
@@ -181,7 +184,7 @@ def _caption(results: dict[str, Any], groups: list[Group]) -> str:
 def _data(
     rows: Sequence[Row],
     groups: list[Group],
-    derived: list[tuple[float | None, float | None]],
+    derived: list[tuple[float, float | None]],
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """Every number of the table, and the folders they come from."""
