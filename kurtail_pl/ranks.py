@@ -43,6 +43,11 @@ class Ranks:
         """Whether this is the one process that writes files."""
         return self.rank == 0
 
+    @property
+    def shared(self) -> str:
+        """For log lines: how many share the work; nothing of one alone."""
+        return f", shared by {self.size} processes" if self.size > 1 else ""
+
     def share(self, count: int, rank: int | None = None) -> range:
         """Which of so many things are this process's, or another's: neighbours, and as many as the others' or one more.
 

@@ -112,8 +112,8 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, ranks: Ranks
     shape = shape_of(checkpoint)
     size = store_bytes(shape, rows)
     log.info(
-        "capture: %d layers, %d tokens through the model, %d rows of each of %d sites, %s in %s",
-        shape.layers, windows.tokens.numel(), rows, 3 * shape.layers, gigabytes(size), folder,
+        "capture: %d layers, %d tokens through the model%s, %d rows of each of %d sites, %s in %s",
+        shape.layers, windows.tokens.numel(), ranks.shared, rows, 3 * shape.layers, gigabytes(size), folder,
     )  # fmt: skip
     if dry_run:
         return None

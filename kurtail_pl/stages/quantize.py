@@ -133,7 +133,10 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             copy_companions(checkpoint, work.folder)
             write_rotations(work.folder / ROTATIONS, rotations)
             write_card(work.folder, card)
-    log.info("quantized to %s in %.0f s (%.0f CPU s): %s", scheme.name, meter.seconds, meter.cpu_seconds, folder)
+    log.info(
+        "quantized to %s in %.0f s (%.0f CPU s)%s: %s",
+        scheme.name, meter.seconds, meter.cpu_seconds, ranks.shared, folder,
+    )  # fmt: skip
     return folder
 
 

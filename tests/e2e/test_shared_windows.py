@@ -1,6 +1,7 @@
 """Capture and GPTQ by two processes, one with more windows than the other, against one; killed in the middle."""
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from families import tiny_family
 from safetensors.torch import load_file
 from sharing import stages
 
+from kurtail_pl.errors import ResumeMismatch
 from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 
@@ -49,9 +52,11 @@ def outputs(
     assert first != 0
     assert second == -signal.SIGKILL
     record = json.loads((two / ".artefact.partial" / "unfinished" / "progress.json").read_text())
-    assert record["done"] == 1  # The other process had not begun the third layer.
-    for name in ("mixture1", "mixture3"):  # Made again, with other processes' names for the files.
-        (two / name).rename(two / f"{name}.before")
+    assert record["done"] == 1  # A layer counts when all have finished it.
+    with pytest.raises(ResumeMismatch, match="processes is 2, wanted 1"):
+        quantize(place / "fused", QuantizeSpec(text=TextSpec(str(place / "text.txt"), 3, 64)), two / "artefact")
+    for name in ("mixture1", "mixture3"):
+        shutil.rmtree(two / name)
     assert both() == [0, 0]
     return one, two
 
@@ -96,6 +101,7 @@ def test_the_quantized_model_is_the_same(outputs: tuple[Path, Path], text_file: 
     assert values[1] == pytest.approx(values[0], rel=1e-3)
 
 
-def test_other_numbers_of_processes_do_not_go_on(outputs: tuple[Path, Path]) -> None:
-    """No folder of the work is left, and each process had its own."""
+def test_no_work_is_left(outputs: tuple[Path, Path]) -> None:
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*/*")) for folder in outputs]
+    assert [name for name in names[1] if not name.endswith("1")] == names[0]
     assert not list(outputs[1].glob(".*.partial"))
