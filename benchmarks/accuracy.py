@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, data: ActivationDataModule, method: str, s
     log: dict[str, float] = {}
     checkpoint = data.checkpoint
     rotations = random_rotations(checkpoint.config, seed) if method == "quarot" else learn(data, seed, lr, log)
-    rows = data.capture_spec.rows
+    rows = data.store.origin.rows
     kurtosis = block_kurtosis(data.store, rotations.residual, rows - data.validation_rows, rows, data.rms_norm_eps)
     fused = fuse(checkpoint, rotations, method, args.work / "fused", overwrite=True)
     for weights in wanted:
@@ -125,7 +125,6 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     capture = CaptureSpec(args.model, TextSpec(args.calibration, 512, 64), rows=9216)
     data = ActivationDataModule(capture, str(args.work / "store"))
-    data.prepare_data()
     data.setup("fit")
     for seed in args.seeds:
         measure(args, data, "quarot", seed, 0.0)

@@ -18,8 +18,8 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Yield the items, showing how far along the work is."""
-    if sys.stderr.isatty():
+    """Yield the items, showing how far along the work is; not where log lines are not shown either."""
+    if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
         yield from bar(items, description=description, console=Console(stderr=True))
         return
     started = last = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
@@ -149,6 +150,8 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        logging.getLogger("kurtail_pl").setLevel(logging.ERROR)  # The first process speaks for all.
     return kind(
         RotationModule,
         StoredModel,

@@ -12,10 +12,10 @@ import lightning as L
 
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit.loader import BlockLoader, WindowLoader
+from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.capture import CaptureSpec, capture, shape_of
 from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
-from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
@@ -29,7 +29,8 @@ class StoredModel(L.LightningDataModule):
 
     Args:
         capture: model, calibration text, rows per site and seed.
-        store: folder of the activation store; `prepare_data` captures it, or reuses one of the same origin.
+        store: folder of the activation store; `setup` captures it, or reuses one of the same origin. All processes of
+            a trainer share that work, and must see the folder.
         steps: training iterations; one epoch is exactly that long.
         validation_rows: the last rows of each site, kept out of training.
 
@@ -41,14 +42,19 @@ class StoredModel(L.LightningDataModule):
         super().__init__()
         self.capture_spec, self.store_folder = capture, Path(store)
         self.steps, self.validation_rows = steps, validation_rows
-        self.training_rows = capture.rows - validation_rows
+        self.ranks = ALONE
         if steps < 1:
             raise ConfigError(f"data.steps is {steps}; training needs at least 1")
         if validation_rows < 1:
             raise ConfigError(f"data.validation_rows is {validation_rows}; keep at least 1 row out of training")
-        if self.training_rows < 1:
+        if capture.known_rows is not None:
+            self.require_rows(capture.known_rows)
+
+    def require_rows(self, rows: int) -> None:
+        """Raise ConfigError unless so many rows of each site are enough."""
+        if self.validation_rows >= rows:
             raise ConfigError(
-                f"data.validation_rows is {validation_rows} of {capture.rows} rows; leave some to train on, or ask for "
+                f"data.validation_rows is {self.validation_rows} of {rows} rows; leave some to train on, or ask for "
                 "more rows"
             )
 
@@ -83,13 +89,21 @@ class StoredModel(L.LightningDataModule):
         eps: float = self.checkpoint.config.rms_norm_eps
         return eps
 
-    def prepare_data(self) -> None:
-        """Capture, or check and reuse the store that stands there."""
-        capture(self.capture_spec, self.store_folder)
-
     def setup(self, stage: str) -> None:
-        """Open the store."""
-        self.store = ActivationStore(self.store_folder)
+        """Capture, or check and reuse the store that stands there.
+
+        Not in `prepare_data`, which Lightning calls on one process while the others wait.
+        """
+        self.ranks = Ranks.joined()
+        store = capture(self.capture_spec, self.store_folder, ranks=self.ranks)
+        assert store is not None
+        self.store = store
+        self.require_rows(store.origin.rows)
+
+    @property
+    def training_rows(self) -> int:
+        """Rows of each site to train on: all but the last ones."""
+        return self.store.origin.rows - self.validation_rows
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -130,7 +144,7 @@ class StoredModel(L.LightningDataModule):
         """The validation rows, once."""
         rows = min(VALIDATION_BATCH, self.validation_rows)
         batches = -(-self.validation_rows // rows)
-        return BlockLoader(self.store, rows, batches, 0, self.training_rows, self.capture_spec.rows)
+        return BlockLoader(self.store, rows, batches, 0, self.training_rows, self.store.origin.rows)
 
 
 class ActivationDataModule(StoredModel):
@@ -155,12 +169,17 @@ class ActivationDataModule(StoredModel):
         batch_rows: int = 512,
         validation_rows: int = 1024,
     ) -> None:
+        self.batch_rows = batch_rows  # Before the others: they look at the rows.
         super().__init__(capture, store, steps, validation_rows)
-        self.batch_rows = batch_rows
-        if not 0 < batch_rows <= self.training_rows:
+
+    def require_rows(self, rows: int) -> None:
+        """Raise ConfigError unless so many rows of each site fill a batch."""
+        super().require_rows(rows)
+        left = rows - self.validation_rows
+        if not 0 < self.batch_rows <= left:
             raise ConfigError(
-                f"data.batch_rows is {batch_rows} and {capture.rows} rows less {validation_rows} for validation leave "
-                f"{self.training_rows} to train on; ask for smaller batches or more rows"
+                f"data.batch_rows is {self.batch_rows} and {rows} rows less {self.validation_rows} for validation "
+                f"leave {left} to train on; ask for smaller batches or more rows"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.meter import Meter
+from kurtail_pl.stages.sampling import Draw, SiteFiles, Taps
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.activations import (
@@ -20,14 +23,12 @@ from kurtail_pl.storage.activations import (
     Shape,
     store_bytes,
     write_manifest,
-    write_site,
 )
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import gigabytes, require_space, write_json
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.rotations import head_dim_of
 
@@ -43,32 +44,43 @@ class CaptureSpec:
     Args:
         model: name, folder or GGUF file, as `open_model` takes it.
         text: calibration text.
-        rows: rows kept of each site, drawn without replacement from all tokens of the text's windows.
+        rows: rows kept of each site, drawn without replacement from all tokens of the text's windows; ``all`` keeps
+            every token, shuffled all the same. They are written as they come: memory does not grow with their number.
         seed: decides the windows, the rows and their order.
     """
 
     model: str
     text: TextSpec
-    rows: int
+    rows: int | Literal["all"]
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.text.windows is not None:
-            self.require_rows(self.text.windows)
-        elif self.rows < 1:
-            raise ConfigError(f"rows is {self.rows}; give a positive number")
+            self.rows_of(self.text.windows)
+        elif self.rows != "all" and self.rows < 1:
+            raise ConfigError(f"rows is {self.rows}; give a positive number, or all")
 
-    def require_rows(self, windows: int) -> None:
-        """Raise ConfigError unless so many windows have so many rows."""
+    def rows_of(self, windows: int) -> int:
+        """Rows kept of so many windows; raises ConfigError unless they have so many."""
         available = windows * self.text.seqlen
+        if self.rows == "all":
+            return available
         if not 1 <= self.rows <= available:
             raise ConfigError(
                 f"rows is {self.rows}; {windows} windows of {self.text.seqlen} tokens have 1 to {available}: "
                 "ask for fewer rows or more windows"
             )
+        return self.rows
+
+    @property
+    def known_rows(self) -> int | None:
+        """Rows kept of each site; None where only the text can tell: all of a text that is taken whole."""
+        if self.text.windows is not None:
+            return self.rows_of(self.text.windows)
+        return None if self.rows == "all" else self.rows
 
 
-def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> ActivationStore | None:
+def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, ranks: Ranks = ALONE) -> ActivationStore | None:
     """Make an activation store, or reuse the one that stands there.
 
     The plan (sites, rows, bytes) is logged before anything is written; the rows are a function of the seed and the
@@ -78,6 +90,7 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> Activatio
         spec: model, text, rows, seed.
         folder: where the store goes.
         dry_run: stop after the plan; returns None.
+        ranks: the processes that share the windows; all see the same folder, and the first writes the store.
 
     Raises:
         StoreMismatch: when the folder holds a store made from something else.
@@ -87,28 +100,31 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> Activatio
     checkpoint = open_model(spec.model)
     walker = Walker(checkpoint)
     windows = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
-    spec.require_rows(len(windows.tokens))
+    rows = spec.rows_of(len(windows.tokens))
     origin = origin_of(spec, checkpoint, windows)
     if (folder / MANIFEST).is_file():
         store = ActivationStore(folder)
         store.require_origin(origin)
-        store.require_intact()
+        if ranks.leads:
+            store.require_intact()
         log.info("reusing the activation store %s", folder)
         return store
     shape = shape_of(checkpoint)
-    size = store_bytes(shape, spec.rows)
+    size = store_bytes(shape, rows)
     log.info(
-        "capture: %d layers, %d tokens through the model, %d rows of each of %d sites, %s in %s",
-        shape.layers, windows.tokens.numel(), spec.rows, 3 * shape.layers, gigabytes(size), folder,
+        "capture: %d layers, %d tokens through the model%s, %d rows of each of %d sites, %s in %s",
+        shape.layers, windows.tokens.numel(), ranks.shared, rows, 3 * shape.layers, gigabytes(size), folder,
     )  # fmt: skip
     if dry_run:
         return None
     require_space(folder, size)
-    with resumable_folder(folder, overwrite=False, recipe=asdict(origin)) as work:
+    with resumable_folder(folder, overwrite=False, recipe=asdict(origin), ranks=ranks) as work:
         with Meter(work.state.get("cost")) as meter:
-            _capture_layers(walker, windows.tokens, spec, work, meter)
-        write_manifest(work.folder, origin, shape, versions())
-        write_json(work.folder / COST, meter.to_dict())
+            draw = Draw(len(windows.tokens), spec.text.seqlen, rows, spec.seed)
+            _capture_layers(walker, windows.tokens, draw, work, meter, ranks)
+        if ranks.leads:
+            write_manifest(work.folder, origin, shape, versions())
+            write_json(work.folder / COST, meter.to_dict())
     return ActivationStore(folder)
 
 
@@ -122,7 +138,7 @@ def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Or
         text_sha256=windows.text_sha256,
         windows=len(windows.tokens),
         seqlen=spec.text.seqlen,
-        rows=spec.rows,
+        rows=spec.rows_of(len(windows.tokens)),
         seed=spec.seed,
     )
 
@@ -135,49 +151,17 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
 
 
 @torch.no_grad()
-def _capture_layers(walker: Walker, windows: Tensor, spec: CaptureSpec, work: Workplace, meter: Meter) -> None:
-    generator = torch.Generator().manual_seed(spec.seed)
-    chosen = torch.randperm(windows.numel(), generator=generator)[: spec.rows]
-    value_width = shape_of(walker.checkpoint).width("value")
-    hidden = walker.hidden_states(windows, work)
+def _capture_layers(walker: Walker, windows: Tensor, draw: Draw, work: Workplace, meter: Meter, ranks: Ranks) -> None:
+    shape, mine = shape_of(walker.checkpoint), ranks.share(len(windows))
+    hidden = walker.hidden_states(windows[mine.start : mine.stop], work)
     for index, layer in walker.layers("capture layers", work):
-        taps = _Taps(layer, walker.architecture, chosen, windows.shape[1], value_width)
-        for number, states in enumerate(hidden.before):
-            taps.window = number
-            hidden.after[number] = walker.advance(layer, states)
+        taps = Taps(layer, walker.architecture, shape.width("value"))
+        with SiteFiles(work.folder, index, shape, draw.rows, ranks) as files:
+            for step, number in enumerate(mine):
+                tokens, places = draw.window(number)
+                hidden.after[step] = walker.advance(layer, hidden.before[step])
+                files.write(places, taps.rows(tokens))
+            for _ in range(len(mine), -(-len(windows) // ranks.size)):
+                files.write_nothing()  # Others have one window more.
         taps.close()
-        for name, rows in taps.rows.items():
-            write_site(work.folder, f"layer{index:03d}.{name}", rows)
         work.state["cost"] = meter.to_dict()
-
-
-class _Taps:
-    """Hooks that keep the chosen tokens of one decoder layer's three sites; set `window` before each forward."""
-
-    def __init__(
-        self, layer: nn.Module, architecture: Architecture, chosen: Tensor, seqlen: int, value_width: int
-    ) -> None:
-        self.window = 0
-        self.rows: dict[str, Tensor] = {}
-        self._chosen, self._seqlen = chosen, seqlen
-        attention_norm, mlp_norm, value = (
-            layer.get_submodule(name)
-            for name in (architecture.attention_norm, architecture.mlp_norm, architecture.value)
-        )
-        self._handles = [
-            attention_norm.register_forward_pre_hook(lambda _, args: self._keep("attn_in", args[0])),
-            mlp_norm.register_forward_pre_hook(lambda _, args: self._keep("ffn_in", args[0])),
-            # The last channels: queries and keys come first where one linear makes all three.
-            value.register_forward_hook(lambda _, __, output: self._keep("value", output[..., -value_width:])),
-        ]
-
-    def _keep(self, name: str, x: Tensor) -> None:
-        # Row r of every site is token chosen[r] of the text: the rows come out shuffled, in any order of windows.
-        here = (self._chosen // self._seqlen == self.window).nonzero().flatten()
-        if name not in self.rows:
-            self.rows[name] = torch.empty(len(self._chosen), x.shape[-1], dtype=torch.bfloat16)
-        self.rows[name][here] = x[0, self._chosen[here] % self._seqlen].to(torch.bfloat16)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()

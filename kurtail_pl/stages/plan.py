@@ -162,8 +162,7 @@ def plan(
         return 6 * text.seqlen * s.widest * FLOAT32
 
     text, tokens = capture.text, tokens_of(capture.text)
-    store = store_bytes(shape, capture.rows)
-    sites = store // s.layers
+    store = store_bytes(shape, capture.known_rows or WHOLE_TEXT)
     calibration = tokens_of(quantize.text) if quantize.needs_inputs else 0
     inner = calibration * s.widest * FLOAT32
     hessians = 5 * s.widest**2 * FLOAT64 if calibration else 0
@@ -176,7 +175,7 @@ def plan(
     return [
         StagePlan(
             "capture",
-            program + states(text) + max(ends, layer + sites + window(text)),
+            program + states(text) + max(ends, layer + window(text)),
             store + states(text),
             s.forward(tokens, text.seqlen),
             0.0,

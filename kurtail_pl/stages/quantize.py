@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.fuse import UNROTATED, copy_companions
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.solver import LayerSolver
@@ -76,7 +77,7 @@ class QuantizeSpec:
         return self.scheme.weights is not None and self.method == "gptq"
 
 
-def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = False) -> Path:
+def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = False, ranks: Ranks = ALONE) -> Path:
     """Write an artefact folder from a fused model.
 
     Args:
@@ -84,6 +85,8 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         spec: scheme and method.
         folder: where the artefact goes.
         overwrite: replace the folder if it exists.
+        ranks: the processes that share the calibration windows; all see the same folders, and the first writes. What
+            needs no windows the first does alone, and the others return at once.
 
     Raises:
         ConfigError: when a group size does not divide the model's widths.
@@ -91,6 +94,10 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         TextError: when the calibration text is too short.
         DiskFull: when the artefact does not fit.
     """
+    if not spec.needs_inputs:
+        if not ranks.leads:
+            return folder
+        ranks = ALONE
     fused_card = read_card(fused)
     checkpoint = Checkpoint(fused)
     scheme, rotations = spec.scheme, rotations_of(fused)
@@ -99,7 +106,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     online = scheme if spec.quantized_activations else replace(scheme, activations=None, keys=None, values=None)
     equip_model(model, online, rotations)
     walker = Walker(checkpoint, model)
-    solver = LayerSolver(walker, spec.scheme.weights, spec.gptq if spec.needs_inputs else None)
+    solver = LayerSolver(walker, spec.scheme.weights, spec.gptq if spec.needs_inputs else None, ranks)
     text = calibration_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
@@ -107,13 +114,9 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         "quantize": asdict(spec),
         "calibration_text_sha256": None if text is None else text.text_sha256,
     }
-    with resumable_folder(folder, overwrite, recipe) as work:
-        partial = work.folder
+    with resumable_folder(folder, overwrite, recipe, ranks) as work:
         with Meter(work.state.get("cost")) as meter:
             _write_weights(walker, solver, text, spec, work, meter)
-        checkpoint.config.save_pretrained(partial)
-        copy_companions(checkpoint, partial)
-        write_rotations(partial / ROTATIONS, rotations)
         card: dict[str, Any] = {
             **{key: fused_card[key] for key in INHERITED},
             "method": spec.method_name(fused_card["method"]),
@@ -125,8 +128,15 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
             "versions": versions(),
         }
-        write_card(partial, card)
-    log.info("quantized to %s in %.0f s (%.0f CPU s): %s", scheme.name, meter.seconds, meter.cpu_seconds, folder)
+        if ranks.leads:
+            checkpoint.config.save_pretrained(work.folder)
+            copy_companions(checkpoint, work.folder)
+            write_rotations(work.folder / ROTATIONS, rotations)
+            write_card(work.folder, card)
+    log.info(
+        "quantized to %s in %.0f s (%.0f CPU s)%s: %s",
+        scheme.name, meter.seconds, meter.cpu_seconds, ranks.shared, folder,
+    )  # fmt: skip
     return folder
 
 
@@ -159,7 +169,7 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
 def _write_weights(
     walker: Walker, solver: LayerSolver, text: Windows | None, spec: QuantizeSpec, work: Workplace, meter: Meter
 ) -> None:
-    architecture, layers = walker.architecture, walker.architecture.layers
+    architecture, layers, ranks = walker.architecture, walker.architecture.layers, solver.ranks
     shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
 
     def state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -168,16 +178,20 @@ def _write_weights(
         return named(prefix, {k: v if k.endswith("scale") else _half(v) for k, v in tensors.items()})
 
     solver.notes.update(work.state.get("notes", {}))
-    if work.done is None:
+    if work.done is None and ranks.leads:
         embedding = walker.embedding()
         shards.write(0, state(architecture.embedding, embedding))
         embedding.to("meta")
     windows = torch.empty(0, 0, dtype=torch.long) if text is None else text.tokens
-    hidden = walker.hidden_states(windows, work)
+    mine = ranks.share(len(windows))
+    hidden = walker.hidden_states(windows[mine.start : mine.stop], work)
     for index, layer in walker.layers(f"{spec.method} layers", work):
         solver.solve_layer(layer, f"{layers}.{index}", hidden)
-        shards.write(index + 1, state(f"{layers}.{index}", layer))
+        if ranks.leads:
+            shards.write(index + 1, state(f"{layers}.{index}", layer))
         work.state.update(notes=solver.notes, cost=meter.to_dict())
+    if not ranks.leads:
+        return
     norm, head = walker.head()
     shards.write(walker.n_layers + 1, {**state(architecture.final_norm, norm), **state(architecture.head, head)})
     shards.close()

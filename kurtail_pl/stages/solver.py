@@ -14,6 +14,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from kurtail_pl.maths.gptq import GPTQ, gptq
 from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.experts import routed
@@ -49,10 +50,13 @@ class LayerSolver:
         walker: runs the layers.
         quantizer: of the weights; None leaves them float.
         settings: of GPTQ; None rounds to nearest, and needs no inputs.
+        ranks: the processes that share the windows; each has the hidden states of its own, and all get the same codes.
     """
 
-    def __init__(self, walker: Walker, quantizer: Quantizer | None, settings: GPTQ | None) -> None:
-        self.walker, self.quantizer, self.settings = walker, quantizer, settings
+    def __init__(
+        self, walker: Walker, quantizer: Quantizer | None, settings: GPTQ | None, ranks: Ranks = ALONE
+    ) -> None:
+        self.walker, self.quantizer, self.settings, self.ranks = walker, quantizer, settings, ranks
         self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
 
     def solve_layer(self, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
@@ -128,13 +132,14 @@ class LayerSolver:
     def _borrow(self, name: str, down: nn.Module, chosen: list[Tensor]) -> None:
         """Note an expert's tokens, and add others to its masks, one for each window, when they are too few."""
         assert isinstance(down, QuantizedLinear)
-        masks = torch.cat(chosen)
-        self.notes["expert_tokens"][name] = own = int(masks.sum())
+        # A process may have no windows.
+        masks = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.bool)
+        self.notes["expert_tokens"][name] = own = sum(self.ranks.each(int(masks.sum())))
         missing = max(down.in_features, down.out_features) - own
         if missing > 0:
             log.warning("%s borrows %d tokens of the other experts", name, missing)
             self.notes["borrowers"].append(name)
-            masks = masks | _evenly(~masks, missing)
+            masks = masks | _evenly(~masks, missing, self.ranks)
             chosen[:] = torch.split(masks, [len(window) for window in chosen])
 
     def _solve(self, layer: nn.Module, prefix: str, names: tuple[str, ...], inputs: Inputs) -> None:
@@ -150,7 +155,7 @@ class LayerSolver:
         for x in inputs:
             rows = linear.prepare(x).flatten(0, -2)
             total += rows.T @ rows
-        return total
+        return self.ranks.sum(total)
 
     def _pack(self, layer: nn.Module, prefix: str, names: tuple[str, ...], hessian: Tensor | None) -> None:
         for name in names if self.quantizer is not None else ():
@@ -171,11 +176,14 @@ class LayerSolver:
         return round_to_nearest(weight, grid, quantizer)
 
 
-def _evenly(candidates: Tensor, count: int) -> Tensor:
-    """A mask of `count` (or all) of the true places of a mask, evenly spaced."""
+def _evenly(candidates: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """A mask of `count` (or all) of the true places of all processes' masks, evenly spaced; this process's part."""
     places = candidates.nonzero().flatten()
+    counts = ranks.each(len(places))
+    first, total = sum(counts[: ranks.rank]), sum(counts)
+    wanted = torch.linspace(0, total - 1, min(count, total)).long() - first
     chosen = torch.zeros_like(candidates)
-    chosen[places[torch.linspace(0, len(places) - 1, min(count, len(places))).long()]] = True
+    chosen[places[wanted[(wanted >= 0) & (wanted < len(places))]]] = True
     return chosen
 
 

@@ -7,17 +7,20 @@ written, so that training reads contiguous blocks.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kurtail_pl.errors import StoreMismatch
-from kurtail_pl.storage.files import sha256_of, write_json, write_tensors
+from kurtail_pl.storage.files import claim, sha256_of, write_json
 from kurtail_pl.storage.resume import differences
 
 FORMAT = 1
@@ -71,9 +74,44 @@ def store_bytes(shape: Shape, rows: int) -> int:
     return sum(shape.width(site) * rows * BYTES_PER_VALUE for site in sites)
 
 
-def write_site(folder: Path, site: str, rows: Tensor) -> None:
-    """Write one site's shuffled rows, ``[rows, width]``, in bfloat16."""
-    write_tensors(_file(folder, site), {"rows": rows.to(torch.bfloat16)})
+class SiteWriter:
+    """Writes one site's rows, ``[rows, width]`` in bfloat16, in any order; none of them stays in memory.
+
+    A row goes to its place in the file at once, not through a memory map: pages of a map count as the process's own.
+
+    Args:
+        folder: of the store.
+        site: whose rows.
+        rows: how many there will be.
+        width: channels.
+
+    Raises:
+        OSError: when the disk has no room for all of them.
+    """
+
+    def __init__(self, folder: Path, site: str, rows: int, width: int) -> None:
+        self._bytes = width * BYTES_PER_VALUE
+        entry = {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, rows * self._bytes]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, "rows": entry}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._start = 8 + len(header)
+        self._handle = _file(folder, site).open("wb", buffering=0)
+        self._handle.write(len(header).to_bytes(8, "little") + header)
+        claim(self._handle, self._start + rows * self._bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.close()
+
+    def write(self, places: Tensor, rows: Tensor) -> None:
+        """Put rows, ``[n, width]`` bfloat16, to their places, ``[n]``."""
+        for place, row in zip(places.tolist(), rows.view(torch.uint16).numpy(), strict=True):
+            if os.pwrite(self._handle.fileno(), row, self._start + place * self._bytes) < self._bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._handle.name)
 
 
 def write_manifest(folder: Path, origin: Origin, shape: Shape, versions: dict[str, str]) -> None:

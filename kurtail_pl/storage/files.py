@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,6 +73,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
     temporary.replace(path)
+
+
+def claim(file: BinaryIO | FileIO, size: int) -> None:
+    """Give an open file its size and the room for it; raises OSError when the disk has none."""
+    file.truncate(size)
+    if sys.platform == "linux":
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kurtail_pl.errors import DiskFull, KurtailError, ResumeMismatch
+from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.storage.files import cache_folder, refuse_existing, sha256_of_text, write_json
 
 log = logging.getLogger(__name__)
@@ -25,25 +26,28 @@ class Workplace:
     """An unfinished folder.
 
     Args:
-        folder: the hidden folder; `scratch` is a folder in it for what is not part of the result.
+        folder: the hidden folder; `scratch` is a folder in it for what is not part of the result, each process's own.
         recipe: all that decides the result, as plain data for JSON.
+        ranks: the processes that work here together; all of them see the folder, and the first keeps the record.
 
     Attributes:
         done: finished decoder layers; None before the hidden states of the first are there.
         state: what the stage wants to remember beside its files; it changes it in place.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        self.folder, self.scratch = folder, folder / UNFINISHED
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        self.folder, self.scratch = folder, folder / UNFINISHED / f"rank{ranks.rank}"
         self.done: int | None = None
         self.state: dict[str, Any] = {}
-        self._recipe: dict[str, Any] = json.loads(json.dumps(recipe))
+        self._ranks, self._record = ranks, folder / UNFINISHED / PROGRESS
+        # Each process has the hidden states of its own windows: another number of them cannot go on.
+        self._recipe: dict[str, Any] = json.loads(json.dumps({**recipe, "processes": ranks.size}))
 
     def resume(self) -> list[str]:
         """Take up the record in the folder, if any; returns the differences that forbid it."""
-        if not (self.scratch / PROGRESS).is_file():
+        if not self._record.is_file():
             return []
-        record = json.loads((self.scratch / PROGRESS).read_text(encoding="utf-8"))
+        record = json.loads(self._record.read_text(encoding="utf-8"))
         found = differences(record["recipe"], self._recipe)
         if not found:
             self.done, self.state = record["done"], record["state"]
@@ -51,13 +55,19 @@ class Workplace:
         return found
 
     def finished(self, layers: int) -> None:
-        """Record that so many layers are finished and all their files written."""
+        """Record that so many layers are finished, by every process, and all their files written."""
+        self._ranks.barrier()
+        if self._ranks.leads:
+            write_json(self._record, {"recipe": self._recipe, "done": layers, "state": self.state})
+        # Nobody writes over the states before this layer while the record says that it is to be done.
+        self._ranks.barrier()
         self.done = layers
-        write_json(self.scratch / PROGRESS, {"recipe": self._recipe, "done": layers, "state": self.state})
 
 
 @contextmanager
-def resumable_folder(folder: Path, overwrite: bool, recipe: Mapping[str, Any]) -> Iterator[Workplace]:
+def resumable_folder(
+    folder: Path, overwrite: bool, recipe: Mapping[str, Any], ranks: Ranks = ALONE
+) -> Iterator[Workplace]:
     """A folder that appears whole, and whose making can be killed and taken up again.
 
     Yields the workplace, a hidden folder beside the wanted one, which takes the wanted one's name when the block ends
@@ -68,6 +78,7 @@ def resumable_folder(folder: Path, overwrite: bool, recipe: Mapping[str, Any]) -
         folder: the wanted folder.
         overwrite: replace the wanted folder, and unfinished work of another recipe.
         recipe: all that decides the result.
+        ranks: the processes that make it together; only the first may write to it, but for its `scratch`.
 
     Raises:
         ArtefactError: when the folder exists and may not be overwritten.
@@ -76,12 +87,15 @@ def resumable_folder(folder: Path, overwrite: bool, recipe: Mapping[str, Any]) -
     """
     refuse_existing(folder, overwrite)
     partial = folder.with_name(f".{folder.name}.partial")
-    with _unfinished(partial, recipe, overwrite) as work:
+    with _unfinished(partial, recipe, overwrite, ranks) as work:
         yield work
-    shutil.rmtree(work.scratch)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    ranks.barrier()
+    if ranks.leads:
+        shutil.rmtree(partial / UNFINISHED)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    ranks.barrier()
 
 
 @contextmanager
@@ -101,24 +115,27 @@ def resumable_work(recipe: Mapping[str, Any]) -> Iterator[Workplace]:
 
 
 @contextmanager
-def _unfinished(folder: Path, recipe: Mapping[str, Any], overwrite: bool) -> Iterator[Workplace]:
-    work = Workplace(folder, recipe)
+def _unfinished(folder: Path, recipe: Mapping[str, Any], overwrite: bool, ranks: Ranks = ALONE) -> Iterator[Workplace]:
+    work = Workplace(folder, recipe, ranks)
     found = work.resume()
     if found and not overwrite:
         raise ResumeMismatch(
             f"{folder} holds unfinished work with other settings: {'; '.join(found)}; "
             "run it with those, or remove that folder"
         )
-    if work.done is None:
+    ranks.barrier()  # All have read the record.
+    if work.done is None and ranks.leads:
         shutil.rmtree(folder, ignore_errors=True)
-        work.scratch.mkdir(parents=True)
+    ranks.barrier()
+    work.scratch.mkdir(parents=True, exist_ok=True)
     try:
         with full_disk_is_ours(folder):
             yield work
     except DiskFull:
         raise
     except KurtailError:
-        shutil.rmtree(folder, ignore_errors=True)
+        if ranks.leads:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

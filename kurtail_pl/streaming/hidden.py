@@ -5,14 +5,13 @@ The files outlive a killed process, so that the work can be taken up after the l
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kurtail_pl.storage.files import claim
 from kurtail_pl.storage.resume import Workplace
 
 
@@ -36,9 +35,7 @@ class MappedStates:
             return
         if not path.is_file() or path.stat().st_size != size:
             with path.open("wb") as file:
-                file.truncate(size)
-                if sys.platform == "linux":
-                    os.posix_fallocate(file.fileno(), 0, size)
+                claim(file, size)
         values = size // dtype.itemsize
         self._states = torch.from_file(str(path), shared=True, size=values, dtype=dtype).view(shape)
 

@@ -63,7 +63,7 @@ def test_killed_and_run_again(
     text = ["--spec.text.source", text_file, "--spec.text.windows", 60, "--spec.text.seqlen", 64]
     kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "input")
     verb, where = {
-        "capture": (["capture", "--spec.model", tied, *text, "--spec.rows", 3000], "--store"),
+        "capture": (["capture", "--spec.model", tied, *text, "--spec.rows", "all"], "--store"),
         "fuse": (["fuse", "--model", tied, "--method", "quarot"], "--folder"),
         "gptq": (["quantize", "--fused", "input", "--spec.method", "gptq", *text], "--folder"),
     }[stage]

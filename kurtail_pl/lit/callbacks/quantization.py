@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
 from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
@@ -49,14 +48,17 @@ class WeightQuantization(CheckedCallback):
         require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Quantize what the fusion wrote."""
+        """Quantize what the fusion wrote; all processes share the calibration windows."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
-        folder = self.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-        fused = Path(trainer.default_root_dir) / FUSED
-        if not (self._awaits_evaluation(folder) and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)):
-            quantize(fused, self.quantize_spec, folder, overwrite=self.overwrite)
+        assert isinstance(data, StoredModel)
+        folder, fused = self.folder(pl_module, data), Path(trainer.default_root_dir) / FUSED
+        data.ranks.barrier()  # The first process fused alone.
+        made = self._awaits_evaluation(folder) and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)
+        data.ranks.barrier()  # All have looked before the first evaluates.
+        if not made:
+            quantize(fused, self.quantize_spec, folder, self.overwrite, data.ranks)
 
     def _awaits_evaluation(self, folder: Path) -> bool:
         """Whether an interrupted run of the same recipe left its artefact there, finished but not measured."""

@@ -14,10 +14,10 @@ from kurtail_pl.storage.activations import (
     ActivationStore,
     Origin,
     Shape,
+    SiteWriter,
     block_sites,
     value_sites,
     write_manifest,
-    write_site,
 )
 
 SHAPE = Shape(layers=3, hidden_size=16, kv_heads=2, head_dim=4)
@@ -53,7 +53,8 @@ def known(tmp_path: Path) -> KnownStore:
     folder.mkdir()
     for sites, rows in ((block_sites(3), residual), (value_sites(3), value)):
         for site, site_rows in zip(sites, rows, strict=True):
-            write_site(folder, site, site_rows)
+            with SiteWriter(folder, site, *site_rows.shape) as writer:
+                writer.write(torch.arange(ROWS), site_rows.to(torch.bfloat16))
     write_manifest(folder, Origin("none", "", "", "none", "", windows=1, seqlen=ROWS, rows=ROWS, seed=0), SHAPE, {})
     return KnownStore(ActivationStore(folder), residual, value.view(3, ROWS, 2, 4))
 

@@ -24,7 +24,7 @@ def over_known(known: Any, **changes: int) -> ActivationDataModule:
     spec = CaptureSpec("not needed", TextSpec(windows=1, seqlen=120), rows=120, seed=5)
     settings = {"steps": 12, "batch_rows": 20, "validation_rows": 20, **changes}
     module = ActivationDataModule(spec, str(known.store.folder), **settings)
-    module.setup("fit")
+    module.store = known.store
     return module
 
 
@@ -37,24 +37,23 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_captures_once_then_reuses(tiny: Path, text_file: Path, tmp_path: Path) -> None:
-    captured(tiny, text_file, tmp_path / "store").prepare_data()
+    captured(tiny, text_file, tmp_path / "store").setup("fit")
     first = contents(tmp_path / "store")
     assert sum(name.endswith(".safetensors") for name in first) == 3 * 4
-    captured(tiny, text_file, tmp_path / "store").prepare_data()
+    captured(tiny, text_file, tmp_path / "store").setup("fit")
     assert contents(tmp_path / "store") == first
 
 
 def test_a_store_of_another_seed_is_refused_and_kept(tiny: Path, text_file: Path, tmp_path: Path) -> None:
-    captured(tiny, text_file, tmp_path / "store").prepare_data()
+    captured(tiny, text_file, tmp_path / "store").setup("fit")
     first = contents(tmp_path / "store")
     with pytest.raises(StoreMismatch, match="seed is 0, wanted 1"):
-        captured(tiny, text_file, tmp_path / "store", seed=1).prepare_data()
+        captured(tiny, text_file, tmp_path / "store", seed=1).setup("fit")
     assert contents(tmp_path / "store") == first
 
 
 def test_batches_are_rows_of_the_captured_files(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     module = captured(tiny, text_file, tmp_path / "store")
-    module.prepare_data()
     module.setup("fit")
     site = load_file(tmp_path / "store" / "layer002.ffn_in.safetensors")["rows"].float()
     value = load_file(tmp_path / "store" / "layer003.value.safetensors")["rows"].float()

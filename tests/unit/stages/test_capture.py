@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from walks import embed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, StoreMismatch, TextError
-from kurtail_pl.stages.capture import COST, CaptureSpec, _Taps, capture
+from kurtail_pl.stages.capture import COST, CaptureSpec, capture
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import MANIFEST, ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.streaming.walker import Walker
 
 ROWS, SEED = 50, 3
 
@@ -138,36 +136,43 @@ def test_rows_out_of_range(tiny: Path, text: TextSpec, rows: int) -> None:
         CaptureSpec(str(tiny), text, rows)
 
 
-def test_all_rows_are_a_permutation_of_all_tokens(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
-    spec = CaptureSpec(str(tiny), replace(text, windows=2, seqlen=16), rows=32, seed=SEED)
+@pytest.mark.parametrize("windows", [2, None])
+def test_all_rows_are_a_permutation_of_all_tokens(
+    tiny: Path, text: TextSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, windows: int | None
+) -> None:
+    """Of so many windows, or of a text taken whole, whose length only the text can tell."""
+    spec = CaptureSpec(str(tiny), replace(text, windows=windows, seqlen=16), "all", seed=SEED)
+    drawn = drawn_windows(tiny, spec.text)
+    assert spec.known_rows == (None if windows is None else 32)
+    with caplog.at_level("INFO", logger="kurtail_pl.stages.capture"):
+        assert capture(spec, tmp_path / "store", dry_run=True) is None
+    assert f"{drawn.numel()} rows of each of 12 sites" in caplog.text
     store = capture(spec, tmp_path / "store")
     assert store is not None
-    expected = all_rows(tiny, drawn_windows(tiny, spec.text))["layer000.attn_in"].to(torch.bfloat16).float()
-    rows = store.read("layer000.attn_in", 0, 32)
+    assert store.origin.rows == drawn.numel()
+    expected = all_rows(tiny, drawn)["layer000.attn_in"].to(torch.bfloat16).float()
+    rows = store.read("layer000.attn_in", 0, drawn.numel())
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, expected.tolist()))
     assert not torch.equal(rows, expected)
+    # As a number of rows, all of them are the same store.
+    assert capture(replace(spec, rows=drawn.numel()), tmp_path / "store") is not None
 
 
-@torch.no_grad()
-def test_rows_do_not_depend_on_the_order_of_the_windows(tiny: Path, text: TextSpec) -> None:
-    windows = drawn_windows(tiny, text)
-    chosen = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(0))[:40]
-    walker = Walker(Checkpoint(tiny))
-    hidden = embed(walker, windows)
-    found = []
-    _, layer = next(iter(walker.layers("test")))
-    for order in (range(6), [4, 1, 5, 0, 3, 2]):
-        taps = _Taps(layer, walker.architecture, chosen, text.seqlen, value_width=32)
-        for number in order:
-            taps.window = number
-            walker.advance(layer, hidden[number])
-        taps.close()
-        walker.advance(layer, hidden[0] + 1)  # nothing is kept after the end
-        found.append(taps.rows)
-    assert set(found[0]) == {"attn_in", "ffn_in", "value"}
-    for name, rows in found[0].items():
-        assert rows.isfinite().all()
-        assert torch.equal(rows, found[1][name])
+def test_memory_does_not_grow_with_the_rows(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    """Of one layer's rows, 37 MB, less than a fourth is ever held; the hidden states are there either way."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
+    (tmp_path / "long.txt").write_text("\n".join([text_file.read_text()] * 5))
+    text = TextSpec(str(tmp_path / "long.txt"), windows=48, seqlen=256)
+    peaks = []
+    for rows in (16, "all"):
+        store = capture(CaptureSpec(str(tmp_path / "model"), text, rows), tmp_path / str(rows))
+        assert store is not None
+        peaks.append(json.loads((store.folder / COST).read_text())["peak_bytes"])
+    assert peaks[1] - peaks[0] < 48 * 256 * 3 * 512 * 2 / 4
 
 
 def test_a_text_too_short_leaves_nothing(spec: CaptureSpec, tmp_path: Path) -> None:

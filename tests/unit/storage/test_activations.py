@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kurtail_pl.errors import StoreMismatch
 from kurtail_pl.storage import activations
-from kurtail_pl.storage.activations import ActivationStore, Origin, Shape
+from kurtail_pl.storage.activations import ActivationStore, Origin, Shape, SiteWriter
 
 SHAPE = Shape(layers=2, hidden_size=12, kv_heads=2, head_dim=5)
 ORIGIN = Origin("tiny", "m" * 64, "t" * 64, "tales.txt", "x" * 64, windows=3, seqlen=9, rows=20, seed=4)
@@ -24,10 +25,18 @@ def rows_of(site: str) -> Tensor:
     return torch.randn(20, width, generator=torch.Generator().manual_seed(len(site) + int(site[7])))
 
 
+def write_site(folder: Path, site: str) -> None:
+    """In two parts, neither of them a block."""
+    rows = rows_of(site).to(torch.bfloat16)
+    with SiteWriter(folder, site, *rows.shape) as writer:
+        for places in torch.randperm(20, generator=torch.Generator().manual_seed(1)).split(13):
+            writer.write(places, rows[places])
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for site in SITES + VALUES:
-        activations.write_site(tmp_path, site, rows_of(site))
+        write_site(tmp_path, site)
     activations.write_manifest(tmp_path, ORIGIN, SHAPE, {"torch": "2"})
     return tmp_path
 
@@ -51,6 +60,12 @@ def test_round_trip_in_bfloat16(folder: Path) -> None:
             assert torch.equal(block, expected[start:stop])
     store.require_intact()
     store.require_origin(ORIGIN)
+
+
+def test_a_site_is_the_file_that_safetensors_writes(folder: Path, tmp_path: Path) -> None:
+    for site in (SITES[0], VALUES[1]):
+        save_file({"rows": rows_of(site).to(torch.bfloat16)}, tmp_path / "whole", {"format": "pt"})
+        assert (folder / f"{site}.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_bytes_are_those_of_the_tensors_on_disk(folder: Path) -> None:
@@ -94,7 +109,7 @@ def test_all_differences_are_named_at_once(folder: Path) -> None:
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreMismatch, match=r"is no activation store.*run capture"):
         ActivationStore(tmp_path / "none")
-    activations.write_site(tmp_path, SITES[0], rows_of(SITES[0]))
+    write_site(tmp_path, SITES[0])
     with pytest.raises(StoreMismatch, match="is no activation store"):
         ActivationStore(tmp_path)  # sites without a manifest
 
