@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import plan
+from kurtail_pl.stages.plan import ProxyLearning, plan
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of, open_model
@@ -94,7 +94,9 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         program, peak = map(int, done.stdout.split()[-2:])
         capture = CaptureSpec(model, text, args.rows)
-        stages = plan(config_of(model), capture, 100, 512, QuantizeSpec(text=text), TextSpec(), program)
+        stages = plan(
+            config_of(model), capture, ProxyLearning(100, 512), QuantizeSpec(text=text), TextSpec(), program
+        )
         foreseen = next(s.memory for s in stages if s.stage == stage)
         print(f"{stage}: peak {peak / 1e9:.2f} GB, plan {foreseen / 1e9:.2f} GB", flush=True)
 

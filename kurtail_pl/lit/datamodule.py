@@ -19,6 +19,7 @@ from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
+from kurtail_pl.streaming.compute import AUTO, Compute
 
 VALIDATION_BATCH = 512
 """Rows of each site that are measured at a time."""
@@ -32,14 +33,18 @@ class StoredModel(L.LightningDataModule):
         store: folder of the activation store; `prepare_data` captures it, or reuses one of the same origin.
         steps: training iterations; one epoch is exactly that long.
         validation_rows: the last rows of each site, kept out of training.
+        compute: device and floating-point type in which capture, fusion, GPTQ and evaluation run the model; the
+            trainer has its own.
 
     Raises:
         ConfigError: when a setting is out of range.
     """
 
-    def __init__(self, capture: CaptureSpec, store: str, steps: int, validation_rows: int) -> None:
+    def __init__(
+        self, capture: CaptureSpec, store: str, steps: int, validation_rows: int, compute: Compute = AUTO
+    ) -> None:
         super().__init__()
-        self.capture_spec, self.store_folder = capture, Path(store)
+        self.capture_spec, self.store_folder, self.compute = capture, Path(store), compute
         self.steps, self.validation_rows = steps, validation_rows
         self.training_rows = capture.rows - validation_rows
         if steps < 1:
@@ -85,7 +90,7 @@ class StoredModel(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Capture, or check and reuse the store that stands there."""
-        capture(self.capture_spec, self.store_folder)
+        capture(self.capture_spec, self.store_folder, compute=self.compute)
 
     def setup(self, stage: str) -> None:
         """Open the store."""
@@ -142,6 +147,7 @@ class ActivationDataModule(StoredModel):
         steps: see `StoredModel`.
         batch_rows: rows of each site in a batch.
         validation_rows: see `StoredModel`.
+        compute: see `StoredModel`.
 
     Raises:
         ConfigError: when the training rows do not fill one batch.
@@ -154,8 +160,9 @@ class ActivationDataModule(StoredModel):
         steps: int = 100,
         batch_rows: int = 512,
         validation_rows: int = 1024,
+        compute: Compute = AUTO,
     ) -> None:
-        super().__init__(capture, store, steps, validation_rows)
+        super().__init__(capture, store, steps, validation_rows, compute)
         self.batch_rows = batch_rows
         if not 0 < batch_rows <= self.training_rows:
             raise ConfigError(
@@ -189,6 +196,7 @@ class WindowDataModule(StoredModel):
         steps: see `StoredModel`.
         batch_windows: windows in a batch.
         validation_rows: see `StoredModel`.
+        compute: see `StoredModel`.
 
     Raises:
         ConfigError: when the windows are no whole number of batches.
@@ -202,8 +210,9 @@ class WindowDataModule(StoredModel):
         steps: int = 100,
         batch_windows: int = 8,
         validation_rows: int = 1024,
+        compute: Compute = AUTO,
     ) -> None:
-        super().__init__(capture, store, steps, validation_rows)
+        super().__init__(capture, store, steps, validation_rows, compute)
         self.text, self.batch_windows = text, batch_windows
         if batch_windows < 1 or text.windows is None or text.windows % batch_windows:
             raise ConfigError(

@@ -26,6 +26,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import gigabytes, require_space, write_json
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.sources import open_model
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.families import architecture_of
@@ -68,16 +69,19 @@ class CaptureSpec:
             )
 
 
-def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> ActivationStore | None:
+def capture(
+    spec: CaptureSpec, folder: Path, dry_run: bool = False, compute: Compute = AUTO
+) -> ActivationStore | None:
     """Make an activation store, or reuse the one that stands there.
 
-    The plan (sites, rows, bytes) is logged before anything is written; the rows are a function of the seed and the
+    The plan (sites, rows, bytes) is logged before anything is written; which rows is a function of the seed and the
     windows alone.
 
     Args:
         spec: model, text, rows, seed.
         folder: where the store goes.
         dry_run: stop after the plan; returns None.
+        compute: device and floating-point type of the model.
 
     Raises:
         StoreMismatch: when the folder holds a store made from something else.
@@ -85,10 +89,10 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> Activatio
         KurtailError: for a model or text that cannot be had.
     """
     checkpoint = open_model(spec.model)
-    walker = Walker(checkpoint)
+    walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
     windows = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
     spec.require_rows(len(windows.tokens))
-    origin = origin_of(spec, checkpoint, windows)
+    origin = origin_of(spec, checkpoint, windows, compute)
     if (folder / MANIFEST).is_file():
         store = ActivationStore(folder)
         store.require_origin(origin)
@@ -112,7 +116,7 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False) -> Activatio
     return ActivationStore(folder)
 
 
-def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Origin:
+def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows, compute: Compute = AUTO) -> Origin:
     """Everything that decides a store's rows."""
     return Origin(
         model=spec.model,
@@ -124,6 +128,7 @@ def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Or
         seqlen=spec.text.seqlen,
         rows=spec.rows,
         seed=spec.seed,
+        dtype=compute.dtype,
     )
 
 
@@ -176,7 +181,7 @@ class _Taps:
         here = (self._chosen // self._seqlen == self.window).nonzero().flatten()
         if name not in self.rows:
             self.rows[name] = torch.empty(len(self._chosen), x.shape[-1], dtype=torch.bfloat16)
-        self.rows[name][here] = x[0, self._chosen[here] % self._seqlen].to(torch.bfloat16)
+        self.rows[name][here] = x[0, self._chosen[here] % self._seqlen].to("cpu", torch.bfloat16)
 
     def close(self) -> None:
         for handle in self._handles:
