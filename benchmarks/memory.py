@@ -94,9 +94,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         program, peak = map(int, done.stdout.split()[-2:])
         capture = CaptureSpec(model, text, args.rows)
-        stages = plan(
-            config_of(model), capture, ProxyLearning(100, 512), QuantizeSpec(text=text), TextSpec(), program
-        )
+        stages = plan(config_of(model), capture, ProxyLearning(100, 512), QuantizeSpec(text=text), TextSpec(), program)
         foreseen = next(s.memory for s in stages if s.stage == stage)
         print(f"{stage}: peak {peak / 1e9:.2f} GB, plan {foreseen / 1e9:.2f} GB", flush=True)
 

@@ -69,9 +69,7 @@ class CaptureSpec:
             )
 
 
-def capture(
-    spec: CaptureSpec, folder: Path, dry_run: bool = False, compute: Compute = AUTO
-) -> ActivationStore | None:
+def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, compute: Compute = AUTO) -> ActivationStore | None:
     """Make an activation store, or reuse the one that stands there.
 
     The plan (sites, rows, bytes) is logged before anything is written; which rows is a function of the seed and the

@@ -157,10 +157,14 @@ class _Fuser:
             rotated_after = self.walker.advance(layer, rotated)
             rounded_after = self.walker.advance(layer.float(), rounded.float())
             self.hidden.after.fill([reference_after, rotated_after, rounded_after])
-            state = checkpoint_state(layer.state_dict(), self.architecture)
-            self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
+            self._write_layer(index, layer)
             self.work.state["cost"] = meter.to_dict()
         return self._head(*self.hidden.before)
+
+    def _write_layer(self, index: int, layer: nn.Module) -> None:
+        # No name outlives this: one would keep the layer's weights in memory while the next ones are read.
+        state = checkpoint_state(layer.state_dict(), self.architecture)
+        self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""

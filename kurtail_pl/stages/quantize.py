@@ -77,9 +77,7 @@ class QuantizeSpec:
         return self.scheme.weights is not None and self.method == "gptq"
 
 
-def quantize(
-    fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = False, compute: Compute = AUTO
-) -> Path:
+def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = False, compute: Compute = AUTO) -> Path:
     """Write an artefact folder from a fused model.
 
     Args:

@@ -32,9 +32,7 @@ class MappedStates:
             process later, on a write to memory).
     """
 
-    def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device = CPU) -> None:
         self._count, self._device = shape[0], device
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         if size == 0:

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def evaluate_models(
-    checkpoints: Sequence[Checkpoint], spec: TaskSpec, device: Device = "auto"
-) -> list[dict[str, Any]]:
+def evaluate_models(checkpoints: Sequence[Checkpoint], spec: TaskSpec, device: Device = "auto") -> list[dict[str, Any]]:
     """`evaluate_tasks` of several models; killed and run again, those that were finished are not repeated."""
     recipes = [_recipe(checkpoint, spec) for checkpoint in checkpoints]
     with resumable_work({"models": recipes}) as work:
