@@ -249,7 +249,10 @@ def probe(compute: Compute = AUTO) -> Speed | None:
 
 
 def _rate(work: Callable[[], object], amount: float) -> float:
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     work()
     wait()
     started, done = time.perf_counter(), 0
