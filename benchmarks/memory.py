@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import plan
+from kurtail_pl.stages.plan import ProxyLearning, plan
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of, open_model
 
 SHAPES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "vocab_size": 49152},
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
     "llama-3-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
 }
@@ -45,7 +46,7 @@ def random_model(shapes: str, layers: int, folder: Path) -> Path:
         return folder
     folder.mkdir(parents=True)
     config = LlamaConfig(**SHAPES[shapes], num_key_value_heads=8, num_hidden_layers=layers, dtype="bfloat16")
-    hidden, width, kv = config.hidden_size, config.intermediate_size, 8 * 128
+    hidden, width, kv = config.hidden_size, config.intermediate_size, 8 * config.head_dim
     linears = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
     linears |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden)}
     linears |= {"mlp.down_proj": (hidden, width)}
@@ -94,7 +95,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         program, peak = map(int, done.stdout.split()[-2:])
         capture = CaptureSpec(model, text, args.rows)
-        stages = plan(config_of(model), capture, 100, 512, QuantizeSpec(text=text), TextSpec(), program)
+        stages = plan(config_of(model), capture, ProxyLearning(100, 512), QuantizeSpec(text=text), TextSpec(), program)
         foreseen = next(s.memory for s in stages if s.stage == stage)
         print(f"{stage}: peak {peak / 1e9:.2f} GB, plan {foreseen / 1e9:.2f} GB", flush=True)
 

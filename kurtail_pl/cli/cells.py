@@ -54,7 +54,7 @@ def _baseline(settings: Settings, hadamard: bool) -> Settings:
     seed = settings["model"]["init_args"]["rotation_seed"]
     derived["model"] = {"class_path": FIXED, "init_args": {"hadamard": hadamard, "rotation_seed": seed}}
     data = derived["data"]["init_args"]
-    kept = {name: data[name] for name in ("capture", "store", "steps", "validation_rows")}
+    kept = {name: data[name] for name in ("capture", "store", "steps", "validation_rows", "compute")}
     derived["data"] = {"class_path": ROWS, "init_args": kept | {"batch_rows": 1}}
     trainer = derived["trainer"]
     trainer["max_epochs"] = 0

@@ -72,18 +72,21 @@ def _reference(cli: KurtailCLI, overwrite: bool) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     store = ActivationStore(data.store_folder)
-    evaluate_folder(data.checkpoint, folder, evaluation.text, store, data.validation_rows, evaluation.tasks)
+    evaluate_folder(
+        data.checkpoint, folder, evaluation.text, store, data.validation_rows, evaluation.tasks, data.compute
+    )
     return folder
 
 
 def _decisive(settings: Settings) -> Settings:
-    """The settings of a recipe that decide its numbers: not where things are put."""
+    """The settings of a recipe that decide its numbers: not where things are put or computed."""
     if not settings:
         return {}
-    data = {key: value for key, value in settings["data"]["init_args"].items() if key != "store"}
+    data = {key: value for key, value in settings["data"]["init_args"].items() if key not in ("store", "compute")}
     return {
         "model": settings["model"],
         "data": data,
+        "dtype": settings["data"]["init_args"].get("compute", {}).get("dtype"),
         "quantize": settings_of(settings, "WeightQuantization")["quantize"],
         "evaluation": settings_of(settings, "Evaluation"),
         "seed_everything": settings["seed_everything"],
@@ -98,6 +101,7 @@ def _origin(cli: KurtailCLI) -> Settings:
     return {
         "model_sha256": data.checkpoint.sha256,
         "kurtosis_rows": data.validation_rows,
+        "dtype": data.compute.dtype,
         "text_sha256": text.text_sha256,
         **asdict(text.spec),
         **({} if evaluation.tasks is None else {"tasks": asdict(evaluation.tasks)}),
@@ -107,7 +111,7 @@ def _origin(cli: KurtailCLI) -> Settings:
 def _measured(folder: Path) -> Settings:
     """The same of results that stand there."""
     results = read_results(folder)
-    text = {key: results["evaluation"].get(key) for key in ("text_sha256", *TextSpec.__dataclass_fields__)}
+    text = {key: results["evaluation"].get(key) for key in ("text_sha256", "dtype", *TextSpec.__dataclass_fields__)}
     return {**results["measured"], **text, "tasks": results.get("tasks", {}).get("settings")}
 
 

@@ -10,11 +10,12 @@ from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.meter import free_memory, resident_memory
+from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
+from kurtail_pl.streaming.compute import Compute
 from kurtail_pl.surgery.scheme import Scheme
 
 
@@ -23,6 +24,7 @@ def plan(arguments: list[str]) -> None:
     config = command_line(RecipeCLI, "kurtail plan", arguments, run=False).config.as_dict()
     data = config["data"]["init_args"]
     capture = {**data["capture"], "text": TextSpec(**data["capture"]["text"])}
+    compute = Compute(**data["compute"])
     stages = stage.plan(
         config_of(capture["model"]),
         CaptureSpec(**capture),
@@ -30,9 +32,10 @@ def plan(arguments: list[str]) -> None:
         _quantization(settings_of(config, "WeightQuantization")["quantize"]),
         TextSpec(**settings_of(config, "Evaluation")["text"]),
         resident_memory(),
+        compute,
     )
-    print(stage.table(stages, stage.probe()))
-    for line in stage.misfits(stages, free_memory(), free_disk(Path(data["store"]))):
+    print(stage.table(stages, stage.probe(compute)))
+    for line in stage.misfits(stages, free_memory(), free_disk(Path(data["store"])), device_memory()):
         print(f"does not fit: {line}")
 
 

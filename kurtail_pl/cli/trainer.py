@@ -18,7 +18,7 @@ from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
 from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.meter import free_memory, resident_memory
+from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.plan import misfits, plan
 from kurtail_pl.storage.files import free_disk
 
@@ -100,11 +100,12 @@ class KurtailCLI(LightningCLI):
         if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
             return
         data = self.datamodule
+        data.compute.torch_device  # noqa: B018, refuses a device that is not there
         stages = plan(
             data.checkpoint.config, data.capture_spec, data.learning(), quantization.quantize_spec, evaluation.text,
-            resident_memory(),
+            resident_memory(), data.compute,
         )  # fmt: skip
-        found = misfits(stages, free_memory(), free_disk(data.store_folder))
+        found = misfits(stages, free_memory(), free_disk(data.store_folder), device_memory())
         if found:
             raise ConfigError(f"the recipe does not fit this machine: {'; '.join(found)}")
 

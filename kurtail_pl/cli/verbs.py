@@ -27,6 +27,7 @@ from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.folder import is_ours
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.sources import config_of, open_model
+from kurtail_pl.streaming.compute import AUTO, Compute, Device
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 FLAGS = ("dry_run", "overwrite", "check")
@@ -53,15 +54,16 @@ def capture(arguments: list[str]) -> None:
     run(_capture, arguments)
 
 
-def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False) -> None:
+def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
     """Run the model over text and store sampled activations.
 
     Args:
         spec: model, text, rows and seed.
         store: folder of the store; one of the same origin is reused.
         dry_run: print sites, rows and bytes, and stop.
+        compute: device and floating-point type.
     """
-    capture_stage.capture(spec, store, dry_run)
+    capture_stage.capture(spec, store, dry_run, compute)
 
 
 def fuse(arguments: list[str]) -> None:
@@ -76,6 +78,7 @@ def _fuse(
     method: Literal["kurtail", "quarot", "none"] = "kurtail",
     seed: int = 0,
     overwrite: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Fuse rotations, learned or random, into a model's weights.
 
@@ -86,6 +89,7 @@ def _fuse(
         method: kurtail (learned rotations), quarot (random Hadamards) or none.
         seed: of the random Hadamards, for method quarot.
         overwrite: replace the folder if it exists.
+        device: auto, cpu or cuda; float64 on either.
     """
     if (rotations is None) == (method == "kurtail"):
         raise ConfigError(
@@ -96,7 +100,7 @@ def _fuse(
         chosen = read_rotations(rotations)
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
-    fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite)
+    fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite, device)
 
 
 def quantize(arguments: list[str]) -> None:
@@ -104,7 +108,13 @@ def quantize(arguments: list[str]) -> None:
     run(_quantize, arguments)
 
 
-def _quantize(fused: Path, folder: Path, spec: quantize_stage.QuantizeSpec, overwrite: bool = False) -> None:
+def _quantize(
+    fused: Path,
+    folder: Path,
+    spec: quantize_stage.QuantizeSpec,
+    overwrite: bool = False,
+    compute: Compute = AUTO,
+) -> None:
     """Quantize a fused model by RTN or GPTQ into an artefact folder.
 
     Args:
@@ -112,8 +122,9 @@ def _quantize(fused: Path, folder: Path, spec: quantize_stage.QuantizeSpec, over
         folder: where the artefact goes.
         spec: bits, method, calibration.
         overwrite: replace the folder if it exists.
+        compute: device and floating-point type.
     """
-    quantize_stage.quantize(fused, spec, folder, overwrite)
+    quantize_stage.quantize(fused, spec, folder, overwrite, compute)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -131,6 +142,7 @@ def _eval(
     validation_rows: int = 1024,
     profile: Literal["exact", "fast"] = "exact",
     device: Literal["cpu", "cuda"] = "cpu",
+    compute: Compute = AUTO,
 ) -> None:
     """Measure perplexity or tasks of models or artefact folders.
 
@@ -143,6 +155,7 @@ def _eval(
         validation_rows: its last rows, on which kurtosis is measured.
         profile: of the export: exact or fast.
         device: of the export: cpu or cuda.
+        compute: device and floating-point type of a model or artefact; tasks are answered in float32.
     """
     if (model is None) == (onnx is None):
         raise ConfigError(f"model is {model} and onnx is {onnx}; give one of --model and --onnx")
@@ -161,9 +174,9 @@ def _eval(
         chosen_tasks(tasks)
     if text is not None:
         for checkpoint in checkpoints:
-            _measure_text(checkpoint, text, store, validation_rows)
+            _measure_text(checkpoint, text, store, validation_rows, compute)
     if tasks is not None:
-        found = evaluate_models(checkpoints, tasks)
+        found = evaluate_models(checkpoints, tasks, compute.device)
         for checkpoint, result in zip(checkpoints, found, strict=True):
             if is_ours(checkpoint.folder):
                 add_tasks(checkpoint.folder, result)
@@ -171,11 +184,14 @@ def _eval(
         print(tasks_table(columns), tasks_note(found[0]), sep="\n\n")
 
 
-def _measure_text(checkpoint: Checkpoint, text: TextSpec, store: Path | None, validation_rows: int) -> None:
+def _measure_text(
+    checkpoint: Checkpoint, text: TextSpec, store: Path | None, validation_rows: int, compute: Compute
+) -> None:
     if store is not None and is_ours(checkpoint.folder):
-        evaluate_folder(checkpoint, checkpoint.folder, text, ActivationStore(store), validation_rows)
+        activations = ActivationStore(store)
+        evaluate_folder(checkpoint, checkpoint.folder, text, activations, validation_rows, compute=compute)
     else:
-        _print_perplexity(perplexity(checkpoint, text)["perplexity"], text)
+        _print_perplexity(perplexity(checkpoint, text, compute)["perplexity"], text)
 
 
 def _print_perplexity(value: float, text: TextSpec) -> None:

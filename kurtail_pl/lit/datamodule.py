@@ -19,6 +19,7 @@ from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
+from kurtail_pl.streaming.compute import AUTO, Compute
 
 VALIDATION_BATCH = 512
 """Rows of each site that are measured at a time."""
@@ -33,14 +34,18 @@ class StoredModel(L.LightningDataModule):
             a trainer share that work, and must see the folder.
         steps: training iterations; one epoch is exactly that long.
         validation_rows: the last rows of each site, kept out of training.
+        compute: device and floating-point type in which capture, fusion, GPTQ and evaluation run the model; the
+            trainer has its own.
 
     Raises:
         ConfigError: when a setting is out of range.
     """
 
-    def __init__(self, capture: CaptureSpec, store: str, steps: int, validation_rows: int) -> None:
+    def __init__(
+        self, capture: CaptureSpec, store: str, steps: int, validation_rows: int, compute: Compute = AUTO
+    ) -> None:
         super().__init__()
-        self.capture_spec, self.store_folder = capture, Path(store)
+        self.capture_spec, self.store_folder, self.compute = capture, Path(store), compute
         self.steps, self.validation_rows = steps, validation_rows
         self.ranks = ALONE
         if steps < 1:
@@ -95,7 +100,7 @@ class StoredModel(L.LightningDataModule):
         Not in `prepare_data`, which Lightning calls on one process while the others wait.
         """
         self.ranks = Ranks.joined()
-        store = capture(self.capture_spec, self.store_folder, ranks=self.ranks)
+        store = capture(self.capture_spec, self.store_folder, compute=self.compute, ranks=self.ranks)
         assert store is not None
         self.store = store
         self.require_rows(store.origin.rows)
@@ -156,6 +161,7 @@ class ActivationDataModule(StoredModel):
         steps: see `StoredModel`.
         batch_rows: rows of each site in a batch.
         validation_rows: see `StoredModel`.
+        compute: see `StoredModel`.
 
     Raises:
         ConfigError: when the training rows do not fill one batch.
@@ -168,9 +174,10 @@ class ActivationDataModule(StoredModel):
         steps: int = 100,
         batch_rows: int = 512,
         validation_rows: int = 1024,
+        compute: Compute = AUTO,
     ) -> None:
         self.batch_rows = batch_rows  # Before the others: they look at the rows.
-        super().__init__(capture, store, steps, validation_rows)
+        super().__init__(capture, store, steps, validation_rows, compute)
 
     def require_rows(self, rows: int) -> None:
         """Raise ConfigError unless so many rows of each site fill a batch."""
@@ -208,6 +215,7 @@ class WindowDataModule(StoredModel):
         steps: see `StoredModel`.
         batch_windows: windows in a batch.
         validation_rows: see `StoredModel`.
+        compute: see `StoredModel`.
 
     Raises:
         ConfigError: when the windows are no whole number of batches.
@@ -221,8 +229,9 @@ class WindowDataModule(StoredModel):
         steps: int = 100,
         batch_windows: int = 8,
         validation_rows: int = 1024,
+        compute: Compute = AUTO,
     ) -> None:
-        super().__init__(capture, store, steps, validation_rows)
+        super().__init__(capture, store, steps, validation_rows, compute)
         self.text, self.batch_windows = text, batch_windows
         if batch_windows < 1 or text.windows is None or text.windows % batch_windows:
             raise ConfigError(

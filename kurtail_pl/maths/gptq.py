@@ -39,9 +39,12 @@ class GPTQ:
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, settings: GPTQ) -> Quantized:
     """Quantize a weight against the inputs it will see.
 
+    Beside its arguments it holds one matrix of the Hessian's size and two of the weight's.
+
     Args:
         weight: ``[out, in]``.
-        hessian: ``X^T X`` of the layer's inputs, ``[in, in]``, up to a factor.
+        hessian: ``X^T X`` of the layer's inputs, ``[in, in]``, up to a factor; float32 or float64, which is then the
+            type of its factorisation.
         grid: static grid ``[out, groups]``, from `search_grid`.
         quantizer: bits, symmetry and group size of the grid.
         settings: block size, damping, column order.
@@ -53,55 +56,72 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, sett
         torch.linalg.LinAlgError: when the damped Hessian is not positive definite.
     """
     n_in = weight.shape[1]
-    weight, hessian = weight.float().clone(), hessian.double().clone()
-    dead = hessian.diagonal() == 0
+    diagonal = hessian.diagonal().clone()
+    dead = diagonal == 0
     # An input that is always zero asks nothing of its column; the mean of the others keeps the damping what it is.
-    hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean() if dead.logical_not().any() else 1
-    weight[:, dead] = 0
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    diagonal[dead] = diagonal[~dead].mean() if dead.logical_not().any() else 1
+    order = torch.argsort(diagonal, descending=True, stable=True)
     if not settings.act_order:
         order = torch.arange(n_in, device=weight.device)
-    group_of = torch.arange(n_in, device=weight.device) // (n_in // grid.scale.shape[1])
-    scale = grid.scale.float()[:, group_of[order]].T.contiguous()
-    zero = None if grid.zero_point is None else grid.zero_point.float()[:, group_of[order]].T.contiguous()
-
-    factor = _inverse_factor(hessian[order][:, order], settings.percdamp).float()
+    # The column that is taken first comes last: a Cholesky factor of the Hessian in this order is, inverted, the
+    # (reversed) one of the inverse that GPTQ asks for, at the square root of the condition.
+    order = order.flip(0)
+    factor = hessian[order[:, None], order]
+    factor.diagonal().copy_((diagonal + settings.percdamp * diagonal.mean())[order])
+    _invert_factor(factor, settings.block_size)
     # Columns are taken one at a time: held as rows, each is contiguous.
-    columns = weight[:, order].T.contiguous()
-    codes = _solve(columns, factor, scale, zero, quantizer.code_range, settings.block_size)
+    columns = weight.float().T[order]
+    columns[dead[order]] = 0
+    groups = (order // (n_in // grid.scale.shape[1])).tolist()
+    codes = _solve(columns, factor.float(), grid, groups, quantizer, settings.block_size)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
-    return Quantized(unordered.T.contiguous().to(torch.int8 if quantizer.symmetric else torch.uint8), grid)
+    return Quantized(unordered.T.contiguous(), grid)
 
 
-def _inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, ``[in, in]``, in float64."""
-    hessian = hessian + percdamp * hessian.diagonal().mean() * torch.eye(
-        len(hessian), dtype=hessian.dtype, device=hessian.device
-    )
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+def _invert_factor(matrix: Tensor, block_size: int) -> None:
+    """Replace a positive definite ``[n, n]`` by ``L^-1`` of its Cholesky factorisation ``L L^T``, in place."""
+    # The transposed view of a symmetric matrix is laid out as LAPACK wants it: nothing is copied.
+    torch.linalg.cholesky(matrix.mT, out=matrix.mT)
+    # The factor now stands, transposed, in the upper half; its inverse is made block by block from the last.
+    lower = matrix.mT
+    for start in reversed(range(0, len(lower), block_size)):
+        block, below = slice(start, start + block_size), slice(start + block_size, None)
+        eye = torch.eye(len(lower[block]), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower[block, block], eye, upper=False)
+        lower[below, block] = -(lower[below, below] @ (lower[below, block] @ inverse))
+        lower[block, block] = inverse
 
 
 def _solve(
-    columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, code_range: tuple[int, int], block_size: int
+    columns: Tensor, factor: Tensor, grid: Grid, groups: list[int], quantizer: Quantizer, block_size: int
 ) -> Tensor:
-    """Codes of the columns ``[in, out]``, taken in order; ``columns`` is used up."""
-    codes = torch.empty_like(columns)
-    for start in range(0, len(columns), block_size):
-        block = slice(start, min(start + block_size, len(columns)))
-        errors = torch.empty_like(columns[block])
-        local = factor[block, block]
-        for i in range(len(errors)):
+    """Codes of the columns ``[in, out]``, taken from the last to the first; ``columns`` is used up.
+
+    Args:
+        columns: of the weight.
+        factor: upper half of ``[in, in]``: row i of its transpose says how an error in column i moves those before.
+        grid: of each output channel and group.
+        groups: of each column.
+        quantizer: of the grid.
+        block_size: columns whose errors are propagated together.
+    """
+    codes = torch.empty_like(columns, dtype=torch.int8 if quantizer.symmetric else torch.uint8)
+    scales = grid.scale.float().T.contiguous()
+    zeros = None if grid.zero_point is None else grid.zero_point.float().T.contiguous()
+    for stop in range(len(columns), 0, -block_size):
+        start = max(stop - block_size, 0)
+        errors = torch.empty_like(columns[start:stop])
+        local = factor[start:stop, start:stop].T.contiguous()
+        for i in reversed(range(stop - start)):
             j = start + i
-            column = columns[j]
-            code = (column / scale[j]).round_()
+            column, scale, zero = columns[j], scales[groups[j]], None if zeros is None else zeros[groups[j]]
+            code = (column / scale).round_()
             if zero is not None:
-                code += zero[j]
-            codes[j] = code.clamp_(*code_range)
-            value = (code if zero is None else code - zero[j]) * scale[j]
+                code += zero
+            codes[j] = code.clamp_(*quantizer.code_range)
+            value = (code if zero is None else code - zero) * scale
             errors[i] = (column - value) / local[i, i]
-            columns[j + 1 : block.stop].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        columns[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
+            columns[start:j].addr_(local[i, :i], errors[i], alpha=-1)
+        columns[:start].addmm_(factor[:start, start:stop], errors, alpha=-1)
     return codes

@@ -28,6 +28,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import gigabytes, require_space, write_json
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.sources import open_model
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.rotations import head_dim_of
@@ -80,16 +81,19 @@ class CaptureSpec:
         return None if self.rows == "all" else self.rows
 
 
-def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, ranks: Ranks = ALONE) -> ActivationStore | None:
+def capture(
+    spec: CaptureSpec, folder: Path, dry_run: bool = False, compute: Compute = AUTO, ranks: Ranks = ALONE
+) -> ActivationStore | None:
     """Make an activation store, or reuse the one that stands there.
 
-    The plan (sites, rows, bytes) is logged before anything is written; the rows are a function of the seed and the
+    The plan (sites, rows, bytes) is logged before anything is written; which rows is a function of the seed and the
     windows alone.
 
     Args:
         spec: model, text, rows, seed.
         folder: where the store goes.
         dry_run: stop after the plan; returns None.
+        compute: device and floating-point type of the model.
         ranks: the processes that share the windows; all see the same folder, and the first writes the store.
 
     Raises:
@@ -98,10 +102,10 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, ranks: Ranks
         KurtailError: for a model or text that cannot be had.
     """
     checkpoint = open_model(spec.model)
-    walker = Walker(checkpoint)
+    walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
     windows = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
     rows = spec.rows_of(len(windows.tokens))
-    origin = origin_of(spec, checkpoint, windows)
+    origin = origin_of(spec, checkpoint, windows, compute)
     if (folder / MANIFEST).is_file():
         store = ActivationStore(folder)
         store.require_origin(origin)
@@ -128,7 +132,7 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, ranks: Ranks
     return ActivationStore(folder)
 
 
-def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Origin:
+def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows, compute: Compute = AUTO) -> Origin:
     """Everything that decides a store's rows."""
     return Origin(
         model=spec.model,
@@ -140,6 +144,7 @@ def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows) -> Or
         seqlen=spec.text.seqlen,
         rows=spec.rows_of(len(windows.tokens)),
         seed=spec.seed,
+        dtype=compute.dtype,
     )
 
 

@@ -14,13 +14,14 @@ from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.storage.resume import resumable_work
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 
 log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
+def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) -> dict[str, Any]:
     """Perplexity over the first windows of a text.
 
     Rows are joined by blank lines and tokenised once without special tokens; windows do not overlap; the mean negative
@@ -29,32 +30,34 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec) -> dict[str, Any]:
     Args:
         checkpoint: model folder.
         spec: text, number and length of the windows.
+        compute: device and floating-point type of the model; log-likelihoods are added in float64.
 
     Returns:
-        ``perplexity`` with text, windows, seqlen, predicted tokens, the text's hash and the cost.
+        ``perplexity`` with text, windows, seqlen, dtype, predicted tokens, the text's hash and the cost.
 
     Raises:
         TextError: when the text is too short.
     """
     windows = cut_windows(checkpoint.tokenizer(), spec, "evaluation")
     spec = windows.spec
-    recipe = {"model_sha256": checkpoint.sha256, "text_sha256": windows.text_sha256, **asdict(spec)}
+    settings = {**asdict(spec), "dtype": compute.dtype}
+    recipe = {"model_sha256": checkpoint.sha256, "text_sha256": windows.text_sha256, **settings}
     with resumable_work(recipe) as work, Meter(work.state.get("cost")) as meter:
-        walker = Walker(checkpoint, skeleton(checkpoint))
+        walker = Walker(checkpoint, skeleton(checkpoint), compute.torch_dtype, compute.torch_device)
         hidden = walker.hidden_states(windows.tokens, work)
         for _, layer in walker.layers("evaluate layers", work):
             hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
             work.state["cost"] = meter.to_dict()
         norm, head = walker.head()
         # One process evaluates, whoever trained.
-        metric = Perplexity(sync_on_compute=False)
+        metric = Perplexity(sync_on_compute=False).to(walker.device)
         for states, ids in zip(hidden.before, windows.tokens, strict=True):
-            metric.update(head(norm(states)), ids.unsqueeze(0))
+            metric.update(head(norm(states)), ids.unsqueeze(0).to(walker.device))
     value = metric.compute().item()
     log.info("perplexity of %s: %.3f (%d windows of %d tokens)", checkpoint.folder, value, spec.windows, spec.seqlen)
     return {
         "perplexity": value,
-        **asdict(spec),
+        **settings,
         "tokens": int(metric.tokens),
         "text_sha256": windows.text_sha256,
         "cost": meter.to_dict(),

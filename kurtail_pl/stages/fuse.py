@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, re
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of, write_rotations
+from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
@@ -45,7 +47,14 @@ UNROTATED = "none"
 """Method name of a model that is only copied."""
 
 
-def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path, overwrite: bool = False) -> Path:
+def fuse(
+    checkpoint: Checkpoint,
+    rotations: Rotations,
+    method: str,
+    folder: Path,
+    overwrite: bool = False,
+    device: Device = "auto",
+) -> Path:
     """Write a float32 model with rotations fused in, whose output is the original's.
 
     A probe of 64 tokens goes through the original and the rotated layers together, in float64: after each fold of each
@@ -57,6 +66,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
         method: name that goes into `kurtail.json`.
         folder: where the model goes; one that was fused from the same is reused.
         overwrite: replace the folder if it exists.
+        device: where the products are computed, ``cpu``, ``cuda`` or ``auto``; in float64 on either.
 
     Raises:
         GateError: when a fold changes the output; nothing is kept.
@@ -74,7 +84,7 @@ def fuse(checkpoint: Checkpoint, rotations: Rotations, method: str, folder: Path
         require_intact(folder)
         log.info("reusing the fused model %s", folder)
         return folder
-    walker = Walker(checkpoint, dtype=torch.float64)
+    walker = Walker(checkpoint, dtype=torch.float64, device=Compute(device).torch_device)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
     walker.model.set_attn_implementation(ATTENTION)
     with resumable_folder(folder, overwrite, recipe) as work:
@@ -122,14 +132,16 @@ class _Fuser:
     """
 
     def __init__(self, walker: Walker, rotations: Rotations, work: Workplace) -> None:
-        self.walker, self.architecture, self.rotations, self.work = walker, walker.architecture, rotations, work
+        self.walker, self.architecture, self.work = walker, walker.architecture, work
+        residual, value = (r if r is None else r.to(walker.device) for r in (rotations.residual, rotations.value))
+        self.rotations = replace(rotations, residual=residual, value=value)
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(PROBE_TOKENS, config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
-        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator)
-        self.hidden = HiddenStates(work, (3, length, config.hidden_size), walker.dtype)
+        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
+        self.hidden = HiddenStates(work, (3, length, config.hidden_size), walker.dtype, walker.device)
 
     @torch.no_grad()
     def run(self, meter: Meter) -> dict[str, float]:
@@ -145,10 +157,14 @@ class _Fuser:
             rotated_after = self.walker.advance(layer, rotated)
             rounded_after = self.walker.advance(layer.float(), rounded.float())
             self.hidden.after.fill([reference_after, rotated_after, rounded_after])
-            state = checkpoint_state(layer.state_dict(), self.architecture)
-            self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
+            self._write_layer(index, layer)
             self.work.state["cost"] = meter.to_dict()
         return self._head(*self.hidden.before)
+
+    def _write_layer(self, index: int, layer: nn.Module) -> None:
+        # No name outlives this: one would keep the layer's weights in memory while the next ones are read.
+        state = checkpoint_state(layer.state_dict(), self.architecture)
+        self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""

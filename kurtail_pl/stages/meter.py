@@ -96,6 +96,13 @@ def free_memory() -> int | None:
     return None if available is None else available + resident_memory()
 
 
+def device_memory() -> int | None:
+    """Bytes of the CUDA device's memory that programs can still take, this one's own included; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
 def _bytes_of(file: Path, field: str) -> int | None:
     """A field of a file under /proc, which counts in kilobytes; None where there is none."""
     try:

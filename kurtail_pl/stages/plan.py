@@ -12,10 +12,12 @@ from transformers import PretrainedConfig
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.fuse import ROWS
 from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.sizes import Sizes, sizes_of
+from kurtail_pl.stages.solver import FLOAT64_WIDTH
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import Shape, store_bytes
 from kurtail_pl.storage.files import gigabytes
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.rotations import head_dim_of
 
 TOKENIZER = 50_000_000
@@ -23,6 +25,8 @@ TOKENIZER = 50_000_000
 WHOLE_TEXT = 350_000
 """Tokens of a text that is taken whole, about: the test split of WikiText-2 has so many, and a plan reads no text."""
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
+SEARCH_BYTES = 8 * FLOAT32 << 25
+"""Of the search on CUDA: eight float32 copies of the values that it takes at once."""
 SEARCH_PASSES = 80 * 10
 """Passes over a weight that the search of its grid makes: 80 clip ratios, about ten elementwise steps each."""
 CAYLEY_PRODUCTS = 12
@@ -30,57 +34,6 @@ CAYLEY_PRODUCTS = 12
 
 KEPT_HIDDEN, KEPT_WIDE = 14, 6
 """Values that the backward pass keeps for each token and layer, in widths of the residual stream and of the MLP."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters and widths of a model.
-
-    Attributes:
-        layers: decoder layers.
-        hidden: width of the residual stream.
-        widest: width of the widest linear's input, which decides the largest Hessian.
-        layer: parameters of one decoder layer.
-        active: of these, the ones that one token meets (fewer, in a mixture).
-        attention: query heads times their width.
-        embedding: parameters of the embedding; the head has as many.
-        stored: bytes of a parameter on disk.
-    """
-
-    layers: int
-    hidden: int
-    widest: int
-    layer: int
-    active: int
-    attention: int
-    embedding: int
-    stored: int
-
-    def forward(self, tokens: int, seqlen: int) -> float:
-        """FLOPs of all decoder layers on so many tokens in windows of a length."""
-        return tokens * self.layers * (2.0 * self.active + 2.0 * seqlen * self.attention)
-
-
-def sizes_of(config: PretrainedConfig) -> Sizes:
-    """Sizes from a configuration; raises UnsupportedArchitecture for an unknown family."""
-    architecture = architecture_of(config)
-    hidden, head_dim, width = config.hidden_size, head_dim_of(config), getattr(config, architecture.mlp_width)
-    attention, cache = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    mlp = 3 * hidden * width
-    experts = (getattr(config, "num_local_experts", None) or config.num_experts) if architecture.experts else 1
-    chosen = config.num_experts_per_tok if architecture.experts else 1
-    heads = 2 * hidden * (attention + cache)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return Sizes(
-        layers=config.num_hidden_layers,
-        hidden=hidden,
-        widest=max(width, attention, hidden),
-        layer=heads + experts * mlp,
-        active=heads + chosen * mlp,
-        attention=attention,
-        embedding=config.vocab_size * hidden,
-        stored=dtype.itemsize,
-    )
 
 
 @dataclass(frozen=True)
@@ -114,6 +67,7 @@ class StagePlan:
         flops: floating-point operations in matrix products.
         passes: values touched by elementwise work that takes longer than the products.
         knob: what makes it smaller.
+        device: bytes of the CUDA device's memory at the peak; None where it computes on the CPU.
     """
 
     stage: str
@@ -122,6 +76,7 @@ class StagePlan:
     flops: float
     passes: float
     knob: str
+    device: int | None = None
 
 
 def plan(
@@ -131,6 +86,7 @@ def plan(
     quantize: QuantizeSpec,
     evaluation: TextSpec,
     program: int,
+    compute: Compute = AUTO,
 ) -> list[StagePlan]:
     """The stages of a recipe, in their order.
 
@@ -141,67 +97,91 @@ def plan(
         quantize: how weights are quantized.
         evaluation: evaluation text.
         program: bytes that the program itself takes, libraries included.
+        compute: device and floating-point type of the layers.
     """
     s = sizes_of(config)
     shape = Shape(s.layers, s.hidden, config.num_key_value_heads, head_dim_of(config))
     program += TOKENIZER
-    # A tensor is read through a memory map and converted, and copied once more to be written; the next layer is read
-    # while one computes. What is float32 already is used where it is mapped, an embedding row by row.
-    converted = s.stored != FLOAT32
-    ends = s.embedding * (s.stored + FLOAT32) if converted else 0
-    layer = s.layer * (2 * s.stored + FLOAT32)
-    written = s.embedding * 2 * FLOAT32
+    value = compute.torch_dtype.itemsize
 
     def tokens_of(text: TextSpec) -> int:
         return WHOLE_TEXT if text.windows is None else text.windows * text.seqlen
 
     def states(text: TextSpec) -> int:
-        return 2 * tokens_of(text) * s.hidden * FLOAT32
+        return 2 * tokens_of(text) * s.hidden * value
 
     def window(text: TextSpec) -> int:
-        return 6 * text.seqlen * s.widest * FLOAT32
+        return 6 * text.seqlen * s.widest * value
+
+    def read(parameters: int, stored: int, wanted: int) -> int:
+        # A tensor is read through a memory map; what is of the wanted type already is used where it is mapped.
+        return parameters * (wanted if stored == wanted else stored + wanted)
+
+    def stage(
+        name: str, kept: int, modules: int, device: int, disk: int, flops: float, passes: float, knob: str
+    ) -> StagePlan:
+        # On CUDA the CPU holds what is read ahead and what is written; what is computed with is the device's.
+        if not compute.on_cuda:
+            return StagePlan(name, program + kept + modules, disk, flops, passes, knob)
+        ahead = max(2 * s.layer * FLOAT32, s.embedding * (s.stored + FLOAT32))
+        return StagePlan(name, program + kept + ahead, disk, flops, passes, knob, device)
 
     text, tokens = capture.text, tokens_of(capture.text)
     store = store_bytes(shape, capture.known_rows or WHOLE_TEXT)
+    # Of an embedding that is used where it is mapped, only the text's own rows are read.
+    ends = read(s.embedding, s.stored, value) if s.stored != value else 0
     calibration = tokens_of(quantize.text) if quantize.needs_inputs else 0
-    inner = calibration * s.widest * FLOAT32
-    hessians = 5 * s.widest**2 * FLOAT64 if calibration else 0
+    inner = calibration * s.widest * value
     kept = states(quantize.text) + inner if calibration else 0
+    # Codes of what is solved already, half a byte each, beside the widest linear, or all experts still to come.
+    unsolved = s.layer * value if s.active < s.layer else s.layer // 2 + s.wide * value
+    solving = _hessians(s.widest) + 2 * s.wide * FLOAT32 if calibration else 0
+    half = s.embedding * FLOAT16
+    solved = max(s.layer * value, unsolved + solving, s.layer * value + (_hessians(s.hidden) if calibration else 0))
     logits = 2 * evaluation.seqlen * config.vocab_size * FLOAT32
     artefact = s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16
-    half = s.embedding * FLOAT16
     evaluated = tokens_of(evaluation)
-    wide = s.layer * (FLOAT64 + FLOAT32) + s.widest * s.hidden * FLOAT64
+    packed = s.layer * (value + 1)
+    squares = 3 * s.hidden**2 * FLOAT64
+    folded = s.layer * FLOAT64 + 2 * s.wide * FLOAT64
     return [
-        StagePlan(
+        stage(
             "capture",
-            program + states(text) + max(ends, layer + window(text)),
+            states(text),
+            max(ends, read(s.layer, s.stored, value) + window(text)),
+            max(s.embedding, s.layer) * value + s.wide * s.stored + window(text),
             store + states(text),
             s.forward(tokens, text.seqlen),
             0.0,
             "fewer windows or rows (data.init_args.capture)",
         ),
-        _learn(s, learning, config.vocab_size, program),
-        StagePlan(
+        _learn(s, learning, config.vocab_size, program, compute.on_cuda),
+        stage(
             "fuse",
-            program + max(ends + written + 4 * ROWS * s.hidden * FLOAT64, 2 * s.layer * s.stored + wide),
+            squares,
+            max(read(s.embedding, s.stored, FLOAT32) + 4 * ROWS * s.hidden * FLOAT64, folded + s.layer * s.stored),
+            squares + max(s.embedding * FLOAT32 + 4 * ROWS * s.hidden * FLOAT64, folded),
             (s.layers * s.layer + 2 * s.embedding) * FLOAT32,
             # Float64 products take twice as long.
             2 * 2.0 * s.hidden * (s.layers * s.layer + 2 * s.embedding),
             0.0,
             "a disk or machine with more room: fusion holds one layer in float64",
         ),
-        StagePlan(
+        stage(
             "quantize",
-            program + kept + max(s.embedding * FLOAT32 + 2 * half, s.layer * 3 * FLOAT32 + hessians),
+            kept,
+            max(s.embedding * FLOAT32 + half, solved),
+            max(s.embedding * FLOAT32, solved + window(quantize.text)) + SEARCH_BYTES,
             artefact + kept,
             s.forward(calibration, quantize.text.seqlen) + (2 * 2.0 * calibration + s.widest) * s.layers * s.active,
             SEARCH_PASSES * float(s.layers * s.layer) if quantize.scheme.weights is not None else 0.0,
             "fewer calibration windows (quantize.text.windows)",
         ),
-        StagePlan(
+        stage(
             "evaluate",
-            program + states(evaluation) + max(half + s.embedding * FLOAT32 + logits, s.layer * 2 * FLOAT32),
+            states(evaluation),
+            max(read(s.embedding, FLOAT16, value) + logits, packed + window(evaluation)),
+            max(s.embedding * (value + FLOAT16) + logits, packed + window(evaluation)),
             states(evaluation),
             s.forward(evaluated, evaluation.seqlen) + 2.0 * evaluated * s.embedding,
             0.0,
@@ -210,28 +190,38 @@ def plan(
     ]
 
 
-def _learn(s: Sizes, learning: Learning, vocabulary: int, program: int) -> StagePlan:
+def _hessians(width: int) -> int:
+    """Bytes of a Hessian and its factor, and of the float32 copy of a float64 one."""
+    return width**2 * (2 * FLOAT64 + FLOAT32 if width <= FLOAT64_WIDTH else 2 * FLOAT32)
+
+
+def _learn(s: Sizes, learning: Learning, vocabulary: int, program: int, on_cuda: bool) -> StagePlan:
     square = s.hidden**2
     cayley = learning.steps * CAYLEY_PRODUCTS * 2.0 * s.hidden**3
     disk = 3 * square * FLOAT32
     if isinstance(learning, ProxyLearning):
         batch = 2 * s.layers * learning.batch_rows * s.hidden * FLOAT32
         products = learning.steps * 3.0 * 4 * s.layers * learning.batch_rows * square
-        memory = program + 3 * batch + 12 * square * FLOAT32
-        return StagePlan("learn", memory, disk, products + cayley, 0.0, "smaller batches (data.init_args.batch_rows)")
+        taken = 3 * batch + 12 * square * FLOAT32
+        memory, device = (program + batch, taken) if on_cuda else (program + taken, None)
+        knob = "smaller batches (data.init_args.batch_rows)"
+        return StagePlan("learn", memory, disk, products + cayley, 0.0, knob, device)
     tokens = learning.batch_windows * learning.seqlen
     # Weights as they are and as rotated, two steps of them; and what the backward pass needs of every layer.
     weights = 3 * s.layers * s.layer + 2 * s.embedding
     kept = s.layers * tokens * (KEPT_HIDDEN * s.hidden + KEPT_WIDE * s.widest) + 4 * tokens * vocabulary
     turned = 2.0 * s.layers * s.layer * s.hidden
     forward = s.forward(tokens, learning.seqlen) + 2.0 * tokens * s.embedding + turned
+    taken = (weights + kept) * FLOAT32 + 12 * square * FLOAT32
     return StagePlan(
         "learn",
-        program + (weights + kept) * FLOAT32 + 12 * square * FLOAT32,
+        # The whole model is read on the CPU first.
+        program + (weights * FLOAT32 if on_cuda else taken),
         disk,
         learning.steps * 3 * forward + cayley,
         0.0,
         "smaller batches or shorter windows (data.init_args); this method needs the whole model",
+        taken if on_cuda else None,
     )
 
 
@@ -247,27 +237,45 @@ class Speed:
         return stage.flops / self.flops + stage.passes / self.passes
 
 
-def probe() -> Speed:
-    """Measure this machine for about half a second."""
-    a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
-    return Speed(_rate(lambda: a @ b, 2.0 * 512 * 1024 * 1024), _rate(lambda: a.mul_(1.0), a.numel()))
+def probe(compute: Compute = AUTO) -> Speed | None:
+    """Measure the device for about half a second; None when it is not in this machine."""
+    if compute.on_cuda and not torch.cuda.is_available():
+        return None
+    rows = 8192 if compute.on_cuda else 512
+    with compute.torch_device:
+        a, b = (torch.randn(n, 2 * rows, dtype=compute.torch_dtype) for n in (rows, 2 * rows))
+    return Speed(_rate(lambda: a @ b, 2.0 * a.numel() * len(b)), _rate(lambda: a.mul_(1.0), a.numel()))
 
 
 def _rate(work: Callable[[], object], amount: float) -> float:
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     work()
+    wait()
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < 0.25:
         work()
+        wait()
         done += 1
     return done * amount / (time.perf_counter() - started)
 
 
-def misfits(stages: list[StagePlan], memory: int | None, disk: int) -> list[str]:
-    """What does not fit into so many bytes of memory (None: unknown) and of disk, each with the knob to turn."""
+def misfits(stages: list[StagePlan], memory: int | None, disk: int, device: int | None = None) -> list[str]:
+    """What does not fit, each with the knob to turn.
+
+    Args:
+        stages: the plan.
+        memory: bytes free; None where that is not known.
+        disk: bytes free.
+        device: bytes free on the CUDA device; None where there is none.
+    """
     found = [
-        f"{stage.stage} needs {gigabytes(stage.memory)} of memory and {gigabytes(memory)} are free: {stage.knob}"
+        f"{stage.stage} needs {gigabytes(needed)} of {kind} and {gigabytes(free)} are free: {stage.knob}"
         for stage in stages
-        if memory is not None and stage.memory > memory
+        for kind, needed, free in (("memory", stage.memory, memory), ("device memory", stage.device, device))
+        if needed is not None and free is not None and needed > free
     ]
     needed = sum(stage.disk for stage in stages)
     if needed > disk:
@@ -279,10 +287,10 @@ def misfits(stages: list[StagePlan], memory: int | None, disk: int) -> list[str]
     return found
 
 
-def table(stages: list[StagePlan], speed: Speed) -> str:
-    """The plan for people."""
-    widths = (8, 9, 9, 9, 8)
-    head = ("stage", "memory", "disk", "TFLOPs", "seconds")
+def table(stages: list[StagePlan], speed: Speed | None) -> str:
+    """The plan for people; without a speed, no seconds."""
+    widths = (8, 9, 9, 9, 9, 8)
+    head = ("stage", "device", "memory", "disk", "TFLOPs", "seconds")
     lines = [
         "| " + " | ".join(name.ljust(width) for name, width in zip(head, widths, strict=True)) + " |",
         "| " + " | ".join("-" * width for width in widths) + " |",
@@ -290,10 +298,11 @@ def table(stages: list[StagePlan], speed: Speed) -> str:
     for stage in stages:
         cells = (
             stage.stage.ljust(8),
+            ("-" if stage.device is None else gigabytes(stage.device)).rjust(9),
             gigabytes(stage.memory).rjust(9),
             gigabytes(stage.disk).rjust(9),
             f"{stage.flops / 1e12:.2f}".rjust(9),
-            f"{speed.seconds(stage):.0f}".rjust(8),
+            ("-" if speed is None else f"{speed.seconds(stage):.0f}").rjust(8),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

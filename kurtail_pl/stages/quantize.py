@@ -26,6 +26,7 @@ from kurtail_pl.storage.folder import CARD, ShardWriter, named, read_card, rotat
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.families import architecture_of
@@ -77,7 +78,14 @@ class QuantizeSpec:
         return self.scheme.weights is not None and self.method == "gptq"
 
 
-def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = False, ranks: Ranks = ALONE) -> Path:
+def quantize(
+    fused: Path,
+    spec: QuantizeSpec,
+    folder: Path,
+    overwrite: bool = False,
+    compute: Compute = AUTO,
+    ranks: Ranks = ALONE,
+) -> Path:
     """Write an artefact folder from a fused model.
 
     Args:
@@ -85,6 +93,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
         spec: scheme and method.
         folder: where the artefact goes.
         overwrite: replace the folder if it exists.
+        compute: device and floating-point type of the layers that the calibration text goes through.
         ranks: the processes that share the calibration windows; all see the same folders, and the first writes. What
             needs no windows the first does alone, and the others return at once.
 
@@ -105,13 +114,14 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
     model = empty_model(checkpoint.config)
     online = scheme if spec.quantized_activations else replace(scheme, activations=None, keys=None, values=None)
     equip_model(model, online, rotations)
-    walker = Walker(checkpoint, model)
+    walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     solver = LayerSolver(walker, spec.scheme.weights, spec.gptq if spec.needs_inputs else None, ranks)
     text = calibration_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
         "fused_sha256": sha256_of(fused / CARD),
         "quantize": asdict(spec),
+        "dtype": compute.dtype,
         "calibration_text_sha256": None if text is None else text.text_sha256,
     }
     with resumable_folder(folder, overwrite, recipe, ranks) as work:
@@ -122,6 +132,7 @@ def quantize(fused: Path, spec: QuantizeSpec, folder: Path, overwrite: bool = Fa
             "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
+            "dtype": compute.dtype,
             "calibration_text_sha256": recipe["calibration_text_sha256"],
             "fused_sha256": recipe["fused_sha256"],
             **solver.notes,
@@ -179,7 +190,7 @@ def _write_weights(
 
     solver.notes.update(work.state.get("notes", {}))
     if work.done is None and ranks.leads:
-        embedding = walker.embedding()
+        embedding = walker.embedding(torch.float32)
         shards.write(0, state(architecture.embedding, embedding))
         embedding.to("meta")
     windows = torch.empty(0, 0, dtype=torch.long) if text is None else text.tokens
@@ -192,7 +203,7 @@ def _write_weights(
         work.state.update(notes=solver.notes, cost=meter.to_dict())
     if not ranks.leads:
         return
-    norm, head = walker.head()
+    norm, head = walker.head(torch.float32)
     shards.write(walker.n_layers + 1, {**state(architecture.final_norm, norm), **state(architecture.head, head)})
     shards.close()
 

@@ -26,7 +26,7 @@ def siblings(folder: Path) -> list[dict[str, Any]]:
 
     def measured_on(results: dict[str, Any]) -> tuple[Any, ...]:
         evaluation = results["evaluation"]
-        return (results["model"], *(evaluation[key] for key in ("text_sha256", "windows", "seqlen")))
+        return (results["model"], *(evaluation.get(key) for key in ("text_sha256", "windows", "seqlen", "dtype")))
 
     found = [read_results(path.parent) for path in sorted(folder.parent.glob(f"*/{RESULTS}"))]
     rows = [results for results in found if "evaluation" in results and measured_on(results) == measured_on(own)]

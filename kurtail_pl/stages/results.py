@@ -19,6 +19,7 @@ from kurtail_pl.storage.activations import ActivationStore, block_sites
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import write_json
 from kurtail_pl.storage.folder import is_ours, read_card, rotations_of
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 RESULTS = "results.json"
@@ -52,6 +53,7 @@ def evaluate_folder(
     store: ActivationStore,
     validation_rows: int,
     tasks: TaskSpec | None = None,
+    compute: Compute = AUTO,
 ) -> dict[str, Any]:
     """Measure a model and write `results.json`; what tasks gave earlier is kept when none are asked for.
 
@@ -62,6 +64,7 @@ def evaluate_folder(
         store: activation store of the vanilla model.
         validation_rows: its last rows, on which the kurtosis of the block inputs is measured.
         tasks: of the lm-evaluation-harness, if any.
+        compute: device and floating-point type of the text's perplexity; tasks are answered there in float32.
     """
     ours = is_ours(checkpoint.folder)
     card: dict[str, Any] = (
@@ -74,7 +77,7 @@ def evaluate_folder(
             f"validation_rows is {validation_rows}; the store {store.folder} has {rows} rows: ask for fewer"
         )
     per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
-    measured = perplexity(checkpoint, text)
+    measured = perplexity(checkpoint, text, compute)
     learned = card.get("rotations", {}).get("cost")
     cost = {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")}
     results = {
@@ -94,7 +97,7 @@ def evaluate_folder(
     }
     earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
     if tasks is not None:
-        results["tasks"] = evaluate_tasks(checkpoint, tasks)
+        results["tasks"] = evaluate_tasks(checkpoint, tasks, compute.device)
     elif earlier is not None and earlier["model_sha256"] == checkpoint.sha256:
         results["tasks"] = earlier
     # Only now: results without the tasks would pass for results of other settings.

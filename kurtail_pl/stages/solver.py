@@ -22,6 +22,9 @@ from kurtail_pl.surgery.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
 
+FLOAT64_WIDTH = 8192
+"""Hessians up to this width are float64, 0.5 GB at most; a wider one in float32 is still factored safely, by the square
+root of its condition (`maths.gptq`)."""
 
 Inputs = Callable[[], Iterable[Tensor]]
 """The inputs of linears, window by window, ``[1, tokens, in]``; made anew whenever they are needed."""
@@ -147,14 +150,24 @@ class LayerSolver:
         self._pack(layer, prefix, names, self._hessian(layer.get_submodule(names[0]), inputs()))
 
     def _hessian(self, linear: nn.Module, inputs: Iterable[Tensor]) -> Tensor | None:
-        """``X^T X`` over all tokens of what the linear's weight multiplies, ``[in, in]`` float64; None for RTN."""
+        """``X^T X`` over all tokens of what the linear's weight multiplies, ``[in, in]``; None for RTN.
+
+        Float64, or float32 where that would be the largest thing in memory.
+        """
         if self.quantizer is None or self.settings is None:
             return None
         assert isinstance(linear, QuantizedLinear)
-        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+        width = linear.in_features
+        dtype = torch.float64 if width <= FLOAT64_WIDTH else torch.float32
+        total = torch.zeros(width, width, dtype=dtype, device=self.walker.device)
         for x in inputs:
             rows = linear.prepare(x).flatten(0, -2)
-            total += rows.T @ rows
+            with _exact_products(rows.dtype):
+                rows = rows.float()
+                if dtype == torch.float32:
+                    total.addmm_(rows.T, rows)
+                else:
+                    total += rows.T @ rows
         return self.ranks.sum(total)
 
     def _pack(self, layer: nn.Module, prefix: str, names: tuple[str, ...], hessian: Tensor | None) -> None:
@@ -181,10 +194,21 @@ def _evenly(candidates: Tensor, count: int, ranks: Ranks) -> Tensor:
     places = candidates.nonzero().flatten()
     counts = ranks.each(len(places))
     first, total = sum(counts[: ranks.rank]), sum(counts)
-    wanted = torch.linspace(0, total - 1, min(count, total)).long() - first
+    wanted = torch.linspace(0, total - 1, min(count, total), device=places.device).long() - first
     chosen = torch.zeros_like(candidates)
     chosen[places[wanted[(wanted >= 0) & (wanted < len(places))]]] = True
     return chosen
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let CUDA multiply bfloat16 values, held as float32, by its fast TF32 units, which round none of them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -42,6 +42,8 @@ class Origin:
     seqlen: int
     rows: int
     seed: int
+    dtype: str = "float32"
+    """In which the model was run."""
 
 
 @dataclass(frozen=True)

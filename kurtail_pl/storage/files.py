@@ -70,7 +70,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
     the file's hash would change from write to write.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
     temporary.replace(path)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from kurtail_pl.storage.files import claim
 from kurtail_pl.storage.resume import Workplace
 
+CPU = torch.device("cpu")
+
 
 class MappedStates:
     """States of every window, each ``[1, tokens, width]``, in one memory-mapped file.
@@ -22,14 +24,15 @@ class MappedStates:
         path: the file; its states are kept when it exists in the right size.
         shape: windows, tokens and width.
         dtype: of the states.
+        device: where the states of a window are put when they are asked for; the file is the CPU's.
 
     Raises:
         OSError: when the disk has no room (the whole file is claimed at once: a full disk would otherwise kill the
             process later, on a write to memory).
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self._count = shape[0]
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self._count, self._device = shape[0], device
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         if size == 0:
             return
@@ -43,7 +46,7 @@ class MappedStates:
         return self._count
 
     def __getitem__(self, window: int) -> Tensor:
-        return self._states[window : window + 1]
+        return self._states[window : window + 1].to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[window] for window in range(len(self)))
@@ -64,12 +67,15 @@ class HiddenStates:
         work: whose folder holds the files, and which says how many layers are finished.
         shape: windows, tokens and hidden size; no windows where none are needed.
         dtype: of the states.
+        device: where the states of a window are used.
     """
 
-    def __init__(self, work: Workplace, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self._work, self._shape, self._dtype = work, shape, dtype
+    def __init__(
+        self, work: Workplace, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
+        self._work, self._shape, self._dtype, self._device = work, shape, dtype, device
         paths = [work.scratch / f"hidden.{turn}" for turn in range(2)]
-        self._files = [MappedStates(path, shape, dtype) for path in paths]
+        self._files = [MappedStates(path, shape, dtype, device) for path in paths]
 
     @property
     def before(self) -> MappedStates:
@@ -83,4 +89,5 @@ class HiddenStates:
 
     def scratch(self, width: int) -> MappedStates:
         """A third file for states of another width within a layer."""
-        return MappedStates(self._work.scratch / "hidden.inner", (*self._shape[:2], width), self._dtype)
+        path = self._work.scratch / "hidden.inner"
+        return MappedStates(path, (*self._shape[:2], width), self._dtype, self._device)

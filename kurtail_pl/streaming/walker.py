@@ -15,7 +15,7 @@ from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.storage.resume import Workplace
-from kurtail_pl.streaming.hidden import HiddenStates
+from kurtail_pl.streaming.hidden import CPU, HiddenStates
 from kurtail_pl.surgery.equip import empty_model, layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
@@ -28,6 +28,7 @@ class Walker:
         checkpoint: where the weights are.
         model: its modules, without weights; the plain model of the configuration when not given.
         dtype: floating-point type of the computation.
+        device: where the current module's weights are, and its hidden states go through it.
 
     Raises:
         UnsupportedArchitecture: when the model's family has no matching record.
@@ -38,15 +39,28 @@ class Walker:
         checkpoint: Checkpoint,
         model: PreTrainedModel | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.model = empty_model(checkpoint.config) if model is None else model
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))
+        self.model.get_submodule(self.architecture.rotary).to(device)
         self._positions: dict[tuple[int, torch.dtype, bool], dict[str, object]] = {}
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
         return module_state(self.checkpoint.tensors_under(prefix), self.architecture)
+
+    def _read_ahead(self, prefix: str) -> dict[str, Tensor]:
+        """The same in a thread; for CUDA to where the device copies from by itself, which is what reads the disk."""
+        tensors = self._read(prefix)
+        return {n: t.pin_memory() for n, t in tensors.items()} if self.device.type == "cuda" else tensors
+
+    def _to_device(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        # First to the device, as it is: fewer bytes, and the conversion is done there.
+        tensor = tensor.to(self.device, non_blocking=True)
+        # The scales of packed weights stay float32: there is one for thousands of weights.
+        return to_float(tensor, torch.promote_types(dtype, torch.float32) if name.endswith("scale") else dtype)
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None) -> nn.Module:
         return self._put(module, self._read(prefix), prefix, dtype)
@@ -54,7 +68,7 @@ class Walker:
     def _put(
         self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        state = {name: to_float(t, dtype or self.dtype) for name, t in tensors.items()}
+        state = {name: self._to_device(name, t, dtype or self.dtype) for name, t in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -62,7 +76,8 @@ class Walker:
                 f"the weights in {self.checkpoint.folder} do not fit its config.json at {prefix}: "
                 f"{' '.join(str(error).split())}; copy or download the model again"
             ) from error
-        return module
+        # What is not part of the checkpoint, such as the factors of online Hadamards.
+        return module.to(self.device)
 
     def embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The embedding, with its weights, in a type of its own if one is given; drop it when done."""
@@ -89,12 +104,13 @@ class Walker:
         layers, prefix = layers_of(self.model, self.architecture), self.architecture.layers
         todo = range((work and work.done) or 0, self.n_layers)
         with ThreadPoolExecutor(max_workers=1) as reader:
-            coming = reader.submit(self._read, f"{prefix}.{todo.start}") if todo else None
+            coming = reader.submit(self._read_ahead, f"{prefix}.{todo.start}") if todo else None
             for index in track(todo, description):
                 assert coming is not None
-                tensors = coming.result()
-                coming = reader.submit(self._read, f"{prefix}.{index + 1}") if index + 1 < self.n_layers else None
-                yield index, self._put(layers[index], tensors, f"{prefix}.{index}")
+                # Nothing here may hold on to the tensors: what replaces them in the layer would not free them.
+                layer = self._put(layers[index], coming.result(), f"{prefix}.{index}")
+                coming = reader.submit(self._read_ahead, f"{prefix}.{index + 1}") if index + 1 < self.n_layers else None
+                yield index, layer
                 layers[index].to("meta")
                 if work is not None:
                     work.finished(index + 1)
@@ -105,10 +121,10 @@ class Walker:
 
         No windows give no states.
         """
-        hidden = HiddenStates(work, (*windows.shape, int(self.checkpoint.config.hidden_size)), self.dtype)
+        hidden = HiddenStates(work, (*windows.shape, int(self.checkpoint.config.hidden_size)), self.dtype, self.device)
         if work.done is None:
             embedding = self.embedding()
-            hidden.before.fill(embedding(window.unsqueeze(0)) for window in windows)
+            hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
             embedding.to("meta")
             work.finished(0)
         return hidden
@@ -118,7 +134,7 @@ class Walker:
         slides = self._slides(layer)
         key = hidden.shape[1], hidden.dtype, slides
         if key not in self._positions:
-            position_ids = torch.arange(hidden.shape[1]).unsqueeze(0)
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
             rotary = self.model.get_submodule(self.architecture.rotary)
             make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
             self._positions[key] = {

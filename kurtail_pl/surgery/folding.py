@@ -110,8 +110,9 @@ def turn_values(weight: Tensor, per_head: Tensor) -> Tensor:
 def turn_heads(weight: Tensor, per_head: Tensor) -> Tensor:
     """Value heads rotated in what reads them: ``[out, heads * head_dim]``, each query head by its KV head's."""
     kv_heads, head_dim, _ = per_head.shape
-    by_head = weight.view(weight.shape[0], -1, 1, head_dim)
-    return (by_head @ per_head.repeat_interleave(by_head.shape[1] // kv_heads, 0)).flatten(1)
+    by_head = weight.view(weight.shape[0], -1, head_dim).transpose(0, 1)
+    # Heads first: the other way round, matmul makes a copy of the rotations for each row.
+    return (by_head @ per_head.repeat_interleave(len(by_head) // kv_heads, 0)).transpose(0, 1).flatten(1)
 
 
 def absorb_online(linear: nn.Linear, rotation: HadamardFactors) -> None:

@@ -25,8 +25,8 @@ class LargestChange:
         """Take the next part into account."""
         reference = reference.double()
         # torch.maximum keeps a nan, which must not pass the gate.
-        self._change = torch.maximum(self._change, (value.double() - reference).abs().max())
-        self._reference = torch.maximum(self._reference, reference.abs().max())
+        self._change = torch.maximum(self._change, (value.double() - reference).abs().max().cpu())
+        self._reference = torch.maximum(self._reference, reference.abs().max().cpu())
 
     @property
     def relative(self) -> float:

@@ -88,5 +88,6 @@ class OnlineHadamard(nn.Module):
         self.register_buffer("right", factors.right, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate ``[..., n]``."""
-        return hadamard_transform(x, HadamardFactors(self.left, self.right, self.construction))
+        """Rotate ``[..., n]``, in float32 or wider: in half precision the factors would not be orthogonal."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return hadamard_transform(wide, HadamardFactors(self.left, self.right, self.construction)).to(x.dtype)

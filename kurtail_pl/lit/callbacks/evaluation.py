@@ -50,7 +50,9 @@ class Evaluation(CheckedCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
         folder = quantization_of(trainer).folder(pl_module, data)
-        evaluate_folder(Checkpoint(folder), folder, self.text, data.store, data.validation_rows, self.tasks)
+        evaluate_folder(
+            Checkpoint(folder), folder, self.text, data.store, data.validation_rows, self.tasks, data.compute
+        )
         log.info("\n%s\n%s", report(folder), folder)
 
 

@@ -21,6 +21,7 @@ class Fusion(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the written rotations and fuse them."""
         root = Path(trainer.default_root_dir)
-        checkpoint = trainer.datamodule.checkpoint  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
-        fuse(checkpoint, read_rotations(root / FILE), pl_module.method, root / FUSED, overwrite=True)
+        rotations = read_rotations(root / FILE)
+        fuse(data.checkpoint, rotations, pl_module.method, root / FUSED, overwrite=True, device=data.compute.device)

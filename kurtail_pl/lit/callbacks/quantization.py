@@ -43,7 +43,7 @@ class WeightQuantization(CheckedCallback):
         """Refuse a folder that must not be replaced, groups that fit no width, and a calibration text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         folder = self.folder(module, data)
-        if not self._awaits_evaluation(folder):
+        if not self._awaits_evaluation(folder, data):
             refuse_existing(folder, self.overwrite)
         require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
@@ -55,13 +55,16 @@ class WeightQuantization(CheckedCallback):
         assert isinstance(data, StoredModel)
         folder, fused = self.folder(pl_module, data), Path(trainer.default_root_dir) / FUSED
         data.ranks.barrier()  # The first process fused alone.
-        made = self._awaits_evaluation(folder) and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)
+        awaits = self._awaits_evaluation(folder, data)
+        made = awaits and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)
         data.ranks.barrier()  # All have looked before the first evaluates.
         if not made:
-            quantize(fused, self.quantize_spec, folder, self.overwrite, data.ranks)
+            quantize(fused, self.quantize_spec, folder, self.overwrite, data.compute, data.ranks)
 
-    def _awaits_evaluation(self, folder: Path) -> bool:
+    def _awaits_evaluation(self, folder: Path, data: StoredModel) -> bool:
         """Whether an interrupted run of the same recipe left its artefact there, finished but not measured."""
         if not is_ours(folder) or (folder / RESULTS).is_file():
             return False
-        return bool(read_card(folder)["quantize"] == json.loads(json.dumps(asdict(self.quantize_spec))))
+        wanted = {"quantize": asdict(self.quantize_spec), "dtype": data.compute.dtype}
+        card = read_card(folder)
+        return bool({key: card.get(key) for key in wanted} == json.loads(json.dumps(wanted)))

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_pl.progress import track
@@ -22,6 +23,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.folder import CARD, is_ours
 from kurtail_pl.storage.resume import Workplace, resumable_work
+from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.surgery.equip import unpack_weights, unpacked_bytes
 
 if TYPE_CHECKING:
@@ -30,18 +32,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def evaluate_models(checkpoints: Sequence[Checkpoint], spec: TaskSpec) -> list[dict[str, Any]]:
+def evaluate_models(checkpoints: Sequence[Checkpoint], spec: TaskSpec, device: Device = "auto") -> list[dict[str, Any]]:
     """`evaluate_tasks` of several models; killed and run again, those that were finished are not repeated."""
     recipes = [_recipe(checkpoint, spec) for checkpoint in checkpoints]
     with resumable_work({"models": recipes}) as work:
         finished: list[dict[str, Any]] = work.state.setdefault("finished", [])
         for checkpoint in checkpoints[len(finished) :]:
-            finished.append(evaluate_tasks(checkpoint, spec))
+            finished.append(evaluate_tasks(checkpoint, spec, device))
             work.finished(len(finished))
     return finished
 
 
-def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
+def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec, device: Device = "auto") -> dict[str, Any]:
     """Accuracy of a model on tasks of the lm-evaluation-harness.
 
     Killed and run again, it goes on after the last finished task, for MMLU after the last finished subject.
@@ -49,6 +51,7 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
     Args:
         checkpoint: model folder.
         spec: which tasks, on what rows.
+        device: where the whole model goes, in float32.
 
     Returns:
         ``tasks``: for each its accuracies and standard errors as the harness computes them (``acc``; ``acc_norm``, by
@@ -71,7 +74,7 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
     parts = [part for name in names for part in parts_of(name, spec)]
     recipe = _recipe(checkpoint, spec)
     with resumable_work(recipe) as work, Meter(work.state.get("cost")) as meter:
-        scores = _answer(checkpoint, parts, work, meter)
+        scores = _answer(checkpoint, parts, work, meter, Compute(device).torch_device)
     tasks = {name: _summary(name, spec, [p for p in parts if p.task == name], scores) for name in names}
     return {**_headline(tasks), "tasks": tasks, "skipped": skipped, **recipe, "cost": meter.to_dict()}
 
@@ -91,7 +94,9 @@ def _recipe(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
     }
 
 
-def _answer(checkpoint: Checkpoint, parts: list[Part], work: Workplace, meter: Meter) -> dict[str, dict[str, float]]:
+def _answer(
+    checkpoint: Checkpoint, parts: list[Part], work: Workplace, meter: Meter, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Sums of each part, those of an earlier, killed run included."""
     scores: dict[str, dict[str, float]] = work.state.setdefault("scores", {})
     left = [part for part in parts if part.name not in scores]
@@ -101,7 +106,7 @@ def _answer(checkpoint: Checkpoint, parts: list[Part], work: Workplace, meter: M
     from kurtail_pl.stages.tasks.model import LoadedModel
 
     with quiet():
-        loaded = _load(checkpoint)
+        loaded = cast(PreTrainedModel, cast(nn.Module, _load(checkpoint)).to(device))
     model = LoadedModel(loaded, checkpoint.tokenizer())
     for name, own in groupby(left, key=lambda part: part.task):
         # One line of progress: over the questions, or over the subjects of MMLU.

@@ -11,8 +11,9 @@ from families import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, misfits, plan, probe, sizes_of, table
+from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, misfits, plan, probe, table
 from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.sizes import sizes_of
 from kurtail_pl.stages.text import TextSpec
 
 MEASURE = """
@@ -115,7 +116,7 @@ def test_table_and_probe() -> None:
     stage = StagePlan("capture", 2 * 10**9, 5 * 10**7, 6e12, 4e9, "rows")
     assert Speed(3e12, 1e9).seconds(stage) == 6
     row = table([stage], Speed(3e12, 1e9)).splitlines()[-1]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["capture", "2.00 GB", "50.0 MB", "6.00", "6"]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["capture", "-", "2.00 GB", "50.0 MB", "6.00", "6"]
     speed = probe()
     assert 1e8 < speed.flops < 1e15
     assert 1e6 < speed.passes < 1e12
