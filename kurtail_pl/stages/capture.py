@@ -107,6 +107,7 @@ def capture(spec: CaptureSpec, folder: Path, dry_run: bool = False, ranks: Ranks
         store.require_origin(origin)
         if ranks.leads:
             store.require_intact()
+        ranks.barrier()
         log.info("reusing the activation store %s", folder)
         return store
     shape = shape_of(checkpoint)
