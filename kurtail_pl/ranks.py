@@ -23,7 +23,7 @@ class Ranks:
     Attributes:
         rank: number of this process.
         size: how many there are.
-        group: through which they talk.
+        group: through which they talk of what is in memory; of what is on devices, through the trainer's own.
     """
 
     rank: int = 0
@@ -35,8 +35,7 @@ class Ranks:
         """The processes that torch.distributed has brought together, if any."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend=backend, timeout=PATIENCE))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def leads(self) -> bool:
@@ -60,7 +59,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """A tensor of one shape added over all processes, in place; all get the same bits."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor, group=self.group if tensor.device.type == "cpu" else None)
         return tensor
 
     def each(self, number: int) -> list[int]:

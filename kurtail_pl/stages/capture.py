@@ -111,6 +111,7 @@ def capture(
         store.require_origin(origin)
         if ranks.leads:
             store.require_intact()
+        ranks.barrier()
         log.info("reusing the activation store %s", folder)
         return store
     shape = shape_of(checkpoint)
