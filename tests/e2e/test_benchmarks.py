@@ -14,20 +14,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "h100.py"
 def test_h100(start: Callable[..., Popen[str]], tmp_path: Path) -> None:
     shapes = ["--shapes", "tiny", "--device", "cpu", "--windows", "2", "--seqlen", "32"]
     options = [*shapes, "--steps", "2", "--checks", "70b", "cayley"]
-        "--shapes",
-        "tiny",
-        "--device",
-        "cpu",
-        "--windows",
-        "2",
-        "--seqlen",
-        "32",
-        "--steps",
-        "2",
-        "--checks",
-        "70b",
-        "cayley",
-    ]
     output, error = start(tmp_path, *options, program=(str(SCRIPT),)).communicate()
     rows = [[cell.strip() for cell in line.split("|")] for line in output.splitlines() if line.startswith("|")]
     assert [row[1] for row in rows[2:]] == [
