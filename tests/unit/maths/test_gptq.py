@@ -1,5 +1,6 @@
 """GPTQ against a float64 loop without blocks or factors: one column at a time, a fresh inverse for those to come."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.maths.gptq import GPTQ, gptq
-from kurtail_pl.maths.quantizers import Grid, Quantizer, dequantize
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.stages.meter import Meter, resident_memory
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -73,6 +75,37 @@ def test_codes_equal_the_textbook_loop(
     expected = textbook(weight, x.T @ x, grid, quantizer, settings)
     # A tie decided otherwise in float32 also moves later codes of its row.
     assert (quantized.codes != expected).double().mean().item() < 1e-3
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("inputs", [96, 300])
+def test_a_float32_hessian_gives_the_codes_of_the_textbook_loop(inputs: int, act_order: bool) -> None:
+    """In float32 throughout, of inputs whose damped Hessian has a condition of thousands."""
+    x = correlated_inputs(400, inputs)
+    hessian = x.T @ x
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(inputs).double()
+    assert torch.linalg.cond(damped) > 2e3
+    settings, weight = GPTQ(act_order=act_order), random(24, inputs, seed=9).float()
+    grid = search_grid(weight, Quantizer(4))
+    quantized = gptq(weight, hessian.float(), grid, Quantizer(4), settings)
+    expected = textbook(weight, hessian, grid, Quantizer(4), settings)
+    assert (quantized.codes != expected).double().mean().item() < 5e-3
+    # What differs is a matter of ties: the outputs are as good.
+    exact = output_error(weight, dequantize(Quantized(expected.to(torch.int8), grid)), x)
+    assert output_error(weight, dequantize(quantized), x) == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+def test_one_matrix_of_the_hessians_size_is_held_beside_it() -> None:
+    inputs = 3072
+    x, weight = torch.randn(64, inputs), torch.randn(32, inputs)
+    hessian, grid = x.T @ x, search_grid(weight, Quantizer(4))
+    gptq(weight[:, :256], hessian[:256, :256], search_grid(weight[:, :256], Quantizer(4)), Quantizer(4), GPTQ())
+    before = resident_memory()
+    with Meter() as meter:
+        gptq(weight, hessian, grid, Quantizer(4), GPTQ())
+    taken = (meter.peak_bytes - before) / (hessian.numel() * hessian.element_size())
+    assert 0.9 < taken < 1.6
 
 
 @pytest.mark.parametrize("percdamp", [1e-4, 0.3])

@@ -15,6 +15,7 @@ from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, misfits, pla
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.sizes import sizes_of
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.streaming.compute import AUTO, Compute
 
 MEASURE = """
 import sys, kurtail_pl.cli.trainer, kurtail_pl.cli.verbs
@@ -26,8 +27,10 @@ print(program)
 """
 
 
-def planned(config: LlamaConfig, capture: CaptureSpec, quantize: QuantizeSpec, program: int) -> dict[str, StagePlan]:
-    stages = plan(config, capture, ProxyLearning(100, 512), quantize, TextSpec("pydoc", 6, 2048), program)
+def planned(
+    config: LlamaConfig, capture: CaptureSpec, quantize: QuantizeSpec, program: int, compute: Compute = AUTO
+) -> dict[str, StagePlan]:
+    stages = plan(config, capture, ProxyLearning(100, 512), quantize, TextSpec("pydoc", 6, 2048), program, compute)
     assert [stage.stage for stage in stages] == ["capture", "learn", "fuse", "quantize", "evaluate"]
     return {stage.stage: stage for stage in stages}
 
@@ -103,6 +106,55 @@ def test_more_windows_take_more(text_file: Path) -> None:
     assert rtn["quantize"].memory < few["quantize"].memory
 
 
+def llama(hidden: int, width: int, heads: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, dtype="bfloat16",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "windows"), [((4096, 14336, 32, 32), 128), ((8192, 28672, 64, 80), 256)])
+def test_device_memory(shape: tuple[int, int, int, int], windows: int) -> None:
+    """At least what must be there at once, counted by hand, and at most what the H100's targets leave."""
+    config, text = llama(*shape), TextSpec("pydoc", windows, 2048)
+    hidden, width = shape[:2]
+    layer = 2 * hidden * (hidden + 1024) + 3 * hidden * width
+    embedding = 128256 * hidden
+    spec, quantization = CaptureSpec("x", text, 9216), QuantizeSpec(text=text)
+    cuda = planned(config, spec, quantization, 0, Compute("cuda", "bfloat16"))
+    cpu = planned(config, spec, quantization, 0, Compute("cpu", "bfloat16"))
+    assert {stage.device for stage in cpu.values()} == {None}
+    assert all(cuda[name].disk == cpu[name].disk and cuda[name].flops == cpu[name].flops for name in cpu)
+    needed = {
+        "capture": max(2 * embedding, 2 * layer),
+        "learn": 2 * shape[3] * 512 * hidden * 4,
+        "fuse": max(4 * embedding, 8 * layer),
+        "quantize": layer // 2 + 2 * width * hidden + 2 * 4 * width**2,
+        "evaluate": 2 * embedding + 2048 * 128256 * 2,
+    }
+    for name, least in needed.items():
+        found = cuda[name].device
+        assert found is not None
+        assert least <= found < 5 * least, name
+    room = 12 if shape[3] == 32 else 20
+    assert all((cuda[name].device or 0) < room * 2**30 for name in ("capture", "learn", "fuse"))
+    assert (cuda["quantize"].device or 0) < 24 * 2**30
+    # Half the bytes for the weights, the states and the windows.
+    wide = planned(config, spec, quantization, 0, Compute("cuda"))
+    assert 1.5 < (wide["capture"].device or 0) / (cuda["capture"].device or 1) < 2.1
+
+
+def test_device_memory_that_does_not_fit_and_its_column() -> None:
+    stages = [StagePlan("fuse", 10**9, 0, 1e12, 0, "disk", device=3 * 10**9)]
+    assert misfits(stages, 10**9, 10**9, 3 * 10**9) == misfits(stages, 10**9, 10**9) == []
+    (line,) = misfits(stages, 10**9, 10**9, 2 * 10**9)
+    assert line == "fuse needs 3.00 GB of device memory and 2.00 GB are free: disk"
+    head, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in table(stages, None).splitlines())
+    assert dict(zip(head, row, strict=True)) == {
+        "stage": "fuse", "device": "3.00 GB", "memory": "1.00 GB", "disk": "0.0 MB", "TFLOPs": "1.00", "seconds": "-",
+    }  # fmt: skip
+
+
 def test_what_does_not_fit_is_named_with_its_knob() -> None:
     stages = [StagePlan("capture", 10**9, 10**9, 1, 0, "rows"), StagePlan("fuse", 3 * 10**9, 2 * 10**9, 1, 0, "disk")]
     assert misfits(stages, 4 * 10**9, 4 * 10**9) == []
@@ -118,5 +170,6 @@ def test_table_and_probe() -> None:
     row = table([stage], Speed(3e12, 1e9)).splitlines()[-1]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["capture", "-", "2.00 GB", "50.0 MB", "6.00", "6"]
     speed = probe()
+    assert speed is not None
     assert 1e8 < speed.flops < 1e15
     assert 1e6 < speed.passes < 1e12

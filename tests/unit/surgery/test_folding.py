@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_pl.errors import GateError
 from kurtail_pl.maths.hadamard import random_hadamard
+from kurtail_pl.stages.meter import Meter, resident_memory
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.equip import equip_model
 from kurtail_pl.surgery.families import LLAMA
@@ -154,6 +155,20 @@ def test_absorbing_multiplies_by_the_dense_matrix(tiny: Path) -> None:
     expected = down.weight @ factors.dense()
     folding.absorb_online(down, factors)
     torch.testing.assert_close(down.weight, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+def test_turning_heads_takes_the_memory_of_the_weight() -> None:
+    """Not a copy of the rotations for each of its rows, which would be 134 MB."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 8 * 64, dtype=torch.float64, generator=draw)
+    per_head = torch.randn(2, 64, 64, dtype=torch.float64, generator=draw)
+    expected = weight @ torch.block_diag(*(per_head[head // 4] for head in range(8)))
+    before = resident_memory()
+    with Meter() as meter:
+        turned = folding.turn_heads(weight, per_head)
+    assert meter.peak_bytes - before < 20e6
+    torch.testing.assert_close(turned, expected)
 
 
 def wrong_transposed(model: PreTrainedModel, rotation: Tensor) -> None:
