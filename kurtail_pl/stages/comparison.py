@@ -155,7 +155,8 @@ def _line(group: Group, kept: float, closed: float | None) -> dict[str, str]:
     cells |= {head: _spread(group.of(name), show) for head, name, show in COLUMNS}
     cells |= {head: show(max(group.of(name), default=0.0)) for head, name, show in COSTS}
     cells["recovery"] = f"{kept:.1f} %"
-    cells["gap closed"] = "-" if closed is None else f"{closed:.0f} %"
+    # Without rotations it would be thousands of percent the other way.
+    cells["gap closed"] = "-" if closed is None else f"{closed:.0f} %" if closed > 0 else "< 0 %"
     return cells
 
 
