@@ -12,9 +12,10 @@ from pathlib import Path
 import yaml
 
 from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
-from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, callback_of, command_line, fit
+from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, WeightQuantization
+from kurtail_pl.lit.callbacks.order import callback_of
 from kurtail_pl.stages.comparison import Row, write_comparison
 from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, read_results
 from kurtail_pl.stages.text import TextSpec, cut_windows
@@ -125,8 +126,8 @@ def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
 
 
 def _callbacks(cli: KurtailCLI) -> tuple[WeightQuantization, Evaluation]:
-    quantization, evaluation = (callback_of(cli.trainer, kind) for kind in (WeightQuantization, Evaluation))
-    if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
+    quantization, evaluation = callback_of(cli.trainer, WeightQuantization), callback_of(cli.trainer, Evaluation)
+    if quantization is None or evaluation is None:
         raise ConfigError("compare needs recipes with the callbacks WeightQuantization and Evaluation")
     return quantization, evaluation
 

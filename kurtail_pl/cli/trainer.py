@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
-from kurtail_pl.lit.callbacks.order import CheckedCallback
+from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
@@ -58,7 +58,7 @@ class KeepConfig(SaveConfigCallback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the recipe into the artefact, once it is measured."""
         quantization = callback_of(trainer, WeightQuantization)
-        if trainer.is_global_zero and isinstance(quantization, WeightQuantization):
+        if trainer.is_global_zero and quantization is not None:
             assert isinstance(pl_module, RotationModule)
             folder = quantization.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
             self.parser.save(self.config, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
@@ -96,8 +96,8 @@ class KurtailCLI(LightningCLI):
 
     def _require_room(self) -> None:
         """Refuse a recipe that does not fit this machine, before anything runs."""
-        quantization, evaluation = (callback_of(self.trainer, kind) for kind in (WeightQuantization, Evaluation))
-        if not isinstance(quantization, WeightQuantization) or not isinstance(evaluation, Evaluation):
+        quantization, evaluation = callback_of(self.trainer, WeightQuantization), callback_of(self.trainer, Evaluation)
+        if quantization is None or evaluation is None:
             return
         data = self.datamodule
         data.compute.torch_device  # noqa: B018, refuses a device that is not there
@@ -133,11 +133,6 @@ class RecipeCLI(KurtailCLI):
 
     def instantiate_classes(self) -> None:
         """Leave it at the settings."""
-
-
-def callback_of(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:
-    """The trainer's first callback of a kind."""
-    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
 
 
 def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:

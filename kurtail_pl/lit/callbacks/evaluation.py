@@ -7,7 +7,7 @@ import logging
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
+from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of, require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
@@ -49,13 +49,10 @@ class Evaluation(CheckedCallback):
         """Evaluate the folder that the quantization wrote."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
-        folder = quantization_of(trainer).folder(pl_module, data)
+        quantization = callback_of(trainer, WeightQuantization)
+        assert quantization is not None
+        folder = quantization.folder(pl_module, data)
         evaluate_folder(
             Checkpoint(folder), folder, self.text, data.store, data.validation_rows, self.tasks, data.compute
         )
         log.info("\n%s\n%s", report(folder), folder)
-
-
-def quantization_of(trainer: L.Trainer) -> WeightQuantization:
-    """The trainer's quantization callback."""
-    return next(c for c in trainer.callbacks if isinstance(c, WeightQuantization))  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
+from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of, require_before
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
@@ -40,7 +40,7 @@ class Figures(CheckedCallback):
         """Refuse what would fail after training."""
         if module.method == UNROTATED:
             raise ConfigError("Figures shows what rotations do, and this recipe has none; remove it")
-        quantized = _quantization(trainer) is not None
+        quantized = callback_of(trainer, WeightQuantization) is not None
         require_before(trainer, self, RotationWriter, *([WeightQuantization] if quantized else []))
         chosen_layers(data.layers, self.layers)
 
@@ -50,7 +50,7 @@ class Figures(CheckedCallback):
         root, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
         rotations, config = read_rotations(root / FILE), data.checkpoint.config
-        quantization = _quantization(trainer)
+        quantization = callback_of(trainer, WeightQuantization)
         pages = figures(
             data.store,
             rotations,
@@ -64,10 +64,6 @@ class Figures(CheckedCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _log(logger, pages, trainer.global_step)
-
-
-def _quantization(trainer: L.Trainer) -> WeightQuantization | None:
-    return next((c for c in trainer.callbacks if isinstance(c, WeightQuantization)), None)  # type: ignore[attr-defined]
 
 
 def _log(logger: TensorBoardLogger, pages: Pages, step: int) -> None:

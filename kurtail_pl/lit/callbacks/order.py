@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TypeVar
 
 import lightning as L
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
+
+C = TypeVar("C", bound=L.Callback)
+
+
+def callback_of(trainer: L.Trainer, kind: type[C]) -> C | None:
+    """The trainer's first callback of a kind."""
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
 
 
 class CheckedCallback(L.Callback):
