@@ -85,6 +85,7 @@ OF_GPTQ: dict[str, dict[str, Any]] = {
         f"{QUANTIZE}.match_outputs": False,
         f"{QUANTIZE}.gptq.correction": "gptaq",
     },
+    "codes refined": {f"{QUANTIZE}.gptq.refine": 3},
     "FOEM": {f"{QUANTIZE}.gptq.correction": "foem"},
     "columns in their order": {f"{QUANTIZE}.gptq.act_order": False},
     "GPTQ damping 0.1": {f"{QUANTIZE}.gptq.percdamp": 0.1},

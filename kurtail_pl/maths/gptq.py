@@ -5,6 +5,7 @@ Two corrections of it are there: GPTAQ (arXiv 2504.02692) and FOEM (arXiv 2507.1
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.descent import OutputError, refine
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
 
 ALPHA = 0.25
@@ -19,6 +21,8 @@ ALPHA = 0.25
 BETA = 0.2
 """Part of its deviation that FOEM takes back from a column, as its authors advise. Their code spares the first column
 of each block; here the block size changes nothing but the speed."""
+RATIOS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+"""Of the given scale of each output channel, that refinement starts from the best of."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class GPTQ:
         correction: ``gptaq``: the columns still to come also make up for what each column's inputs lost against the
             float model's; ``foem``: each column goes back a part of the way that errors before it have moved it, and
             that part is not passed on; null: neither.
+        refine: rounds of coordinate descent and least-squares scales (`maths.descent`) on what GPTQ, run on several
+            multiples of the grid, found best for each output channel; 0 leaves its codes and the grid as they are.
 
     Raises:
         ConfigError: naming the field, its value and what is accepted.
@@ -42,6 +48,7 @@ class GPTQ:
     percdamp: float = 0.01
     act_order: bool = True
     correction: Literal["gptaq", "foem"] | None = None
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -50,6 +57,13 @@ class GPTQ:
             raise ConfigError(f"percdamp is {self.percdamp}; give a positive number, usually 0.01")
         if self.correction not in (None, "gptaq", "foem"):
             raise ConfigError(f"correction is {self.correction!r}; GPTQ has gptaq and foem, or null for none")
+        if self.refine < 0:
+            raise ConfigError(f"refine is {self.refine}; give 0 or more rounds")
+        if self.refine and self.correction is not None:
+            raise ConfigError(
+                f"refine is {self.refine} and correction is {self.correction}; rounds of refinement would undo the "
+                "correction: leave one out"
+            )
 
 
 def gptq(
@@ -57,8 +71,8 @@ def gptq(
 ) -> Quantized:
     """Quantize a weight against the inputs it will see.
 
-    Beside its arguments it holds one matrix of the Hessian's size and two of the weight's; with GPTAQ three of the
-    Hessian's, with FOEM three of the weight's.
+    Beside its arguments it holds one matrix of the Hessian's size and three of the weight's; with GPTAQ three of the
+    Hessian's; refinement makes it two and six.
 
     Args:
         weight: ``[out, in]``.
@@ -66,43 +80,67 @@ def gptq(
             type of its factorisation.
         grid: static grid ``[out, groups]``, from `search_grid`.
         quantizer: bits, symmetry and group size of the grid.
-        settings: block size, damping, column order, correction.
+        settings: block size, damping, column order, correction, refinement.
         cross: ``X^T Y`` of the float model's inputs X and those of the Hessian, Y, of the same tokens, ``[in, in]``;
             GPTAQ alone asks for it.
 
     Returns:
-        Codes ``[out, in]`` on the given grid.
+        Codes ``[out, in]`` on the given grid; with refinement its scales change.
 
     Raises:
         torch.linalg.LinAlgError: when the damped Hessian is not positive definite.
     """
-    n_in = weight.shape[1]
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     # An input that is always zero asks nothing of its column; the mean of the others keeps the damping what it is.
     diagonal[dead] = diagonal[~dead].mean() if dead.logical_not().any() else 1
+    damping = settings.percdamp * diagonal.mean()
     order = torch.argsort(diagonal, descending=True, stable=True)
     if not settings.act_order:
-        order = torch.arange(n_in, device=weight.device)
+        order = torch.arange(len(order), device=weight.device)
     # The column that is taken first comes last: a Cholesky factor of the Hessian in this order is, inverted, the
     # (reversed) one of the inverse that GPTQ asks for, at the square root of the condition.
     order = order.flip(0)
     factor = hessian[order[:, None], order]
-    factor.diagonal().copy_((diagonal + settings.percdamp * diagonal.mean())[order])
+    factor.diagonal().copy_((diagonal + damping)[order])
     _invert_factor(factor, settings.block_size)
     # Columns are taken one at a time: held as rows, each is contiguous.
     columns = weight.float().T[order]
     columns[dead[order]] = 0
-    groups = (order // (n_in // grid.scale.shape[1])).tolist()
     lost = None
     if settings.correction == "gptaq":
         assert cross is not None
         lost = _lost_inputs((cross - hessian)[order[:, None], order], factor)
-    kept = columns.clone() if settings.correction == "foem" else None
-    codes = _solve(columns, factor.float(), grid, groups, quantizer, settings.block_size, lost, kept)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
-    return Quantized(unordered.T.contiguous(), grid)
+    factor = factor.float()
+
+    def solved(grid: Grid) -> Quantized:
+        codes = _solve(columns, factor, grid, order, quantizer, settings, lost)
+        unordered = torch.empty_like(codes)
+        unordered[order] = codes
+        return Quantized(unordered.T.contiguous(), grid)
+
+    if not settings.refine:
+        return solved(grid)
+    error = OutputError(weight, hessian, float(damping))
+    best = _best_rows((solved(grid._replace(scale=grid.scale * ratio)) for ratio in RATIOS), error)
+    return refine(error, best, quantizer, settings.refine, settings.block_size)
+
+
+def _best_rows(found: Iterable[Quantized], error: OutputError) -> Quantized:
+    """Of each output channel the codes and scales with the least error, from several for the whole weight."""
+    best, least = None, None
+    for one in found:
+        errors = error.of_rows(one)
+        if best is None or least is None:
+            best, least = one, errors
+            continue
+        better = errors < least
+        least = torch.where(better, errors, least)
+        row = better[:, None]
+        scale = torch.where(row, one.grid.scale, best.grid.scale)
+        best = Quantized(torch.where(row, one.codes, best.codes), best.grid._replace(scale=scale))
+    assert best is not None
+    return best
 
 
 def _invert_factor(matrix: Tensor, block_size: int) -> None:
@@ -137,29 +175,29 @@ def _solve(
     columns: Tensor,
     factor: Tensor,
     grid: Grid,
-    groups: list[int],
+    order: Tensor,
     quantizer: Quantizer,
-    block_size: int,
+    settings: GPTQ,
     lost: Tensor | None,
-    kept: Tensor | None,
 ) -> Tensor:
-    """Codes of the columns ``[in, out]``, taken from the last to the first; ``columns`` is used up.
+    """Codes of the columns ``[in, out]``, taken from the last to the first.
 
     Args:
-        columns: of the weight.
+        columns: of the weight, in their order.
         factor: upper half of ``[in, in]``: row i of its transpose says how an error in column i moves those before.
         grid: of each output channel and group.
-        groups: of each column.
+        order: of each column, its place in the weight.
         quantizer: of the grid.
-        block_size: columns whose errors are propagated together.
+        settings: block size and correction.
         lost: of GPTAQ (`_lost_inputs`).
-        kept: of FOEM, the columns as they are at first.
     """
+    kept, columns = columns if settings.correction == "foem" else None, columns.clone()
     codes = torch.empty_like(columns, dtype=torch.int8 if quantizer.symmetric else torch.uint8)
     scales = grid.scale.float().T.contiguous()
     zeros = None if grid.zero_point is None else grid.zero_point.float().T.contiguous()
-    for stop in range(len(columns), 0, -block_size):
-        start = max(stop - block_size, 0)
+    groups = (order // (len(columns) // len(scales))).tolist()
+    for stop in range(len(columns), 0, -settings.block_size):
+        start = max(stop - settings.block_size, 0)
         errors = torch.empty_like(columns[start:stop])
         local = factor[start:stop, start:stop].T.contiguous()
         for i in reversed(range(stop - start)):

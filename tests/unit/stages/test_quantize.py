@@ -145,7 +145,13 @@ def test_a_card_holds_all_that_repeats_it(fused: Path, artefact: Path, text: Tex
     assert card["scheme"] == Scheme().to_dict()
     assert Scheme.from_dict(card["quantize"]["scheme"]) == Scheme()
     assert card["quantize"]["method"] == "gptq"
-    assert card["quantize"]["gptq"] == {"block_size": 128, "percdamp": 0.01, "act_order": True, "correction": None}
+    assert card["quantize"]["gptq"] == {
+        "block_size": 128,
+        "percdamp": 0.01,
+        "act_order": True,
+        "correction": None,
+        "refine": 0,
+    }
     assert card["quantize"]["text"] == {"source": text.source, "windows": 6, "seqlen": 48}
     assert card["calibration_text_sha256"] == sha256_of(Path(text.source))
     assert card["fallbacks"] == []
