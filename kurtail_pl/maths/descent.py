@@ -48,14 +48,15 @@ def refine(error: OutputError, quantized: Quantized, quantizer: Quantizer, round
     grid = quantized.grid
     size = error.weight.shape[1] // grid.scale.shape[1]
     zeros = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
-    zeros = zeros.float().T.repeat_interleave(size, 0)
-    steps, scales = quantized.codes.T.float() - zeros, grid.scale.float().T.clone()
-    gradient = error.hessian @ (lost := error.weight.T - steps * scales.repeat_interleave(size, 0))
-    gradient += error.damping * lost
+    zeros, scales = zeros.float().T.contiguous(), grid.scale.float().T.clone()
+    steps = quantized.codes.T.float() - zeros.repeat_interleave(size, 0)
+    lost = error.weight.T - steps * scales.repeat_interleave(size, 0)
+    gradient = torch.addmm(lost, error.hessian, lost, beta=error.damping)
+    del lost
     for _ in range(rounds):
         _descend(error, gradient, steps, scales, zeros, quantizer, block_size)
         _fit_scales(error, gradient, steps, scales)
-    codes = (steps + zeros).T.contiguous().to(quantized.codes.dtype)
+    codes = steps.add_(zeros.repeat_interleave(size, 0)).T.contiguous().to(quantized.codes.dtype)
     return Quantized(codes, Grid(scales.T.contiguous().to(grid.scale.dtype), grid.zero_point))
 
 
@@ -75,7 +76,7 @@ def _descend(
         gradient: ``(H + damping) (W - V)``, ``[in, out]``; half the descent direction.
         steps: codes less their zero point, ``[in, out]``.
         scales: ``[groups, out]``.
-        zeros: zero points, ``[in, out]``.
+        zeros: zero points, ``[groups, out]``.
         quantizer: bits and symmetry.
         block_size: see `refine`.
     """
@@ -84,15 +85,13 @@ def _descend(
     size = len(steps) // len(scales)
     for start in range(0, len(steps), block_size):
         block = slice(start, start + block_size)
-        local, hessian = gradient[block].clone(), error.hessian[block, block].contiguous()
+        local, hessian = gradient[block].clone(), error.hessian[block, block].clone()
         hessian.diagonal().add_(error.damping)
         moved = torch.empty_like(local)
         for i in range(len(local)):
             j = start + i
-            scale = scales[j // size]
-            best = (
-                (steps[j] + local[i] / (diagonal[j] * scale)).round_().add_(zeros[j]).clamp_(low, high).sub_(zeros[j])
-            )
+            scale, zero = scales[j // size], zeros[j // size]
+            best = (steps[j] + local[i] / (diagonal[j] * scale)).round_().add_(zero).clamp_(low, high).sub_(zero)
             moved[i] = (best - steps[j]) * scale
             steps[j] = best
             local.addr_(hessian[i], moved[i], alpha=-1)
@@ -102,8 +101,9 @@ def _descend(
 
 def _fit_scales(error: OutputError, gradient: Tensor, steps: Tensor, scales: Tensor) -> None:
     """Give each group's scale in turn its best value, in place; arguments as of `_descend`."""
-    for group, rows in enumerate(torch.arange(len(steps), device=steps.device).chunk(len(scales))):
-        mine = slice(int(rows[0]), int(rows[-1]) + 1)
+    size = len(steps) // len(scales)
+    for group in range(len(scales)):
+        mine = slice(group * size, (group + 1) * size)
         codes = steps[mine]
         curvature = ((error.hessian[mine, mine] @ codes + error.damping * codes) * codes).sum(0)
         change = torch.where(curvature > 0, (codes * gradient[mine]).sum(0) / curvature, 0)

@@ -71,8 +71,8 @@ def gptq(
 ) -> Quantized:
     """Quantize a weight against the inputs it will see.
 
-    Beside its arguments it holds one matrix of the Hessian's size and three of the weight's; with GPTAQ three of the
-    Hessian's; refinement makes it two and six.
+    Beside its arguments it holds one matrix of the Hessian's size and two of the weight's; with GPTAQ three of the
+    Hessian's, with FOEM three of the weight's, with refinement five.
 
     Args:
         weight: ``[out, in]``.
@@ -104,9 +104,6 @@ def gptq(
     factor = hessian[order[:, None], order]
     factor.diagonal().copy_((diagonal + damping)[order])
     _invert_factor(factor, settings.block_size)
-    # Columns are taken one at a time: held as rows, each is contiguous.
-    columns = weight.float().T[order]
-    columns[dead[order]] = 0
     lost = None
     if settings.correction == "gptaq":
         assert cross is not None
@@ -114,6 +111,9 @@ def gptq(
     factor = factor.float()
 
     def solved(grid: Grid) -> Quantized:
+        # Columns are taken one at a time: held as rows, each is contiguous.
+        columns = weight.float().T[order]
+        columns[dead[order]] = 0
         codes = _solve(columns, factor, grid, order, quantizer, settings, lost)
         unordered = torch.empty_like(codes)
         unordered[order] = codes
@@ -180,7 +180,7 @@ def _solve(
     settings: GPTQ,
     lost: Tensor | None,
 ) -> Tensor:
-    """Codes of the columns ``[in, out]``, taken from the last to the first.
+    """Codes of the columns ``[in, out]``, taken from the last to the first; ``columns`` is used up.
 
     Args:
         columns: of the weight, in their order.
@@ -191,7 +191,7 @@ def _solve(
         settings: block size and correction.
         lost: of GPTAQ (`_lost_inputs`).
     """
-    kept, columns = columns if settings.correction == "foem" else None, columns.clone()
+    kept = columns.clone() if settings.correction == "foem" else None
     codes = torch.empty_like(columns, dtype=torch.int8 if quantizer.symmetric else torch.uint8)
     scales = grid.scale.float().T.contiguous()
     zeros = None if grid.zero_point is None else grid.zero_point.float().T.contiguous()

@@ -143,7 +143,7 @@ def plan(
     copies = 1 + 2 * s.layers if quantize.average_bits is not None else 0
     noisy = 2 * copies * WINDOWS * TOKENS * s.hidden * value
     felt = copies * (s.forward(WINDOWS * TOKENS, TOKENS) / 2 + 2.0 * WINDOWS * TOKENS * s.embedding)
-    copies_of_weight = 3 if quantize.gptq.correction == "foem" else 2
+    copies_of_weight = 5 if quantize.gptq.refine else 3 if quantize.gptq.correction == "foem" else 2
     solving = _hessians(s.widest, quantize) + copies_of_weight * s.wide * FLOAT32 if calibration else 0
     half = s.embedding * FLOAT16
     read_first = _hessians(s.hidden, quantize) if calibration else 0
