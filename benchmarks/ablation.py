@@ -22,7 +22,9 @@ MODEL, STEPS = "model.init_args", "data.init_args.steps"
 FUSION = "trainer.callbacks.Fusion"
 QUANTIZE = "trainer.callbacks.WeightQuantization.quantize"
 SCHEME = f"{QUANTIZE}.scheme"
+PERIOD = f"{MODEL}.scheduler.init_args.T_max"
 PLAIN = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
+COSINE = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 100}}
 LINEAR = {
     "class_path": "torch.optim.lr_scheduler.LinearLR",
     "init_args": {"start_factor": 1.0, "end_factor": 0.01, "total_iters": 100},
@@ -43,9 +45,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "weights in the loss": {f"{MODEL}.weight_term": 1.0},
     "sites by their effect": {f"{MODEL}.site_weights": "effect"},
     "constant step": {f"{MODEL}.scheduler": PLAIN},
+    "step falls by cosine": {f"{MODEL}.scheduler": COSINE},
     "step falls linearly": {f"{MODEL}.scheduler": LINEAR},
-    "300 iterations": {STEPS: 300, f"{MODEL}.scheduler.init_args.T_max": 300},
-    "1000 iterations": {STEPS: 1000, f"{MODEL}.scheduler.init_args.T_max": 1000},
+    "300 iterations": {STEPS: 300, PERIOD: 300},
+    "1000 iterations": {STEPS: 1000, PERIOD: 1000},
     "stopped early": {  # 1000 iterations of constant step at most
         STEPS: 1000,
         f"{MODEL}.scheduler": PLAIN,
@@ -114,6 +117,8 @@ def variant(recipe: Path, name: str, seed: int, weights: str, evaluation: str) -
     """The recipe with a change, and its folder of artefacts; where the learning is the same, so is the run's folder."""
     changed, label = yaml.safe_load(recipe.read_text()), name.replace(" ", "-")
     change = (CHANGES | OF_GPTQ)[name]
+    if "scheduler" not in changed["model"]["init_args"]:  # A constant step has no length.
+        change = {path: value for path, value in change.items() if path != PERIOD}
     learns = [path for path in change if not path.startswith((FUSION, QUANTIZE))]
     artefacts = f"artifacts/ablation/{recipe.stem}/{Path(evaluation).stem}/{weights}/{label}/seed{seed}"
     root = f"runs/ablation/{recipe.stem}/{label if learns else 'as-it-is'}-seed{seed}"
