@@ -37,7 +37,10 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         if source.scheme.prefix is not None:
             keys, values = (_behind_prefix(step, index, *part) for part in (("key", keys), ("value", values)))
         seen = mask(step, window_of(source.config, index))
-        mixed = g.op("Attention", query, keys, values, seen, scale=cast(float, module.scaling))
+        scale = cast(float, module.scaling)
+        if g.double:  # an attribute is float32
+            query, scale = g.op("Mul", query, g.scalar(scale)), 1.0
+        mixed = g.op("Attention", query, keys, values, seen, scale=scale)
         mixed = g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, -1)
         if source.rotations.attention_output is not None:
             mixed = hadamard(g, mixed, source.rotations.attention_output, "attention_output_R4", rank=3)
