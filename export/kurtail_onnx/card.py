@@ -56,26 +56,29 @@ def card(name: str, description: dict[str, Any], checks: dict[str, Any] | None) 
 def _checked(checks: dict[str, Any] | None) -> list[str]:
     if checks is None:
         return ["This export was not checked; `kurtail export --check` compares it with the torch model."]
-    layers, linears = checks["layers"], checks["linears"]
-    rows = [
-        f"| {name} | {text['tokens']} | {text['equal_tokens']} | {text['logits_error']:.1e} | "
-        f"{text['codes_differing']} of {text['codes']} |"
-        for name, text in checks["texts"].items()
-    ]
+    linears, layers = checks["linears"], checks.get("layers")
     proof = [
         f"Checked with onnxruntime {checks['onnxruntime']}: {linears['fused']} of {linears['quantized']} quantized "
-        f"linears run in few bits. Layer by layer on torch's own inputs, {layers['codes_differing']} of "
-        f"{layers['codes']} cached codes differ, hidden states by {layers['hidden_error']:.1e} relative, and "
-        f"{layers['tokens_on_a_border']} of {layers['tokens']} tokens hold a value that was rounded to the next code."
+        "linears run in few bits."
+    ]
+    if layers is not None:
+        proof.append(
+            f"Layer by layer on torch's own inputs, {layers['codes_differing']} of {layers['codes']} cached codes "
+            f"differ, hidden states by {layers['hidden_error']:.1e} relative, and {layers['tokens_on_a_border']} of "
+            f"{layers['tokens']} tokens hold a value that was rounded to the next code, which changes all that follows "
+            "in whole texts."
+        )
+    rows = [
+        f"| {name} | {text['tokens']} | {text['equal_tokens']} | {text['logits_error']:.1e} | "
+        f"{text['codes_differing']} of {text['codes']} | {text['perplexity_error']:.1e} |"
+        for name, text in checks["texts"].items()
     ]
     if not rows:
         return proof
     return [
         *proof,
         "",
-        "Whole texts, where one such value changes all that follows:",
-        "",
-        "| text | tokens | before the first other code | their largest logit error | other codes |",
-        "| --- | --- | --- | --- | --- |",
+        "| text | tokens | before the first other code | their largest logit error | other codes | perplexity |",
+        "| --- | --- | --- | --- | --- | --- |",
         *rows,
     ]

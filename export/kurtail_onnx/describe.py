@@ -23,7 +23,7 @@ MODEL, DATA, DESCRIPTION = "model.onnx", "model.onnx.data", "kurtail_export.json
 ROTATIONS = {
     "residual": ("R1", "fused into the weights"),
     "value": ("R2", "fused into the weights"),
-    "query_key": ("R3", "node query_key_R3/Hadamard on queries and keys after the rotary embedding"),
+    "query_key": ("R3", "node query_key_R3/Hadamard on all heads of queries and keys after the rotary embedding"),
     "attention_output": ("R4", "node attention_output_R4/Hadamard on the input of the output projection"),
     "mlp_hidden": ("R5", "node mlp_hidden_R5/Hadamard on the input of the down projection"),
 }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from kurtail_onnx.graph.activations import CODE_TYPES
+from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
@@ -17,13 +18,14 @@ class ExportSpec:
     """Choices of an export that the artefact leaves open.
 
     Args:
-        dtype: precision of everything that is not a code: fp32 (exact on a CPU) or fp16 (for CUDA).
+        dtype: precision of everything that is not a code: fp32 (exact on a CPU), fp16 (for CUDA) or fp64 (equal to
+            torch over whole texts, slow, on a CPU).
         kv: packed keeps codes in the cache, float the values they stand for (standard names and shapes, no smaller).
         weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
         act: qdq quantizes what linears read, none leaves it float; a centre is subtracted either way.
     """
 
-    dtype: Literal["fp32", "fp16"] = "fp32"
+    dtype: Precision = "fp32"
     kv: Literal["packed", "float"] = "packed"
     weights: WeightForm = "qdq"
     act: Literal["qdq", "none"] = "qdq"
@@ -57,6 +59,10 @@ class ExportSpec:
         for name, quantizer in {"keys": scheme.keys, "values": scheme.values}.items():
             if quantizer is not None and quantizer.group_size is not None:
                 raise ConfigError(f"{name} have groups of {quantizer.group_size}; the cache has one scale a head")
+        if self.dtype == "fp64" and self.weights != "qdq":
+            raise ConfigError(
+                f"the kernel of --weights {self.weights} has no doubles; with --dtype fp64 use --weights qdq"
+            )
         if self.weights == "integer":
             _require_integer(scheme.weights, self.activations(scheme))
             if scheme.attention_output != "token":

@@ -15,6 +15,7 @@ from kurtail_pl.stages.text import TextSpec
 
 try:
     from kurtail_onnx.export import export as export_artefact
+    from kurtail_onnx.graph.builder import Precision
     from kurtail_onnx.graph.linear import WeightForm
     from kurtail_onnx.run.decoder import Decoder
     from kurtail_onnx.run.folder import Export
@@ -38,7 +39,7 @@ def export(arguments: list[str]) -> None:
 def _export(
     checkpoint: Path,
     out: Path,
-    dtype: Literal["fp32", "fp16"] = "fp32",
+    dtype: Precision = "fp32",
     kv: Literal["packed", "float"] = "packed",
     weights: WeightForm = "qdq",
     act: Literal["qdq", "none"] = "qdq",
@@ -50,7 +51,8 @@ def _export(
     Args:
         checkpoint: artefact folder that kurtail fit, fuse or quantize wrote.
         out: where the export goes.
-        dtype: precision of everything that is not a code: fp32 (exact on a CPU) or fp16 (for CUDA).
+        dtype: precision of everything that is not a code: fp32 (exact on a CPU), fp16 (for CUDA) or fp64 (equal to
+            torch over whole texts, slow, on a CPU).
         kv: packed keeps codes in the cache; float the values they stand for, under the usual names and no smaller.
         weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
         act: qdq quantizes what linears read, none leaves it float.

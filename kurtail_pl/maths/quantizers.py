@@ -14,6 +14,9 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 
+BORDER = 2.0**32
+"""Steps of the grid that float64 numbers are put on before they are rounded to codes."""
+
 
 class Grid(NamedTuple):
     """Scale and integer zero point of every group, both ``[..., groups]``; the zero point is None when symmetric."""
@@ -172,15 +175,24 @@ def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / ((1 << bits) - 1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return Grid(scale, (-low / scale).round())
+    return Grid(scale, rounded(-low / scale))
 
 
 def codes_on(grouped: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
     """Nearest codes of ``[..., groups, group_size]`` on a grid ``[..., groups]``, as floats."""
-    codes = (grouped / grid.scale.unsqueeze(-1)).round_()
+    codes = rounded(grouped / grid.scale.unsqueeze(-1))
     if grid.zero_point is not None:
         codes += grid.zero_point.unsqueeze(-1)
     return codes.clamp_(*quantizer.code_range)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Nearest integers, half to even, of numbers that nobody else needs: they may be overwritten.
+
+    In float64 what is closer than 2^-33 to a half counts as one. Embeddings of float16, and what a first token sees of
+    itself, hold exact halves, and where they are rounded to shall not depend on the order of a sum before.
+    """
+    return x.mul_(BORDER).round_().div_(BORDER).round_() if x.dtype == torch.float64 else x.round_()
 
 
 def values_of(codes: Tensor, grid: Grid) -> Tensor:

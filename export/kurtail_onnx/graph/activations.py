@@ -3,7 +3,8 @@
 With a DequantizeLinear directly on a MatMul's input ONNX Runtime does not keep the weights in 4 bits. In the dynamic
 form the rows are flattened before and reshaped after. Through such a Reshape it would move one with constant scale and
 zero point: the static form multiplies by the scale in a node of its own. A zero point that changes from token to token
-cannot be cast to a 4-bit type on CUDA, so the dynamic asymmetric form is arithmetic on floats, with the same codes.
+cannot be cast to a 4-bit type on CUDA, so the dynamic asymmetric form is arithmetic on floats, with the same codes; so
+are all forms in double, which the two operators do not know.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer
     """
     group = quantizer.group_size or size
     rows = g.reshape(x, -1, group)
-    if quantizer.symmetric:
+    if quantizer.symmetric and not g.double:
         scale = row_scale(g, rows, group, quantizer)
         dtype = CODE_TYPES[quantizer.bits, True]
         codes = g.op("QuantizeLinear", rows, scale, axis=0, output_dtype=int(dtype))
@@ -64,6 +65,9 @@ def fake_quantized_on(g: GraphBuilder, x: ir.Value, grid: GridNodes, quantizer: 
         grid: scale ``[]`` and, when asymmetric, zero point ``[]`` in the type of the codes.
         quantizer: bits and symmetry.
     """
+    if g.double:
+        wide = GridNodes(grid.scale, None if grid.zero_point is None else g.cast(grid.zero_point, g.dtype))
+        return values_of(g, codes_on(g, x, wide, quantizer), wide)
     zero_point = [] if grid.zero_point is None else [grid.zero_point]
     dtype = CODE_TYPES[quantizer.bits, quantizer.symmetric]
     codes = g.op("QuantizeLinear", x, grid.scale, *zero_point, output_dtype=int(dtype))

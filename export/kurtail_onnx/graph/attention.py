@@ -9,7 +9,7 @@ from typing import cast
 import onnx_ir as ir
 
 from kurtail_onnx.graph.cache import append
-from kurtail_onnx.graph.hadamard import hadamard
+from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import mask, rope, window_of
 from kurtail_onnx.graph.step import Step
@@ -29,7 +29,7 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
     module = source.layers[index].get_submodule(names.attention)
     with g.scope(names.attention):
         query, key, value = _projections(step, index, x)
-        query, key = (_rotated(step, index, states, n) for n, states in enumerate((query, key)))
+        query, key = _rotated(step, index, query, key)
         # Layers differ by their clips where these were searched.
         own = cast(Sequence[Quantizer | None], (module.keys, module.values))
         parts = [replace(part, quantizer=q) for part, q in zip((step.keys, step.values), own, strict=True)]
@@ -37,10 +37,15 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         if source.scheme.prefix is not None:
             keys, values = (_behind_prefix(step, index, *part) for part in (("key", keys), ("value", values)))
         seen = mask(step, window_of(source.config, index))
-        mixed = g.op("Attention", query, keys, values, seen, scale=cast(float, module.scaling))
-        mixed = g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, -1)
-        if source.rotations.attention_output is not None:
-            mixed = hadamard(g, mixed, source.rotations.attention_output, "attention_output_R4", rank=3)
+        scale = cast(float, module.scaling)
+        if g.double:  # an attribute is float32
+            query, scale = g.op("Mul", query, g.scalar(scale)), 1.0
+        mixed = g.op("Attention", query, keys, values, seen, scale=scale)
+        mixed, factors = g.op("Transpose", mixed, perm=[0, 2, 1, 3]), source.rotations.attention_output
+        if factors is None:
+            mixed = g.reshape(mixed, 0, 0, -1)
+        else:
+            mixed = hadamard(g, mixed, factors, "attention_output_R4")
         name = f"{source.layer_name(index)}.{names.output}"
         return step.linear(name, step.read(mixed, name, "o_in"))
 
@@ -57,15 +62,21 @@ def _projections(step: Step, index: int, x: ir.Value) -> list[ir.Value]:
     return [g.op("Transpose", g.reshape(part, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3]) for part in states]
 
 
-def _rotated(step: Step, index: int, states: ir.Value, number: int) -> ir.Value:
-    """Queries (number 0) or keys (1) after their norm, the rotary embedding and R3, each where the model has it."""
-    source, names = step.source, step.source.architecture
+def _rotated(step: Step, index: int, query: ir.Value, key: ir.Value) -> Sequence[ir.Value]:
+    """Queries and keys after their norms, the rotary embedding and R3, each where the model has it.
+
+    Once normed they are turned alike: all heads at once, which for a single token costs as much as the keys' alone.
+    """
+    g, source, names = step.g, step.source, step.source.architecture
     if names.head_norms:
-        states = rms_norm(step, f"{source.layer_name(index)}.{names.head_norms[number]}", states)
+        norms = [f"{source.layer_name(index)}.{name}" for name in names.head_norms]
+        query, key = (rms_norm(step, norm, states) for norm, states in zip(norms, (query, key), strict=True))
+    heads = g.op("Concat", query, key, axis=1)
     if getattr(source.layers[index].get_submodule(names.attention), "use_rope", True):
-        states = rope(step, states)
-    factors = source.rotations.query_key
-    return states if factors is None else hadamard(step.g, states, factors, "query_key_R3", rank=4)
+        heads = rope(step, heads)
+    if source.rotations.query_key is not None:
+        heads = dense_hadamard(g, heads, source.rotations.query_key, "query_key_R3")
+    return g.ops("Split", heads, g.ints(source.heads, source.kv_heads), outputs=2, axis=1)
 
 
 def _centred(step: Step, index: int, key: ir.Value) -> ir.Value:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 OPSET, IR_VERSION = 23, 10
-FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+Precision = Literal["fp32", "fp16", "fp64"]
+FLOATS: dict[Precision, ir.DataType] = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "fp64": ir.DataType.DOUBLE,
+}
 Array = NDArray[np.generic]
 Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 
@@ -23,7 +29,7 @@ class GraphBuilder:
     twice in a scope gets a number. The order of calls decides every name, so equal inputs give equal bytes.
 
     Args:
-        dtype: floating-point type of the computation, FLOAT or FLOAT16.
+        dtype: floating-point type of the computation, one of `FLOATS`.
     """
 
     def __init__(self, dtype: ir.DataType) -> None:
@@ -33,6 +39,16 @@ class GraphBuilder:
         self._scopes: list[str] = []
         self._seen: Counter[str] = Counter()
         self._constants: dict[str, ir.Value] = {}
+
+    @property
+    def double(self) -> bool:
+        """Whether the computation is in double; some operators then have no kernel and are written out."""
+        return self.dtype == ir.DataType.DOUBLE
+
+    @property
+    def wide(self) -> ir.DataType:
+        """Type of what is never computed in half precision."""
+        return self.dtype if self.double else ir.DataType.FLOAT
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:

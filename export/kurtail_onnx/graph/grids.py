@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kurtail_onnx.graph.builder import GraphBuilder
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import BORDER, Quantizer
 
 SMALLEST_SCALE = {
     ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),
@@ -40,7 +40,7 @@ def dynamic_grid(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer) 
     low = g.op("Min", _lower(g, x, size, quantizer), zero)
     high = g.op("Max", _upper(g, x, size, quantizer), zero)
     scale = _nonzero(g, g.op("Div", g.op("Sub", high, low), g.scalar(quantizer.code_range[1])))
-    return GridNodes(scale, g.op("Round", g.op("Div", g.op("Neg", low), scale)))
+    return GridNodes(scale, _nearest(g, g.op("Div", g.op("Neg", low), scale)))
 
 
 def row_scale(g: GraphBuilder, rows: ir.Value, size: int, quantizer: Quantizer) -> ir.Value:
@@ -59,7 +59,7 @@ def row_scale(g: GraphBuilder, rows: ir.Value, size: int, quantizer: Quantizer) 
 
 def codes_on(g: GraphBuilder, x: ir.Value, grid: GridNodes, quantizer: Quantizer) -> ir.Value:
     """Nearest codes of ``[..., n]``, as floats."""
-    codes = g.op("Round", g.op("Div", x, grid.scale))
+    codes = _nearest(g, g.op("Div", x, grid.scale))
     if grid.zero_point is not None:
         codes = g.op("Add", codes, grid.zero_point)
     smallest, largest = quantizer.code_range
@@ -71,6 +71,12 @@ def values_of(g: GraphBuilder, codes: ir.Value, grid: GridNodes) -> ir.Value:
     if grid.zero_point is not None:
         codes = g.op("Sub", codes, grid.zero_point)
     return g.op("Mul", codes, grid.scale)
+
+
+def _nearest(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    if g.double:
+        x = g.op("Div", g.op("Round", g.op("Mul", x, g.scalar(BORDER))), g.scalar(BORDER))
+    return g.op("Round", x)
 
 
 def _nonzero(g: GraphBuilder, scale: ir.Value) -> ir.Value:

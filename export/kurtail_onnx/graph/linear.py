@@ -2,6 +2,7 @@
 
 ``qdq`` is standard ONNX, codes ``[in, out]`` behind a DequantizeLinear, which ONNX Runtime turns into its MatMulNBits
 kernel; ``matmulnbits`` writes that kernel's node itself; ``integer`` multiplies int8 codes of weights and activations.
+In double the first form is arithmetic: DequantizeLinear gives none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 
 from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows
 from kurtail_onnx.graph.builder import GraphBuilder
+from kurtail_onnx.graph.grids import GridNodes, values_of
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.weights import float_weight, initializer
 from kurtail_pl.maths.normal_grid import NormalQuantizer
@@ -91,6 +93,8 @@ def _product(g: GraphBuilder, weight: _Weight, x: ir.Value | IntegerRows, form: 
         return g.op("MatMul", x, float_weight(g, weight.source, f"{weight.name}.weight", shape, transposed=True))
     if form == "matmulnbits":
         return _kernel_product(g, weight, weight.quantizer, x)
+    if g.double:
+        return _double_product(g, weight, weight.quantizer, x)
     return _dequantized_product(g, weight, weight.quantizer, x)
 
 
@@ -118,6 +122,20 @@ def _dequantized_product(g: GraphBuilder, weight: _Weight, quantizer: Quantizer,
         dense = g.op("DequantizeLinear", *inputs, name="weight_dq", axis=0, block_size=weight.group)
     else:
         dense = g.op("DequantizeLinear", *inputs, name="weight_dq", axis=1)
+    return g.op("MatMul", x, dense)
+
+
+def _double_product(g: GraphBuilder, weight: _Weight, quantizer: Quantizer, x: ir.Value) -> ir.Value:
+    """``MatMul(x, (codes - zero point) scale)`` of codes that are cast."""
+    codes = g.cast(_transposed_codes(g, weight, CODE_TYPES[quantizer.bits, quantizer.symmetric]), g.dtype)
+    each = (weight.groups, 1, weight.rows)
+    scale = initializer(g, f"{weight.name}.scale", g.dtype, each, lambda: weight.scale().mT)
+    zero_point = None
+    if not quantizer.symmetric:
+        zero_point = initializer(g, f"{weight.name}.zero_point", g.dtype, each, lambda: weight.zero_point().mT)
+    with g.scope("weight_dq"):
+        grouped = g.reshape(codes, weight.groups, weight.group, weight.rows)
+        dense = g.reshape(values_of(g, grouped, GridNodes(scale, zero_point)), weight.columns, weight.rows)
     return g.op("MatMul", x, dense)
 
 

@@ -46,7 +46,7 @@ def _route(step: Step, index: int, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
     shape = tuple(cast(Tensor, router.weight).shape)
     with g.scope("router"):
         logits = g.op("MatMul", rows, float_weight(g, source, f"{name}.weight", shape, transposed=True))
-        probabilities = g.op("Softmax", g.cast(logits, ir.DataType.FLOAT), axis=-1)
+        probabilities = g.op("Softmax", g.cast(logits, g.wide), axis=-1)
         weights, experts = g.ops("TopK", probabilities, g.ints(cast(int, router.top_k)), outputs=2)
         if getattr(router, "norm_topk_prob", True):
             weights = g.op("Div", weights, g.op("ReduceSum", weights, g.ints(-1)))

@@ -35,6 +35,6 @@ def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, some: bool = 
     gate, up = states
     hidden = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
     if source.rotations.mlp_hidden is not None:
-        hidden = hadamard(g, hidden, source.rotations.mlp_hidden, "mlp_hidden_R5", rank=3)
+        hidden = hadamard(g, hidden, source.rotations.mlp_hidden, "mlp_hidden_R5")
     down = f"{name}.{names.down}"
     return step.linear(down, step.read(hidden, down, "down_in", some))

@@ -43,7 +43,7 @@ def build_model(source: Source, spec: ExportSpec) -> ir.Model:
         hidden = decoder_layer(step, index, hidden)
         hidden.name = hidden_name(index + 1)
     logits = _head(step, hidden)
-    g.output(logits, LOGITS, ir.DataType.FLOAT, ["batch", "tokens", source.config.vocab_size])
+    g.output(logits, LOGITS, g.wide, ["batch", "tokens", source.config.vocab_size])
     return g.model({"kurtail.kv": spec.kv, "kurtail.weights": spec.weights, "kurtail.act": spec.act})
 
 
@@ -97,7 +97,7 @@ def _head(step: Step, hidden: ir.Value) -> ir.Value:
     shape = tuple(cast(Tensor, source.model.get_submodule(names.head).weight).shape)
     with g.root_scope(*names.head.split(".")):
         logits = g.op("MatMul", hidden, float_weight(g, source, f"{stored}.weight", shape, transposed=True))
-        return g.cast(logits, ir.DataType.FLOAT)
+        return g.cast(logits, g.wide)
 
 
 def _require_silu(source: Source) -> None:

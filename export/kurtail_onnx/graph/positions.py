@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -25,9 +27,23 @@ def rope(step: Step, x: ir.Value) -> ir.Value:
         g.constant(table.numpy().astype(g.dtype.numpy()), f"rotary.{name}")
         for name, table in zip(("cos", "sin"), step.rotary, strict=True)
     )
-    long = getattr(step.source.model.get_submodule(step.source.architecture.rotary), "rope_type", None) == LONGROPE
+    long = rope_type(step.source) == LONGROPE
     rows = step.shared("rotary_rows", lambda: _longrope_rows(step)) if long else step.position_ids
-    return g.op("RotaryEmbedding", x, cos, sin, rows, rotary_embedding_dim=2 * step.rotary[0].shape[-1])
+    half: int = step.rotary[0].shape[-1]
+    if g.double:
+        return _rope_in_double(step, x, [g.op("Gather", table, rows) for table in (cos, sin)], half)
+    return g.op("RotaryEmbedding", x, cos, sin, rows, rotary_embedding_dim=2 * half)
+
+
+def _rope_in_double(step: Step, x: ir.Value, angles: Sequence[ir.Value], half: int) -> ir.Value:
+    """RotaryEmbedding, which has no double, written out; angles are cosines and sines ``[batch, tokens, half]``."""
+    g = step.g
+    cos, sin = (g.op("Unsqueeze", angle, g.ints(1)) for angle in angles)
+    sizes = g.ints(half, half, step.source.head_dim - 2 * half)
+    low, high, rest = g.ops("Split", x, sizes, outputs=3, axis=-1)
+    turned_low = g.op("Sub", g.op("Mul", low, cos), g.op("Mul", high, sin))
+    turned_high = g.op("Add", g.op("Mul", high, cos), g.op("Mul", low, sin))
+    return g.op("Concat", turned_low, turned_high, rest, axis=-1)
 
 
 def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
@@ -38,8 +54,7 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedArchitecture: when the angles depend on more than position and kind of text.
     """
-    module = source.model.get_submodule(source.architecture.rotary)
-    kind = getattr(module, "rope_type", "default")
+    module, kind = source.model.get_submodule(source.architecture.rotary), rope_type(source)
     if kind not in (*STATIC_ROPE, LONGROPE):
         raise UnsupportedArchitecture(
             f"rotary type {kind!r} changes with the length of the text; exported are "
@@ -52,6 +67,18 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     cos, sin = (torch.cat([pair[part][0] for pair in pairs]) for part in (0, 1))
     half = cos.shape[-1] // 2
     return cos[:, :half], sin[:, :half]
+
+
+def rope_type(source: Source) -> str:
+    """How a model's angles are scaled, by transformers' name."""
+    kind: str = getattr(source.model.get_submodule(source.architecture.rotary), "rope_type", "default")
+    return kind
+
+
+def steady_positions(source: Source) -> int:
+    """Longest text whose tokens have the same angles fed at once and one by one."""
+    positions: int = source.config.max_position_embeddings
+    return _original_positions(source) if rope_type(source) == LONGROPE else positions
 
 
 def _original_positions(source: Source) -> int:

@@ -57,13 +57,17 @@ class Step:
         """What the linears at one place multiply, centred and quantized where the scheme says so.
 
         Args:
-            x: ``[batch, tokens, in]``.
+            x: ``[batch, tokens, in]``; what a rotation gives may have the last dimension in two.
             reader: one of those linears, by its name in the whole model; all have the same centre, quantizer and grid.
             place: name of the scope.
             some: x is not all tokens but some of them, as one text.
         """
         g, module = self.g, self.source.linear(reader)
+        by_token = module.activations is not None and self.spec.act == "qdq" and not self.source.scheme.static
         with g.scope(place):
+            # A quantizer of each token reshapes by itself.
+            if module.rotation is not None and (module.centre is not None or not by_token):
+                x = g.reshape(x, 0, 0, module.in_features)
             if module.centre is not None:
                 with g.scope("centre"):
                     x = g.op("Sub", x, float_weight(g, self.source, f"{reader}.centre", (module.in_features,)))

@@ -16,7 +16,7 @@ from kurtail_onnx.graph.source import Source
 def float_weight(
     g: GraphBuilder, source: Source, name: str, shape: tuple[int, ...], transposed: bool = False
 ) -> ir.Value:
-    """A float weight in the dtype of the computation; float16 ones of the artefact are stored as they are and cast.
+    """A float weight in the dtype of the computation; narrower ones of the artefact are stored as they are and cast.
 
     Args:
         g: the graph.
@@ -42,7 +42,9 @@ def stored_weight(
 
 def stored_dtype(g: GraphBuilder, source: Source, name: str) -> ir.DataType:
     """Type of a float weight in the file: never wider than in the artefact."""
-    return ir.DataType.FLOAT16 if source.dtype(name) == torch.float16 else g.dtype
+    if source.dtype(name) == torch.float16:
+        return ir.DataType.FLOAT16
+    return ir.DataType.FLOAT if g.double else g.dtype
 
 
 def widened(g: GraphBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:

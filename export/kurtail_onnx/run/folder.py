@@ -15,7 +15,8 @@ from kurtail_onnx.describe import DESCRIPTION, FORMAT, MODEL
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.files import sha256_of
 
-NUMPY: dict[str, type[np.generic]] = {"int64": np.int64, "uint8": np.uint8, "float": np.float32, "float16": np.float16}
+NUMPY: dict[str, type[np.generic]] = {"int64": np.int64, "uint8": np.uint8}
+NUMPY |= {"float": np.float32, "float16": np.float16, "double": np.float64}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kurtail_onnx.describe import DATA
+from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import import_runtime
@@ -14,7 +16,7 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.kernels import fused_linears, placement, trace
 from kurtail_onnx.verify.layers import LayerAgreement, compare_layers
 from kurtail_onnx.verify.structure import check_structure
-from kurtail_onnx.verify.texts import compare_texts
+from kurtail_onnx.verify.texts import TextAgreement, compare_texts, scenarios, windows
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.storage.files import write_json
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -42,12 +44,17 @@ class Tolerance:
     layer: float
 
 
-TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4, 0.02, 0.75), "fp16": Tolerance(5e-3, 0.05, 1.0, 1.0)}
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(1e-5, 1e-4, 0.02, 0.75),
+    "fp16": Tolerance(5e-3, 0.05, 1.0, 1.0),
+}
 """In fp16 one value in a thousand lies on the border of two codes, so almost every token holds one."""
+LOGITS, PERPLEXITY = 1e-5, 1e-4
+"""What whole texts may be off by in fp64, where no value falls on the other side: logits, and perplexity relative."""
 
 
 def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
-    """Check an export and write `checks.json`.
+    """Check an export and write `checks.json`: layer by layer, or in double over whole texts.
 
     Args:
         folder: of the export, finished.
@@ -55,27 +62,45 @@ def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
         spec: choices of the export.
 
     Raises:
-        CheckFailed: when the file is not valid, a linear is not fused, or a layer is not torch's.
+        CheckFailed: when the file is not valid, a linear is not fused, or a layer or text is not torch's.
     """
     export = Export(folder)
     checks: dict[str, Any] = {"onnxruntime": import_runtime().__version__, "operators": check_structure(folder)}
     kernels = trace(export)
-    expected = _quantized_linears(source)
-    checks["linears"] = {"quantized": expected, "fused": fused_linears(kernels)}
+    checks["linears"] = {"quantized": _quantized_linears(source), "fused": fused_linears(kernels)}
     checks["placement"] = placement(kernels)
-    if checks["linears"]["fused"] != expected:
-        raise CheckFailed(
-            f"{checks['linears']['fused']} of {expected} quantized linears run in few bits; the others would be "
-            "dequantized in every step: export with --weights matmulnbits, or use a newer onnxruntime"
-        )
-    layers, logits = compare_layers(folder, source, spec)
-    checks["layers"] = summary(layers) | {"head_logits_error": logits}
-    _require_agreement(checks["layers"], len(layers), TOLERANCES[spec.dtype])
-    # Layers are compared one at a time; whole texts need all of the model in memory.
-    texts = compare_texts(export, source, spec) if small_enough(folder) else {}
+    todo = scenarios(source.config.vocab_size)
+    if spec.dtype == "fp64":
+        texts = compare_texts(export, source, spec, todo | windows(export, source))
+        _require_equal(texts)
+    else:
+        _require_fused(**checks["linears"])
+        layers, logits = compare_layers(folder, source, spec)
+        checks["layers"] = summary(layers) | {"head_logits_error": logits}
+        _require_agreement(checks["layers"], len(layers), TOLERANCES[spec.dtype])
+        # Layers are compared one at a time; whole texts need all of the model in memory.
+        texts = compare_texts(export, source, spec, todo) if small_enough(folder) else {}
     checks["texts"] = {name: asdict(agreement) for name, agreement in texts.items()}
     write_json(folder / CHECKS, checks)
     return checks
+
+
+def _require_fused(quantized: int, fused: int) -> None:
+    if fused != quantized:
+        raise CheckFailed(
+            f"{fused} of {quantized} quantized linears run in few bits; the others would be dequantized in every step: "
+            "export with --weights matmulnbits, or use a newer onnxruntime"
+        )
+
+
+def _require_equal(texts: Mapping[str, TextAgreement]) -> None:
+    for name, text in texts.items():
+        # Not a number is no agreement.
+        near = text.logits_error <= LOGITS and text.perplexity_error <= PERPLEXITY
+        if text.codes_differing or not near:
+            raise CheckFailed(
+                f"the export does not compute the artefact's model: {name}: {text}; report it with its kurtail.json"
+            )
 
 
 def summary(layers: list[LayerAgreement]) -> dict[str, Any]:

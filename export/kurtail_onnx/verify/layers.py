@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from kurtail_onnx.graph.builder import FLOATS
+from kurtail_onnx.graph.builder import FLOATS, Precision
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, cache_parts, hidden_name
 from kurtail_onnx.graph.source import Source
@@ -32,7 +32,7 @@ BATCH, STEPS = 2, (9, 1, 1, 1, 6, 1, 1, 1)
 """Texts, and tokens of each step: prefill, decoding, a chunk, decoding."""
 
 
-ROUNDING = {"fp32": 1e-5, "fp16": 1e-2}
+ROUNDING: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2}
 """A token's hidden states that differ by less than this, relative to the layer's largest, differ by float rounding."""
 
 

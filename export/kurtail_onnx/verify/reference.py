@@ -14,6 +14,8 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_pl.maths.quantizers import Quantizer, quantize
 from kurtail_pl.storage.checkpoint import to_float
 from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.surgery.equip import layers_of
+from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.linear import QuantizedLinear
 
@@ -28,11 +30,15 @@ def empty_reference(source: Source, spec: ExportSpec) -> PreTrainedModel:
 
 
 def whole_reference(source: Source, spec: ExportSpec) -> PreTrainedModel:
-    """The artefact's model, float32, all of it in memory."""
+    """The artefact's model, float32, or float64 for an export in double, all of it in memory."""
     model = empty_reference(source, spec)
-    checkpoint = source.checkpoint
-    state = {name: to_float(checkpoint.tensor(name), torch.float32) for name in checkpoint.names}
+    checkpoint, dtype = source.checkpoint, torch.float64 if spec.dtype == "fp64" else torch.float32
+    state = {name: to_float(checkpoint.tensor(name), dtype) for name in checkpoint.names}
     model.load_state_dict(module_state(state, source.architecture), assign=True)
+    if dtype == torch.float64:
+        for layer in layers_of(model, source.architecture):
+            use_exact_layer(layer, source.architecture, source.config.rms_norm_eps)
+        use_exact_norm(model, source.architecture.final_norm, source.config.rms_norm_eps)
     return model
 
 

@@ -17,6 +17,8 @@ ALLOWED = {
         *("Abs", "Clip", "Max", "Min", "ReduceMax", "ReduceMin", "TopK", "Where"),
         *("Concat", "Gather", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
         *("Attention", "MatMul", "MatMulInteger", "RMSNormalization", "RotaryEmbedding", "Sigmoid"),
+        # In double.
+        *("ReduceMean", "Sqrt"),
         # Of a prefix.
         "Expand",
         *("DequantizeLinear", "QuantizeLinear"),

@@ -1,9 +1,12 @@
-"""Whole texts through the export and through torch: prefill, decoding, a chunk, two texts of which one is padded."""
+"""Whole texts through the export and through torch: prefill, decoding, a chunk, two texts of which one is padded.
+
+torch sees each text at once, so the export's tokens one by one are compared with a prefill.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from transformers import DynamicCache
 
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
+from kurtail_onnx.graph.positions import steady_positions
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
@@ -22,6 +26,9 @@ from kurtail_onnx.run.session import open_session
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.reference import cached_codes, whole_reference
+from kurtail_pl.metrics import Perplexity
+from kurtail_pl.progress import track
+from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.equip import layers_of
 
 TOKENS = 24
@@ -29,6 +36,8 @@ STEPS: dict[str, tuple[int, ...]] = {"prefill": (24,), "decode": (12, *[1] * 12)
 """Tokens of each step."""
 PADDING = 5
 """Padded tokens of the second text of the batch."""
+WINDOWS = TextSpec(windows=2, seqlen=512)
+"""Real text, for exports in double."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class TextAgreement:
         largest_logit: of torch's, for comparison.
         codes: of keys and values, compared.
         codes_differing: those that are not equal.
+        perplexity: of the text.
+        perplexity_error: difference from torch's, relative.
     """
 
     tokens: int
@@ -51,11 +62,13 @@ class TextAgreement:
     largest_logit: float
     codes: int
     codes_differing: int
+    perplexity: float
+    perplexity_error: float
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Texts ``[batch, tokens]``, their mask, and the tokens of each step."""
+    """Texts ``[batch, tokens]``, their mask, and the tokens of each of the export's steps."""
 
     ids: Tensor
     mask: Tensor
@@ -75,21 +88,33 @@ def scenarios(vocabulary: int) -> dict[str, Scenario]:
     return {**single, "batch": Scenario(ids, mask, (TOKENS,))}
 
 
+def windows(export: Export, source: Source) -> dict[str, Scenario]:
+    """Windows of real text, no longer than the model's positions, at once, and the first one token by token."""
+    length = min(WINDOWS.seqlen, steady_positions(source))
+    ids = cut_windows(export.tokenizer(), replace(WINDOWS, seqlen=length), "evaluation").tokens
+    first, second = ids[:1], ids[1:]
+    mask = torch.ones_like(first)
+    return {
+        "window_0": Scenario(first, mask, (length,)),
+        "window_1": Scenario(second, mask, (length,)),
+        "window_0_by_token": Scenario(first, mask, (1,) * length),
+    }
+
+
 def compare_texts(
-    export: Export, source: Source, spec: ExportSpec, profile: Profile = "exact"
+    export: Export, source: Source, spec: ExportSpec, todo: Mapping[str, Scenario], profile: Profile = "exact"
 ) -> dict[str, TextAgreement]:
     """Compare every scenario; the whole model is in memory, first torch's and then the export's."""
-    todo = scenarios(source.config.vocab_size)
     expected = _by_torch(source, spec, todo)
     session = open_session(export.model, profile, threads=1)
     agreements = {}
-    for name, scenario in todo.items():
+    for name, scenario in track(list(todo.items()), "check texts"):
         decoder = Decoder(export, session, batch=len(scenario.ids))
         pieces = [decoder.forward(ids.numpy(), mask.numpy()) for ids, mask in scenario.pieces()]
         logits, codes = expected[name]
         found = {key: codes_in(decoder.cache()[key], part) for key, part in _packed(source, spec).items()}
         differing = [found[key] != codes[key] for key in found]
-        agreements[name] = _agreement(logits, np.concatenate(pieces, axis=1), differing, scenario.mask.numpy() > 0)
+        agreements[name] = _agreement(logits, np.concatenate(pieces, axis=1), differing, scenario)
     return agreements
 
 
@@ -101,30 +126,29 @@ def _packed(source: Source, spec: ExportSpec) -> dict[str, CachePart]:
 
 @torch.no_grad()
 def _by_torch(
-    source: Source, spec: ExportSpec, todo: dict[str, Scenario]
+    source: Source, spec: ExportSpec, todo: Mapping[str, Scenario]
 ) -> dict[str, tuple[NDArray[Any], dict[str, NDArray[Any]]]]:
     """Logits of each scenario, and its codes by the names of the cache inputs."""
     model = whole_reference(source, spec)
     results = {}
     for name, scenario in todo.items():
-        cache, logits, seen = DynamicCache(), [], scenario.mask[:, :0]
-        for ids, mask in scenario.pieces():
-            seen = torch.cat([seen, mask], dim=1)
-            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache)
-            logits.append(output.logits.numpy())
+        ids, mask, cache = scenario.ids, scenario.mask, DynamicCache()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
         codes = {}
         for index, layer in enumerate(layers_of(model, source.architecture)):
             attention = layer.get_submodule(source.architecture.attention)
             for part, tensor in cached_codes(attention, cache, index).items():
                 codes[f"past_key_values.{index}.{part}"] = tensor.numpy()
-        results[name] = np.concatenate(logits, axis=1), codes
+        results[name] = output.logits.numpy(), codes
     return results
 
 
 def _agreement(
-    expected: NDArray[Any], found: NDArray[Any], differing: list[NDArray[np.bool_]], real: NDArray[np.bool_]
+    expected: NDArray[Any], found: NDArray[Any], differing: list[NDArray[np.bool_]], scenario: Scenario
 ) -> TextAgreement:
+    real = scenario.mask.numpy() > 0
+    perplexity, torchs = (_perplexity(logits, scenario) for logits in (found, expected))
     in_token = np.zeros_like(real)
     for codes in differing:
         in_token |= codes.any(axis=(1, 3))
@@ -137,4 +161,13 @@ def _agreement(
         largest_logit=float(np.abs(expected[real]).max()),
         codes=sum(int(codes.shape[1] * codes.shape[3] * real.sum()) for codes in differing),
         codes_differing=sum(int((codes.swapaxes(1, 2)[real]).sum()) for codes in differing),
+        perplexity=perplexity,
+        perplexity_error=abs(perplexity / torchs - 1),
     )
+
+
+def _perplexity(logits: NDArray[Any], scenario: Scenario) -> float:
+    metric = Perplexity()
+    for row, ids, mask in zip(torch.from_numpy(logits), scenario.ids, scenario.mask, strict=True):
+        metric.update(row[mask > 0][None], ids[mask > 0][None])
+    return float(metric.compute().item())

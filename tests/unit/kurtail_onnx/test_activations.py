@@ -70,3 +70,23 @@ def test_some_tokens_are_one_text() -> None:
     values = random_array(1, TOKENS, SIZE)
     (found,) = run_graph(g, {"y": fake_quantized(g, x, SIZE, Quantizer(), None)}, x=values[:, :0])
     assert found.shape == (1, 0, SIZE)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_doubles_are_torchs(quantizer: Quantizer) -> None:
+    g = GraphBuilder(ir.DataType.DOUBLE)
+    x = g.input("x", ir.DataType.DOUBLE, ["batch", "tokens", SIZE])
+    values = random_array(BATCH, TOKENS, SIZE).astype(np.float64)
+    (found,) = run_graph(g, {"y": fake_quantized(g, x, SIZE, quantizer, g.ints(BATCH, TOKENS, -1))}, x=values)
+    np.testing.assert_allclose(found, fake_quantize(torch.from_numpy(values), quantizer).numpy(), rtol=1e-14)
+
+
+def test_doubles_on_a_border_go_to_the_even_code() -> None:
+    """Quarters of a step, and the same numbers after a product that changes their last bits."""
+    values = np.random.default_rng(0).integers(-28, 29, size=(1, TOKENS, SIZE)) / 4
+    values[..., 0] = 7
+    for factor in (1.0, 0.1, 1 / 3):
+        g = GraphBuilder(ir.DataType.DOUBLE)
+        x = g.input("x", ir.DataType.DOUBLE, ["batch", "tokens", SIZE])
+        (found,) = run_graph(g, {"y": fake_quantized(g, x, SIZE, Quantizer(), None)}, x=values * factor)
+        np.testing.assert_allclose(found, values.round() * factor, rtol=1e-14)

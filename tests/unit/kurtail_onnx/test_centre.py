@@ -142,7 +142,9 @@ def test_one_subtraction_a_place_with_the_artefacts_names(
     nodes = {node.name: node for node in graph.node}
     rotation = nodes["/model/layers.2/mlp/mlp_hidden_R5/Hadamard"].output[0]
     centre = nodes["/model/layers.2/mlp/down_in/centre/Sub"]
-    assert centre.input[0] == rotation
+    whole = nodes["/model/layers.2/mlp/down_in/Reshape"]
+    assert whole.input[0] == rotation
+    assert centre.input[0] == whole.output[0]
     assert nodes["/model/layers.2/mlp/down_in/act_q/Reshape"].input[0] == centre.output[0]
 
 
@@ -157,9 +159,10 @@ def test_keys_are_centred_between_R3_and_the_cache(  # noqa: N802 - the paper's 
     subtractions = [name for name in nodes if name.endswith("/key_centre/Sub")]
     assert subtractions == [f"/model/layers.{index}/self_attn/key_centre/Sub" for index in range(4)]
     for index, name in enumerate(subtractions):
-        keys, widened = (producers[source] for source in nodes[name].input)
+        split, widened = (producers[source] for source in nodes[name].input)
         # Queries come first.
-        assert keys.name == f"/model/layers.{index}/self_attn/query_key_R3/Hadamard_1"
+        assert nodes[name].input[0] == split.output[1]
+        assert split.input[0] == nodes[f"/model/layers.{index}/self_attn/query_key_R3/Hadamard"].output[0]
         stored = f"model.layers.{index}.self_attn.key_centre"
         assert list(widened.input) == [stored]
         expected = Checkpoint(artefact).tensor(stored).numpy()

@@ -153,6 +153,8 @@ REFUSED: dict[str, tuple[ExportSpec, dict[str, Any], str]] = {
     "integer-heads": (ExportSpec(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
     "sinks": (ExportSpec(), {"sinks": Sinks(2, 8)}, "sinks keep the first 2 tokens in 8 bits.* sinks: null"),
     "uneven-levels": (ExportSpec(), {"method": "higgs"}, "higgs_bits.* method rtn or gptq"),
+    "integer-double": (ExportSpec("fp64", weights="integer"), {}, "--weights integer has no doubles"),
+    "kernel-double": (ExportSpec("fp64", weights="matmulnbits"), {}, "--weights matmulnbits has no doubles"),
     "integer-float": (ExportSpec(weights="integer", act="none"), {}, "--weights integer"),
 }
 

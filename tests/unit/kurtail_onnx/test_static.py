@@ -136,7 +136,9 @@ def test_three_nodes_a_place_with_the_artefacts_constants(
     reader = "model.layers.2.mlp.down_proj"
     scale, zero_point = f"{reader}.input_scale", f"{reader}.input_zero_point"
     rotated = nodes["/model/layers.2/mlp/mlp_hidden_R5/Hadamard"].output[0]
-    assert list(nodes[f"{place}/QuantizeLinear"].input) == [rotated, scale, zero_point]
+    whole = nodes["/model/layers.2/mlp/down_in/Reshape"]
+    assert whole.input[0] == rotated
+    assert list(nodes[f"{place}/QuantizeLinear"].input) == [whole.output[0], scale, zero_point]
     assert nodes[f"{place}/DequantizeLinear"].input[2] == zero_point
     assert nodes[f"{place}/Mul"].input[1] == scale
     stored = Checkpoint(artefact)

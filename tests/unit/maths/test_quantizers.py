@@ -12,6 +12,7 @@ from kurtail_pl.maths.quantizers import (
     dequantize,
     fake_quantize,
     quantize,
+    rounded,
     split_groups,
     upper_quantile,
 )
@@ -283,3 +284,13 @@ def test_gradients_pass_straight_through(symmetric: bool) -> None:
     (fake_quantize(x, Quantizer(4, symmetric=symmetric, clip="ratio:0.5", group_size=4)) * weight).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, weight)
+
+
+def test_halves_in_float64_go_to_even_whatever_was_lost_before() -> None:
+    halves = torch.arange(-6.5, 7, dtype=torch.float64)
+    even = torch.tensor([-6.0, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6], dtype=torch.float64)
+    for noise in (-1e-12, 0, 1e-12):
+        assert torch.equal(rounded(halves + noise), even)
+    beside = torch.tensor([1e-9, -1e-9], dtype=torch.float64)
+    assert rounded(2.5 + beside).tolist() == [3, 2]
+    assert rounded(3.5 + beside).tolist() == [4, 3]
