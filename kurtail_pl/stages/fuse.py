@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kurtail_pl.stages.channels import Channels
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.scales import Part, ScaleSpec, channel_energy, fold_scales, watched_linears
-from kurtail_pl.stages.text import Windows, cut_windows
+from kurtail_pl.stages.scales import ChannelScales, Part, ScaleSpec, scale_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
@@ -127,11 +127,6 @@ def fuse(
     return folder
 
 
-def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
-    """Windows that channels are measured on; raises TextError when the text is too short."""
-    return cut_windows(checkpoint.tokenizer(), scales.text, "calibration", seed=scales.seed)
-
-
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Save tokenizer and generation settings beside new weights."""
     checkpoint.tokenizer().save_pretrained(folder)
@@ -158,7 +153,10 @@ class _Fuser:
         self.eps: float = config.rms_norm_eps
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
-        self.scaled, self.text = scaled, text[:, :length]
+        self.text = text[:, :length]
+        rotary = len(cast(Tensor, walker.model.get_submodule(self.architecture.rotary).inv_freq)) * 2
+        heads = config.num_key_value_heads, head_dim_of(config)
+        self.scales = ChannelScales(scaled, self.architecture, *heads, rotary)
         generator = torch.Generator().manual_seed(0)
         self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
         shape = (3 + len(self.text), length, config.hidden_size)
@@ -173,10 +171,10 @@ class _Fuser:
         for index, layer in self.walker.layers("fuse layers", self.work):
             use_exact_layer(layer, self.architecture, self.eps)
             reference, rotated, rounded, *text = self.hidden.before
-            with channel_energy(layer, watched_linears(layer, self.architecture, self.scaled)) as energy:
+            with self.scales.measured(layer, self._normed) as channels:
                 text_after = [self.walker.advance(layer, window) for window in text]
             reference_after = self.walker.advance(layer, reference)
-            self._fold_layer(index, layer, reference, reference_after, energy)
+            self._fold_layer(index, layer, reference, reference_after, channels)
             rotated_after = self.walker.advance(layer, rotated)
             rounded_after = self.walker.advance(layer.float(), rounded.float())
             self.hidden.after.fill([reference_after, rotated_after, rounded_after, *text_after])
@@ -193,6 +191,10 @@ class _Fuser:
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""
         return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """What a folded norm of the rotated model gives, by hidden states of the original one."""
+        return self._into_residual(F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
 
     def _embedding(self) -> None:
         """Write the rotated embedding, and start the probes."""
@@ -211,7 +213,7 @@ class _Fuser:
         layer: nn.Module,
         reference: Tensor,
         reference_after: Tensor,
-        energy: Mapping[str, Tensor],
+        channels: Channels,
     ) -> None:
         """Fold one layer in place, comparing its output with the original's after each fold."""
         architecture, rotations = self.architecture, self.rotations
@@ -220,22 +222,25 @@ class _Fuser:
             output = self.walker.advance(layer, before)
             check(f"{fold} in {architecture.layers}.{index}", after, output, FLOAT64_TOLERANCE)
 
-        config = self.walker.checkpoint.config
-        if self.scaled:
-            fold_scales(layer, architecture, energy, config.num_key_value_heads, head_dim_of(config))
+        if self.scales.parts:
+            self.scales.fold(layer, channels)
             gate("scaling the channels", reference, reference_after)
         before, after = self._into_residual(reference), self._into_residual(reference_after)
-        if rotations.residual is not None:
+        if rotations.residual is not None or channels.normed:
             folding.fold_layer_norms(layer, architecture)
             gate("folding the norms", reference, reference_after)
+        if rotations.residual is not None:
             folding.rotate_residual(layer, architecture, rotations.residual)
             gate("rotating the residual stream (R1)", before, after)
+        if channels.normed:
+            self.scales.fold_norms(layer, channels)
+            gate("scaling the norms", before, after)
         if rotations.value is not None:
             folding.rotate_values(layer, architecture, rotations.value[index])
             gate("rotating the values (R2)", before, after)
         for name, factors in online_rotations(layer, architecture, rotations).items():
             folding.absorb_online(folding.linear_of(layer, name), factors)
-        equip_layer(layer, architecture, FLOAT, rotations, head_dim_of(config))
+        equip_layer(layer, architecture, FLOAT, rotations, self.scales.head_dim)
         gate("rotating online (R3, R4, R5)", before, after)
 
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:

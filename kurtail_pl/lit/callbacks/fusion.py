@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.fuse import fuse, scale_windows
-from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.scales import ScaleSpec, scale_windows
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 
 FUSED = "fused"
@@ -28,7 +28,7 @@ class Fusion(CheckedCallback):
         self.scales = scales
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
-        """Refuse a text too short for the scales."""
+        """Refuse scales that the model cannot have, and a text too short for them."""
         if self.scales is not None:
             scale_windows(data.checkpoint, self.scales)
 
