@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from kurtail_pl.stages.channels import Channels
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.scales import ChannelScales, Part, ScaleSpec, scale_windows
+from kurtail_pl.stages.scales import Part, ScaleSpec, channel_scales, scale_windows
+from kurtail_pl.stages.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
@@ -38,7 +39,7 @@ from kurtail_pl.surgery.gate import (
     use_exact_layer,
 )
 from kurtail_pl.surgery.layout import checkpoint_state
-from kurtail_pl.surgery.rotations import Rotations, head_dim_of
+from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def fuse(
     overwrite: bool = False,
     device: Device = "auto",
     scales: ScaleSpec | None = None,
+    signs: SignSpec | None = None,
 ) -> Path:
     """Write a float32 model with rotations fused in, whose output is the original's.
 
@@ -71,11 +73,13 @@ def fuse(
         folder: where the model goes; one that was fused from the same is reused.
         overwrite: replace the folder if it exists.
         device: where the products are computed, ``cpu``, ``cuda`` or ``auto``; in float64 on either.
-        scales: channels to scale before they are rotated; None for none.
+        scales: channels to scale; None for none.
+        signs: of R4 and R5, chosen among several draws; None takes them as they are.
 
     Raises:
+        ConfigError: when channels are to be scaled that this family cannot scale.
         GateError: when a fold changes the output; nothing is kept.
-        TextError: when the text of the scales is too short.
+        TextError: when the text of the scales or signs is too short.
         ArtefactError: when the folder exists.
         DiskFull: when the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
@@ -91,17 +95,26 @@ def fuse(
         windows = scale_windows(checkpoint, scales)
         tokens = windows.tokens
         recipe |= {"scales": asdict(scales), "scales_text_sha256": windows.text_sha256}
+    if signs is not None:
+        held_out = sign_windows(checkpoint, signs)
+        recipe |= {"signs": asdict(signs), "signs_text_sha256": held_out.text_sha256}
     if is_ours(folder) and read_card(folder).get("recipe") == recipe:
         require_intact(folder)
         log.info("reusing the fused model %s", folder)
         return folder
-    walker = Walker(checkpoint, dtype=torch.float64, device=Compute(device).torch_device)
+    compute, parts = Compute(device), scales.parts if scales else ()
+    walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
     walker.model.set_attn_implementation(ATTENTION)
     with resumable_folder(folder, overwrite, recipe) as work:
         partial = work.folder
         with Meter(work.state.get("cost")) as meter:
-            gate = _Fuser(walker, rotations, work, scales.parts if scales else (), tokens).run(meter)
+            if signs is not None:
+                if "signs" not in work.state:
+                    errors = sign_errors(checkpoint, rotations, signs, held_out.tokens, parts, compute)
+                    work.state["signs"] = errors
+                rotations = with_signs(rotations, signs, work.state["signs"])
+            gate = _Fuser(walker, rotations, work, parts, tokens).run(meter)
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings, config.dtype = False, torch.float32
         config.save_pretrained(partial)
@@ -154,9 +167,7 @@ class _Fuser:
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
         self.text = text[:, :length]
-        rotary = len(cast(Tensor, walker.model.get_submodule(self.architecture.rotary).inv_freq)) * 2
-        heads = config.num_key_value_heads, head_dim_of(config)
-        self.scales = ChannelScales(scaled, self.architecture, *heads, rotary)
+        self.scales = channel_scales(walker, scaled)
         generator = torch.Generator().manual_seed(0)
         self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
         shape = (3 + len(self.text), length, config.hidden_size)

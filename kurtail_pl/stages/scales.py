@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from kurtail_pl.maths.scales import balanced_scale, range_power
 from kurtail_pl.stages.channels import Channels, measured_inputs, measured_keys, measured_norms
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.rotations import head_dim_of
 
 Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
 
@@ -142,3 +144,10 @@ class ChannelScales:
         """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
         channel, half = torch.arange(self.head_dim), self.rotary // 2
         return torch.where(channel < self.rotary, channel % half, channel - half)
+
+
+def channel_scales(walker: Walker, parts: Sequence[Part]) -> ChannelScales:
+    """Scales of the layers of a walker's model."""
+    config, architecture = walker.checkpoint.config, walker.architecture
+    frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
+    return ChannelScales(parts, architecture, config.num_key_value_heads, head_dim_of(config), 2 * len(frequencies))
