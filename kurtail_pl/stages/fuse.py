@@ -105,7 +105,6 @@ def fuse(
     compute, parts = Compute(device), scales.parts if scales else ()
     walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
-    walker.model.set_attn_implementation(ATTENTION)
     with resumable_folder(folder, overwrite, recipe) as work:
         partial = work.folder
         with Meter(work.state.get("cost")) as meter:
@@ -160,6 +159,8 @@ class _Fuser:
         self, walker: Walker, rotations: Rotations, work: Workplace, scaled: Sequence[Part], text: Tensor
     ) -> None:
         self.walker, self.architecture, self.work = walker, walker.architecture, work
+        # Not earlier: a walker made meanwhile for the same configuration, as signs are chosen by, sets it back.
+        walker.model.set_attn_implementation(ATTENTION)
         residual, value = (r if r is None else r.to(walker.device) for r in (rotations.residual, rotations.value))
         self.rotations = replace(rotations, residual=residual, value=value)
         config = walker.checkpoint.config

@@ -29,7 +29,7 @@ SITES = {"attention_output": "self_attn.o_proj", "mlp_hidden": "mlp.down_proj"}
 
 @pytest.fixture
 def spec(text: TextSpec) -> SignSpec:
-    return SignSpec(candidates=5, text=text, seed=4)
+    return SignSpec(candidates=5, text=text, seed=3)
 
 
 @torch.no_grad()
