@@ -28,7 +28,7 @@ ONLINE = ("attention_output", "mlp_hidden")
 """R4 and R5. The signs of R3 are not chosen: its keys may be centred before they are rounded, which fusion does not
 know, and their offsets would decide."""
 ROUNDING = Quantizer(4, symmetric=False)
-"""Stands for the scheme, which fusion does not know either: the signs that are best for it are those of others."""
+"""Stands for the scheme, which fusion does not know either."""
 SCALED: tuple[Part, ...] = ("values", "mlp_hidden")
 """Scales of channels that R4 and R5 mix."""
 
@@ -45,7 +45,7 @@ class SignSpec:
 
     Args:
         candidates: draws of each, of which the first are the rotations' own signs.
-        text: its windows go through the original model, which no rotation has learned from.
+        text: its windows go through the original model; best none that the rotations have learned from.
         seed: draws the windows and the other signs.
 
     Raises:
@@ -115,6 +115,7 @@ def sign_errors(
         "windows": windows.tolist(),
         "signs": [signs.candidates, signs.seed],
         "scaled": list(scaled),
+        "dtype": compute.dtype,
     }
     draws = drawn(rotations, signs)
     if not draws:
@@ -123,7 +124,7 @@ def sign_errors(
         walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
         scales = channel_scales(walker, [part for part in SCALED if part in scaled])
         sums: dict[str, list[float]] = work.state.setdefault("sums", {name: [0.0] * signs.candidates for name in draws})
-        hidden = walker.hidden_states(windows, work)
+        hidden = walker.hidden_states(windows[:, : checkpoint.config.max_position_embeddings], work)
         for index, layer in walker.layers("signs of R4 and R5", work):
             with scales.measured(layer, lambda states: states) as channels:
                 hidden.after.fill(walker.advance(layer, states) for states in hidden.before)

@@ -380,6 +380,22 @@ def test_a_scale_for_the_wrong_heads_is_seen(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_scaled_norm_with_a_forgotten_reader_is_seen(
+    tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, seen = folding.norm_readers, []
+
+    def forgetful(layer: torch.nn.Module, architecture: Architecture, norm: str) -> list[torch.nn.Module]:
+        seen.append(norm)
+        found = right(layer, architecture, norm)
+        return found[:-1] if len(seen) > 2 else found  # Both norms are folded first.
+
+    monkeypatch.setattr(folding, "norm_readers", forgetful)
+    with pytest.raises(GateError, match=r"scaling the norms in model.layers.0"):
+        fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=scaling(text, "mlp_input"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scales_need_text_and_channels(tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="were asked for"):
         fuse(Checkpoint(tiny), rotations, "t", tmp_path / "f", scales=ScaleSpec(text=replace(text, windows=10**6)))
