@@ -35,7 +35,9 @@ class ScaleSpec:
     Args:
         parts: ``values`` (from `v_proj` into `o_proj`, before R2), ``mlp_hidden`` (from `up_proj` into `down_proj`,
             before R5), ``keys`` (from `q_proj` into `k_proj`, before R3, two channels that RoPE turns together alike),
-            ``attention_input`` and ``mlp_input`` (from what reads a norm into the norm's weight, after R1).
+            ``attention_input`` and ``mlp_input`` (from what reads a norm into the norm's weight, after R1). The last
+            three are right for what is centred before it is quantized (`Scheme.centre` and `Scheme.centre_keys`): they
+            go by what channels hold about their mean.
         text: its windows go through the original model, in float64, beside the probes; a few thousand tokens do.
         seed: draws the windows.
 
