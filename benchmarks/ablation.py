@@ -33,6 +33,9 @@ EARLY = {
     "class_path": "lightning.pytorch.callbacks.EarlyStopping",
     "init_args": {"monitor": "error/validation", "patience": 3},
 }
+SCALED = ["values", "mlp_hidden"]
+TRAIN = "../shared/data/text/wikitext2/wiki.train.part.raw"
+SIGNS = {"candidates": 8, "text": {"source": TRAIN, "windows": 32, "seqlen": 64}, "seed": 0}
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "nothing learned": {f"{MODEL}.optimizer.init_args.lr": 1e-9, STEPS: 1},
@@ -71,6 +74,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "channels not scaled": {f"{FUSION}.scales": None},
     "values alone scaled": {f"{FUSION}.scales.parts": ["values"]},
     "MLP channels alone scaled": {f"{FUSION}.scales.parts": ["mlp_hidden"]},
+    "keys scaled too": {f"{FUSION}.scales.parts": [*SCALED, "keys"]},
+    "norms scaled too": {f"{FUSION}.scales.parts": [*SCALED, "attention_input", "mlp_input"]},
+    "signs of R4 and R5 out of 8": {f"{FUSION}.signs": SIGNS},
     "a clip for each site": {f"{QUANTIZE}.search_clips": ["activations"]},
     "a cache clip for each layer": {f"{QUANTIZE}.search_clips": ["keys", "values"]},
     "cache clip 0.95": {f"{SCHEME}.{part}.clip": "ratio:0.95" for part in ("keys", "values")},

@@ -62,8 +62,8 @@ def _baseline(settings: Settings, hadamard: bool) -> Settings:
     trainer["callbacks"] = [c for c in trainer["callbacks"] if not c["class_path"].endswith(learners)]
     for callback in trainer["callbacks"]:
         if callback["class_path"].endswith(".Fusion"):
-            # Scales of channels are part of the method, as learned rotations are.
-            callback["init_args"] = {"scales": None}
+            # Scales and chosen signs are part of the method, as learned rotations are.
+            callback["init_args"] = {"scales": None, "signs": None}
     _move(derived, "quarot" if hadamard else "none")
     return derived
 

@@ -11,7 +11,10 @@ from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
+from kurtail_pl.stages.plan_table import misfits, state_places, table
 from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
@@ -23,7 +26,7 @@ def plan(arguments: list[str]) -> None:
     """Print what each stage of a recipe takes, and what does not fit."""
     config = command_line(RecipeCLI, "kurtail plan", arguments, run=False).config.as_dict()
     data = config["data"]["init_args"]
-    capture = {**data["capture"], "text": TextSpec(**data["capture"]["text"])}
+    capture, fusion = _with_text(data["capture"]), settings_of(config, "Fusion")
     compute = Compute(**data["compute"])
     stages = stage.plan(
         config_of(capture["model"]),
@@ -33,12 +36,18 @@ def plan(arguments: list[str]) -> None:
         TextSpec(**settings_of(config, "Evaluation")["text"]),
         resident_memory(),
         compute,
+        fusion["scales"] and ScaleSpec(**_with_text(fusion["scales"])),
+        fusion["signs"] and SignSpec(**_with_text(fusion["signs"])),
     )
-    print(stage.table(stages, stage.probe(compute)))
+    print(table(stages, stage.probe(compute)))
     free = free_memory()
-    print(stage.state_places(stages, free))
-    for line in stage.misfits(stages, free, free_disk(Path(data["store"])), device_memory()):
+    print(state_places(stages, free))
+    for line in misfits(stages, free, free_disk(Path(data["store"])), device_memory()):
         print(f"does not fit: {line}")
+
+
+def _with_text(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "text": TextSpec(**settings["text"])}
 
 
 def _learning(data: dict[str, Any]) -> stage.Learning:
@@ -49,5 +58,5 @@ def _learning(data: dict[str, Any]) -> stage.Learning:
 
 
 def _quantization(settings: dict[str, Any]) -> QuantizeSpec:
-    scheme, gptq, text = Scheme.from_dict(settings["scheme"]), GPTQ(**settings["gptq"]), TextSpec(**settings["text"])
-    return QuantizeSpec(**{**settings, "scheme": scheme, "gptq": gptq, "text": text})
+    scheme, gptq = Scheme.from_dict(settings["scheme"]), GPTQ(**settings["gptq"])
+    return QuantizeSpec(**{**_with_text(settings), "scheme": scheme, "gptq": gptq})

@@ -14,12 +14,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.lit.callbacks import Evaluation, StepLines, WeightQuantization
+from kurtail_pl.lit.callbacks import Evaluation, Fusion, StepLines, WeightQuantization
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
-from kurtail_pl.stages.plan import misfits, plan
+from kurtail_pl.stages.plan import plan
+from kurtail_pl.stages.plan_table import misfits
 from kurtail_pl.storage.files import free_disk
 
 log = logging.getLogger(__name__)
@@ -99,11 +100,11 @@ class KurtailCLI(LightningCLI):
         quantization, evaluation = callback_of(self.trainer, WeightQuantization), callback_of(self.trainer, Evaluation)
         if quantization is None or evaluation is None:
             return
-        data = self.datamodule
+        data, fusion = self.datamodule, callback_of(self.trainer, Fusion) or Fusion()
         data.compute.torch_device  # noqa: B018, refuses a device that is not there
         stages = plan(
             data.checkpoint.config, data.capture_spec, data.learning(), quantization.quantize_spec, evaluation.text,
-            resident_memory(), data.compute,
+            resident_memory(), data.compute, fusion.scales, fusion.signs,
         )  # fmt: skip
         found = misfits(stages, free_memory(), free_disk(data.store_folder), device_memory())
         if found:

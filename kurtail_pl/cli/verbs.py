@@ -18,6 +18,7 @@ from kurtail_pl.stages import report as report_stage
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.results import add_tasks, evaluate_folder
 from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.tasks.evaluate import evaluate_models
 from kurtail_pl.stages.tasks.spec import TaskSpec, chosen_tasks
 from kurtail_pl.stages.tasks.table import tasks_note, tasks_table
@@ -81,6 +82,7 @@ def _fuse(
     overwrite: bool = False,
     device: Device = "auto",
     scales: ScaleSpec | None = None,
+    signs: SignSpec | None = None,
 ) -> None:
     """Fuse rotations, learned or random, into a model's weights.
 
@@ -92,7 +94,8 @@ def _fuse(
         seed: of the random Hadamards, for method quarot.
         overwrite: replace the folder if it exists.
         device: auto, cpu or cuda; float64 on either.
-        scales: channels to scale before they are rotated; null for none.
+        scales: channels to scale; null for none.
+        signs: of R4 and R5, chosen among several draws; null takes them as they are.
     """
     if (rotations is None) == (method == "kurtail"):
         raise ConfigError(
@@ -103,7 +106,7 @@ def _fuse(
         chosen = read_rotations(rotations)
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
-    fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite, device, scales)
+    fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite, device, scales, signs)
 
 
 def quantize(arguments: list[str]) -> None:

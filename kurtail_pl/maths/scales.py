@@ -1,29 +1,48 @@
-"""Scales of channels that a rotation mixes before they are quantized."""
+"""Scales of channels, at no cost at run time, with which a quantizer errs least."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 SMALLEST = 1e-6
 """Of the mean: dead channels and unread ones get no scale beyond this."""
+SPREAD = 2.0
+"""Power of the norm that the error behind a Hadamard goes with: it spreads a row's sum of squares evenly."""
 
 
-def balanced_scale(energy: Tensor, weight: Tensor) -> Tensor:
-    """Scale s of the channels of x with which ``Q(s x H) (H^T W / s)^T`` has the least error.
+def range_power(width: int) -> float:
+    """Power of the norm that the error of a row which nothing spreads goes with: ``2 ln n``.
 
-    A Hadamard H spreads what it is given evenly, so a quantizer behind it, of activations or of weights, errs in
-    proportion to the sum of squares: the output's squared error goes with ``sum(s^2 energy) sum(weight / s^2)``. By the
-    inequality of Cauchy and Schwarz that is least where ``s^4 = weight / energy``.
+    Its step is the row's range. Of n normal values, each with a deviation of its own, the largest is channel i's in a
+    share of rows that grows as ``sigma_i^(t^2)`` near equal deviations, where ``t^2 = 2 ln n`` is the square of the
+    largest value that n give; so does the part of channel i in their p-norm with ``p = 2 ln n``.
+    """
+    return max(SPREAD, 2 * math.log(width))
+
+
+def balanced_scale(energy: Tensor, weight: Tensor, power: float = SPREAD) -> Tensor:
+    """Scale s of the channels of x with which ``Q(s x) (W / s)^T`` has the least error.
+
+    The quantizer's step goes with the p-norm of what the channels hold, and its error is alike in all of them: the
+    output's squared error goes with ``sum((s^2 energy)^(p/2))^(2/p) sum(weight / s^2)``. Where the derivative by each
+    ``log s`` is zero, ``s^(p + 2) = weight / energy^(p/2)``.
+
+    Behind a Hadamard H, as in ``Q(s x H) (H^T W / s)^T``, the step goes with the sum of squares, p is 2, and this is
+    the minimum by the inequality of Cauchy and Schwarz: ``s^4 = weight / energy``. Where nothing spreads a row, p is
+    large (`range_power`), and the scale is nearly ``1 / sqrt(energy)``: all channels fill the range.
 
     Args:
         energy: mean square of each channel of x, ``[..., n]``.
         weight: sum of squares of what multiplies it in W, ``[..., n]``.
+        power: p, at least 2.
 
     Returns:
         Scales ``[..., n]``, their geometric mean 1; where x, or W, is zero, as if all its channels were equal.
     """
-    logarithm = (_log(weight) - _log(energy)) / 4
+    logarithm = (_log(weight) - power / 2 * _log(energy)) / (power + 2)
     return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
 

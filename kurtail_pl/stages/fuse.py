@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kurtail_pl.stages.channels import Channels
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.scales import Part, ScaleSpec, channel_energy, fold_scales, watched_linears
-from kurtail_pl.stages.text import Windows, cut_windows
+from kurtail_pl.stages.scales import Part, ScaleSpec, channel_scales, scale_windows
+from kurtail_pl.stages.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
@@ -38,7 +39,7 @@ from kurtail_pl.surgery.gate import (
     use_exact_layer,
 )
 from kurtail_pl.surgery.layout import checkpoint_state
-from kurtail_pl.surgery.rotations import Rotations, head_dim_of
+from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def fuse(
     overwrite: bool = False,
     device: Device = "auto",
     scales: ScaleSpec | None = None,
+    signs: SignSpec | None = None,
 ) -> Path:
     """Write a float32 model with rotations fused in, whose output is the original's.
 
@@ -71,11 +73,13 @@ def fuse(
         folder: where the model goes; one that was fused from the same is reused.
         overwrite: replace the folder if it exists.
         device: where the products are computed, ``cpu``, ``cuda`` or ``auto``; in float64 on either.
-        scales: channels to scale before they are rotated; None for none.
+        scales: channels to scale; None for none.
+        signs: of R4 and R5, chosen among several draws; None takes them as they are.
 
     Raises:
+        ConfigError: when channels are to be scaled that this family cannot scale.
         GateError: when a fold changes the output; nothing is kept.
-        TextError: when the text of the scales is too short.
+        TextError: when the text of the scales or signs is too short.
         ArtefactError: when the folder exists.
         DiskFull: when the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
@@ -91,17 +95,25 @@ def fuse(
         windows = scale_windows(checkpoint, scales)
         tokens = windows.tokens
         recipe |= {"scales": asdict(scales), "scales_text_sha256": windows.text_sha256}
+    if signs is not None:
+        held_out = sign_windows(checkpoint, signs)
+        recipe |= {"signs": asdict(signs), "signs_text_sha256": held_out.text_sha256}
     if is_ours(folder) and read_card(folder).get("recipe") == recipe:
         require_intact(folder)
         log.info("reusing the fused model %s", folder)
         return folder
-    walker = Walker(checkpoint, dtype=torch.float64, device=Compute(device).torch_device)
+    compute, parts = Compute(device), scales.parts if scales else ()
+    walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
     require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
-    walker.model.set_attn_implementation(ATTENTION)
     with resumable_folder(folder, overwrite, recipe) as work:
         partial = work.folder
         with Meter(work.state.get("cost")) as meter:
-            gate = _Fuser(walker, rotations, work, scales.parts if scales else (), tokens).run(meter)
+            if signs is not None:
+                if "signs" not in work.state:
+                    errors = sign_errors(checkpoint, rotations, signs, held_out.tokens, parts, compute)
+                    work.state["signs"] = errors
+                rotations = with_signs(rotations, signs, work.state["signs"])
+            gate = _Fuser(walker, rotations, work, parts, tokens).run(meter)
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings, config.dtype = False, torch.float32
         config.save_pretrained(partial)
@@ -127,11 +139,6 @@ def fuse(
     return folder
 
 
-def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
-    """Windows that channels are measured on; raises TextError when the text is too short."""
-    return cut_windows(checkpoint.tokenizer(), scales.text, "calibration", seed=scales.seed)
-
-
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Save tokenizer and generation settings beside new weights."""
     checkpoint.tokenizer().save_pretrained(folder)
@@ -152,13 +159,16 @@ class _Fuser:
         self, walker: Walker, rotations: Rotations, work: Workplace, scaled: Sequence[Part], text: Tensor
     ) -> None:
         self.walker, self.architecture, self.work = walker, walker.architecture, work
+        # Not earlier: a walker made meanwhile for the same configuration, as signs are chosen by, sets it back.
+        walker.model.set_attn_implementation(ATTENTION)
         residual, value = (r if r is None else r.to(walker.device) for r in (rotations.residual, rotations.value))
         self.rotations = replace(rotations, residual=residual, value=value)
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
-        self.scaled, self.text = scaled, text[:, :length]
+        self.text = text[:, :length]
+        self.scales = channel_scales(walker, scaled)
         generator = torch.Generator().manual_seed(0)
         self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
         shape = (3 + len(self.text), length, config.hidden_size)
@@ -173,10 +183,10 @@ class _Fuser:
         for index, layer in self.walker.layers("fuse layers", self.work):
             use_exact_layer(layer, self.architecture, self.eps)
             reference, rotated, rounded, *text = self.hidden.before
-            with channel_energy(layer, watched_linears(layer, self.architecture, self.scaled)) as energy:
+            with self.scales.measured(layer, self._normed) as channels:
                 text_after = [self.walker.advance(layer, window) for window in text]
             reference_after = self.walker.advance(layer, reference)
-            self._fold_layer(index, layer, reference, reference_after, energy)
+            self._fold_layer(index, layer, reference, reference_after, channels)
             rotated_after = self.walker.advance(layer, rotated)
             rounded_after = self.walker.advance(layer.float(), rounded.float())
             self.hidden.after.fill([reference_after, rotated_after, rounded_after, *text_after])
@@ -193,6 +203,10 @@ class _Fuser:
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""
         return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """What a folded norm of the rotated model gives, by hidden states of the original one."""
+        return self._into_residual(F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
 
     def _embedding(self) -> None:
         """Write the rotated embedding, and start the probes."""
@@ -211,7 +225,7 @@ class _Fuser:
         layer: nn.Module,
         reference: Tensor,
         reference_after: Tensor,
-        energy: Mapping[str, Tensor],
+        channels: Channels,
     ) -> None:
         """Fold one layer in place, comparing its output with the original's after each fold."""
         architecture, rotations = self.architecture, self.rotations
@@ -220,22 +234,25 @@ class _Fuser:
             output = self.walker.advance(layer, before)
             check(f"{fold} in {architecture.layers}.{index}", after, output, FLOAT64_TOLERANCE)
 
-        config = self.walker.checkpoint.config
-        if self.scaled:
-            fold_scales(layer, architecture, energy, config.num_key_value_heads, head_dim_of(config))
+        if self.scales.parts:
+            self.scales.fold(layer, channels)
             gate("scaling the channels", reference, reference_after)
         before, after = self._into_residual(reference), self._into_residual(reference_after)
-        if rotations.residual is not None:
+        if rotations.residual is not None or channels.normed:
             folding.fold_layer_norms(layer, architecture)
             gate("folding the norms", reference, reference_after)
+        if rotations.residual is not None:
             folding.rotate_residual(layer, architecture, rotations.residual)
             gate("rotating the residual stream (R1)", before, after)
+        if channels.normed:
+            self.scales.fold_norms(layer, channels)
+            gate("scaling the norms", before, after)
         if rotations.value is not None:
             folding.rotate_values(layer, architecture, rotations.value[index])
             gate("rotating the values (R2)", before, after)
         for name, factors in online_rotations(layer, architecture, rotations).items():
             folding.absorb_online(folding.linear_of(layer, name), factors)
-        equip_layer(layer, architecture, FLOAT, rotations, head_dim_of(config))
+        equip_layer(layer, architecture, FLOAT, rotations, self.scales.head_dim)
         gate("rotating online (R3, R4, R5)", before, after)
 
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:

@@ -13,11 +13,12 @@ from kurtail_pl.stages.allocation import TOKENS, WINDOWS
 from kurtail_pl.stages.capture import CaptureSpec, shape_of
 from kurtail_pl.stages.fuse import ROWS
 from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.sizes import Sizes, sizes_of
 from kurtail_pl.stages.solver import FLOAT64_WIDTH
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import store_bytes
-from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.streaming.compute import AUTO, Compute
 
 TOKENIZER = 50_000_000
@@ -29,6 +30,8 @@ SEARCH_BYTES = 8 * FLOAT32 << 25
 """Of the search on CUDA: eight float32 copies of the values that it takes at once."""
 SEARCH_PASSES = 80 * 10
 """Passes over a weight that the search of its grid makes: 80 clip ratios, about ten elementwise steps each."""
+ROUNDING_PASSES = 20
+"""Passes over what is rotated and rounded, to measure the error of that."""
 CAYLEY_PRODUCTS = 12
 """Square matrix products of one Cayley step: the skew direction, five fixed-point passes, the polish."""
 
@@ -89,6 +92,8 @@ def plan(
     evaluation: TextSpec,
     program: int,
     compute: Compute = AUTO,
+    scales: ScaleSpec | None = None,
+    signs: SignSpec | None = None,
 ) -> list[StagePlan]:
     """The stages of a recipe, in their order.
 
@@ -100,6 +105,8 @@ def plan(
         evaluation: evaluation text.
         program: bytes that the program itself takes, libraries included.
         compute: device and floating-point type of the layers.
+        scales: channels that are scaled when the rotations are fused.
+        signs: how those of the online rotations are chosen then.
     """
     s = sizes_of(config)
     shape = shape_of(config, capture.values)
@@ -159,6 +166,19 @@ def plan(
     # online rotation holds three copies beside it.
     rows = s.embedding * FLOAT32 + 4 * ROWS * s.hidden * FLOAT64
     turned = s.layer * FLOAT64 + 3 * s.wide * FLOAT64
+    # Float64 products take twice as long.
+    fused, fusion_states, fusion_passes = 2 * 2.0 * s.hidden * (s.layers * s.layer + 2 * s.embedding), 0, 0.0
+    if scales is not None:
+        measured = tokens_of(scales.text)
+        fusion_states = 2 * measured * s.hidden * FLOAT64
+        turned = max(turned, s.layer * FLOAT64 + 6 * scales.text.seqlen * s.widest * FLOAT64)
+        fused += 2 * s.forward(measured, scales.text.seqlen)
+    if signs is not None:
+        # Every window goes twice through each layer, the second time with the candidates behind what R4 and R5 turn.
+        chosen = tokens_of(signs.text)
+        fusion_states = max(fusion_states, states(signs.text))
+        fused += 2 * s.forward(chosen, signs.text.seqlen)
+        fusion_passes = ROUNDING_PASSES * float(signs.candidates * chosen * s.layers * (s.attention + s.widest))
     return [
         stage(
             "capture",
@@ -173,13 +193,12 @@ def plan(
         _learn(s, learning, config.vocab_size, program, compute.on_cuda),
         stage(
             "fuse",
-            0,
+            fusion_states,
             square + max(read(s.embedding, s.stored, FLOAT32), rows, read(s.layer, s.stored, FLOAT64), turned),
             3 * square + max(rows, turned),
-            (s.layers * s.layer + 2 * s.embedding) * FLOAT32,
-            # Float64 products take twice as long.
-            2 * 2.0 * s.hidden * (s.layers * s.layer + 2 * s.embedding),
-            0.0,
+            (s.layers * s.layer + 2 * s.embedding) * FLOAT32 + fusion_states,
+            fused,
+            fusion_passes,
             "a disk or machine with more room: fusion holds one layer in float64",
         ),
         stage(
@@ -284,67 +303,3 @@ def _rate(work: Callable[[], object], amount: float) -> float:
         wait()
         done += 1
     return done * amount / (time.perf_counter() - started)
-
-
-def misfits(stages: list[StagePlan], memory: int | None, disk: int, device: int | None = None) -> list[str]:
-    """What does not fit, each with the knob to turn; hidden states may stay on the disk.
-
-    Args:
-        stages: the plan.
-        memory: bytes free; None where that is not known.
-        disk: bytes free.
-        device: bytes free on the CUDA device; None where there is none.
-    """
-    found = [
-        f"{stage.stage} needs {gigabytes(needed)} of {kind} and {gigabytes(free)} are free: {stage.knob}"
-        for stage in stages
-        for kind, needed, free in (
-            ("memory", stage.memory - stage.states, memory),
-            ("device memory", stage.device, device),
-        )
-        if needed is not None and free is not None and needed > free
-    ]
-    needed = sum(stage.disk for stage in stages)
-    if needed > disk:
-        largest = max(stages, key=lambda stage: stage.disk)
-        found.append(
-            f"the stages need {gigabytes(needed)} of disk and {gigabytes(disk)} are free; "
-            f"{largest.stage} takes most: {largest.knob}"
-        )
-    return found
-
-
-def state_places(stages: list[StagePlan], memory: int | None) -> str:
-    """Where the hidden states of each stage are kept, given the bytes of memory free; None where that is not known."""
-
-    def fits(stage: StagePlan) -> bool:
-        return memory is None or stage.memory <= memory
-
-    kept = {
-        place: [
-            f"{stage.stage} {gigabytes(stage.states)}" for stage in stages if stage.states and fits(stage) == inside
-        ]
-        for place, inside in (("in memory", True), ("in files, for want of memory", False))
-    }
-    return "hidden states: " + "; ".join(f"{place}: {', '.join(found)}" for place, found in kept.items() if found)
-
-
-def table(stages: list[StagePlan], speed: Speed | None) -> str:
-    """The plan for people; without a speed, no seconds."""
-    widths = (8, 9, 9, 9, 9, 8)
-    head = ("stage", "device", "memory", "disk", "TFLOPs", "seconds")
-    lines = [
-        "| " + " | ".join(name.ljust(width) for name, width in zip(head, widths, strict=True)) + " |",
-        "| " + " | ".join("-" * width for width in widths) + " |",
-    ]
-    for stage in stages:
-        cells = (
-            stage.stage.ljust(8),
-            ("-" if stage.device is None else gigabytes(stage.device)).rjust(9),
-            gigabytes(stage.memory).rjust(9),
-            gigabytes(stage.disk).rjust(9),
-            f"{stage.flops / 1e12:.2f}".rjust(9),
-            ("-" if speed is None else f"{speed.seconds(stage):.0f}").rjust(8),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

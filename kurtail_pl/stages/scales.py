@@ -1,22 +1,27 @@
-"""Channel scales: measured on a text as it goes through the original layer, and folded before the rotations."""
+"""Channel scales: measured on a text as it goes through the original layer, and folded with the rotations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.scales import balanced_scale
-from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.maths.scales import balanced_scale, range_power
+from kurtail_pl.stages.channels import Channels, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
+from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.rotations import head_dim_of
 
-Part = Literal["values", "mlp_hidden"]
+Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
 
 
 def _short_windows() -> TextSpec:
@@ -25,11 +30,14 @@ def _short_windows() -> TextSpec:
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """Which channels are scaled, at no cost later, so that what is quantized behind R4 and R5 errs least.
+    """Which channels are scaled, at no cost later, so that what is quantized errs least.
 
     Args:
-        parts: ``values`` (from `v_proj` into `o_proj`, before R2) and ``mlp_hidden`` (from `up_proj` into `down_proj`,
-            before R5).
+        parts: ``values`` (from `v_proj` into `o_proj`, before R2), ``mlp_hidden`` (from `up_proj` into `down_proj`,
+            before R5), ``keys`` (from `q_proj` into `k_proj`, before R3, two channels that RoPE turns together alike),
+            ``attention_input`` and ``mlp_input`` (from what reads a norm into the norm's weight, after R1). The last
+            three are right for what is centred before it is quantized (`Scheme.centre` and `Scheme.centre_keys`): they
+            go by what channels hold about their mean.
         text: its windows go through the original model, in float64, beside the probes; a few thousand tokens do.
         seed: draws the windows.
 
@@ -42,53 +50,106 @@ class ScaleSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.parts or not set(self.parts) <= {"values", "mlp_hidden"}:
-            raise ConfigError(f"scales.parts is {self.parts}; name values, mlp_hidden or both, or write scales: null")
+        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+            raise ConfigError(
+                f"scales.parts is {self.parts}; name some of {', '.join(get_args(Part))}, or write scales: null"
+            )
 
 
-@contextmanager
-def channel_energy(layer: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """While a layer runs, what each channel of some linears' inputs holds, ``[in]`` for each name.
+def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
+    """Windows that channels are measured on.
 
-    It is a sum over tokens of the channel's part in the token's sum of squares: massive tokens count as any other.
+    Raises:
+        ConfigError: when keys are to be scaled that have norms of their own.
+        TextError: when the text is too short.
     """
-    linears = {name: folding.linear_of(layer, name) for name in names}
-    sums = {name: linear.weight.new_zeros(linear.in_features) for name, linear in linears.items()}
-
-    def see(name: str, x: Tensor) -> None:
-        squares = x.square().flatten(0, -2)
-        size = squares.sum(-1, keepdim=True)
-        sums[name] += (squares / size.clamp(min=torch.finfo(size.dtype).tiny)).sum(0)
-
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, read, name=name: see(name, read[0]))
-        for name, linear in linears.items()
-    ]
-    try:
-        yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if "keys" in scales.parts and architecture_of(checkpoint.config).head_norms:
+        raise ConfigError(
+            f"scales.parts is {scales.parts} and {checkpoint.config.model_type} has norms behind q_proj and k_proj, "
+            "which undo the scales of keys; leave keys out"
+        )
+    return cut_windows(checkpoint.tokenizer(), scales.text, "calibration", seed=scales.seed)
 
 
-def watched_linears(layer: nn.Module, architecture: Architecture, parts: Sequence[Part]) -> tuple[str, ...]:
-    """The linears whose inputs are scaled."""
-    output = (architecture.output,) if "values" in parts else ()
-    return output + (architecture.mlp_writers(layer) if "mlp_hidden" in parts else ())
+@dataclass(frozen=True)
+class ChannelScales:
+    """Measures and scales the channels of a model's layers.
+
+    Args:
+        parts: as in `ScaleSpec`; none scale nothing.
+        architecture: record of the family.
+        kv_heads: key and value heads.
+        head_dim: their size.
+        rotary: channels of a head that RoPE turns, the first half of them with the second.
+    """
+
+    parts: Sequence[Part]
+    architecture: Architecture
+    kv_heads: int
+    head_dim: int
+    rotary: int
+
+    @contextmanager
+    def measured(self, layer: nn.Module, normed: Callable[[Tensor], Tensor]) -> Iterator[Channels]:
+        """While the original layer runs, what its channels hold.
+
+        Args:
+            layer: with its weights.
+            normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
+        """
+        names, found = self.architecture, Channels()
+        inputs = [names.output] if "values" in self.parts else []
+        inputs += names.mlp_writers(layer) if "mlp_hidden" in self.parts else ()
+        norms = {"attention_input": names.attention_norm, "mlp_input": names.mlp_norm}
+        with ExitStack() as stack:
+            stack.enter_context(measured_inputs(layer, inputs, found))
+            chosen = [norm for part, norm in norms.items() if part in self.parts]
+            stack.enter_context(measured_norms(layer, chosen, normed, found))
+            if "keys" in self.parts:
+                stack.enter_context(measured_keys(layer, names, self.head_dim, found))
+            yield found
+
+    def fold(self, layer: nn.Module, found: Channels) -> None:
+        """Scale what R2, R3 and R5 will turn, before they do; the layer's output stays what it is."""
+        names = self.architecture
+        for name, squares in found.inputs.items():
+            weight = folding.linear_of(layer, name).weight.square().sum(0)
+            if name == names.output:
+                # The query heads of a group read the same values.
+                held, read = (self._of_group(x).flatten() for x in (squares, weight))
+                folding.scale_values(layer, names, balanced_scale(held, read).view(self.kv_heads, self.head_dim))
+            else:
+                mlp = name.removesuffix(f".{names.down}")
+                folding.scale_hidden(layer, names, mlp, balanced_scale(squares, weight))
+        if "keys" in self.parts:
+            energies = found.keys.variance, self._of_group(found.queries.energy)
+            pair = self._rope_pairs().to(energies[0].device)
+            keys, queries = (x.new_zeros(len(x), int(pair.max()) + 1).index_add(1, pair, x) for x in energies)
+            folding.scale_keys(layer, names, balanced_scale(keys, queries)[:, pair])
+
+    def fold_norms(self, layer: nn.Module, found: Channels) -> None:
+        """Scale what the norms give, after R1; the layer's output stays what it is."""
+        names = self.architecture
+        linears = {names.attention_norm: names.attention_readers, names.mlp_norm: names.mlp_readers(layer)}
+        for name, spread in found.normed.items():
+            # A router, which reads the MLP norm too, is not quantized.
+            read = torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]).square().sum(0)
+            scale = balanced_scale(spread.variance, read, range_power(len(read)))
+            # In bfloat16, so that no type that the norm's weight is kept in rounds it.
+            folding.scale_norm(layer, names, name, scale.bfloat16().to(scale.dtype))
+
+    def _of_group(self, x: Tensor) -> Tensor:
+        """Sum over the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
+        return x.view(self.kv_heads, -1, self.head_dim).sum(1)
+
+    def _rope_pairs(self) -> Tensor:
+        """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
+        channel, half = torch.arange(self.head_dim), self.rotary // 2
+        return torch.where(channel < self.rotary, channel % half, channel - half)
 
 
-def fold_scales(
-    layer: nn.Module, architecture: Architecture, energy: Mapping[str, Tensor], kv_heads: int, head_dim: int
-) -> None:
-    """Scale the channels of the linears' inputs, by what these hold; the layer's output stays what it is."""
-    for name, squares in energy.items():
-        weight = folding.linear_of(layer, name).weight.square().sum(0)
-        if name == architecture.output:
-            # The query heads of a group read the same values.
-            shape = (kv_heads, -1, head_dim)
-            by_channel = [x.view(shape).sum(1).flatten() for x in (squares, weight)]
-            scale = balanced_scale(*by_channel).view(kv_heads, head_dim)
-            folding.scale_values(layer, architecture, scale)
-        else:
-            mlp = name.removesuffix(f".{architecture.down}")
-            folding.scale_hidden(layer, architecture, mlp, balanced_scale(squares, weight))
+def channel_scales(walker: Walker, parts: Sequence[Part]) -> ChannelScales:
+    """Scales of the layers of a walker's model."""
+    config, architecture = walker.checkpoint.config, walker.architecture
+    frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
+    return ChannelScales(parts, architecture, config.num_key_value_heads, head_dim_of(config), 2 * len(frequencies))

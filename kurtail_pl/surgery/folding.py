@@ -32,12 +32,15 @@ def fold_norm(norm: nn.Module, readers: Iterable[nn.Module]) -> None:
 
 def fold_layer_norms(layer: nn.Module, architecture: Architecture) -> None:
     """Fold both norms of a decoder layer."""
-    pairs = (
-        (architecture.attention_norm, architecture.attention_readers),
-        (architecture.mlp_norm, mlp_norm_readers(layer, architecture)),
-    )
-    for norm, readers in pairs:
-        fold_norm(layer.get_submodule(norm), [layer.get_submodule(name) for name in readers])
+    for norm in (architecture.attention_norm, architecture.mlp_norm):
+        fold_norm(layer.get_submodule(norm), norm_readers(layer, architecture, norm))
+
+
+def norm_readers(layer: nn.Module, architecture: Architecture, norm: str) -> list[nn.Module]:
+    """All that reads one of the two norms of a decoder layer, by its name: linears and, in a mixture, the router."""
+    attends = norm == architecture.attention_norm
+    names = architecture.attention_readers if attends else mlp_norm_readers(layer, architecture)
+    return [layer.get_submodule(name) for name in names]
 
 
 def mlp_norm_readers(layer: nn.Module, architecture: Architecture) -> tuple[str, ...]:
@@ -123,23 +126,48 @@ def scale_values(layer: nn.Module, architecture: Architecture, scale: Tensor) ->
         architecture: its record.
         scale: ``[kv_heads, head_dim]``.
     """
-    output = linear_of(layer, architecture.output)
+    value, output = linear_of(layer, architecture.value), linear_of(layer, architecture.output)
     group = output.in_features // scale.numel()
-    _scale_last_rows(linear_of(layer, architecture.value), scale.flatten())
+    # Where one linear makes all three, values come after queries and keys.
+    _scale_rows(value, value.out_features - scale.numel(), scale.flatten())
     output.weight.data /= scale.repeat_interleave(group, 0).flatten()
+
+
+def scale_keys(layer: nn.Module, architecture: Architecture, scale: Tensor) -> None:
+    """Multiply channels of the keys and divide them in the queries of the group; scores stay what they are.
+
+    Args:
+        layer: decoder layer, without norms of single heads.
+        architecture: its record.
+        scale: ``[kv_heads, head_dim]``, equal for the two channels that RoPE turns together.
+    """
+    query, key = linear_of(layer, architecture.query), linear_of(layer, architecture.key)
+    queries = linear_of(layer, architecture.output).in_features
+    _scale_rows(query, 0, 1 / scale.repeat_interleave(queries // scale.numel(), 0).flatten())
+    _scale_rows(key, queries if architecture.key == architecture.query else 0, scale.flatten())
+
+
+def scale_norm(layer: nn.Module, architecture: Architecture, norm: str, scale: Tensor) -> None:
+    """Multiply channels ``[hidden]`` in one of the two norms of a decoder layer and divide them in its readers."""
+    cast(Tensor, layer.get_submodule(norm).weight).data *= scale
+    for reader in norm_readers(layer, architecture, norm):
+        cast(Tensor, reader.weight).data /= scale
 
 
 def scale_hidden(layer: nn.Module, architecture: Architecture, mlp: str, scale: Tensor) -> None:
     """Multiply channels ``[width]`` of a gated MLP in its up projection and divide them in its down projection."""
-    _scale_last_rows(linear_of(layer, f"{mlp}.{architecture.up}"), scale)
+    up = linear_of(layer, f"{mlp}.{architecture.up}")
+    # Where one linear makes both, up comes after gate.
+    _scale_rows(up, up.out_features - len(scale), scale)
     linear_of(layer, f"{mlp}.{architecture.down}").weight.data /= scale
 
 
-def _scale_last_rows(linear: nn.Linear, scale: Tensor) -> None:
-    """Where one linear makes several things, values come after queries and keys, and up after gate."""
-    linear.weight.data[-len(scale) :] *= scale.unsqueeze(1)
+def _scale_rows(linear: nn.Linear, first: int, scale: Tensor) -> None:
+    """Multiply some rows of what a linear writes, the first of which is given."""
+    rows = slice(first, first + len(scale))
+    linear.weight.data[rows] *= scale.unsqueeze(1)
     if linear.bias is not None:
-        linear.bias.data[-len(scale) :] *= scale
+        linear.bias.data[rows] *= scale
 
 
 def absorb_online(linear: nn.Linear, rotation: HadamardFactors) -> None:

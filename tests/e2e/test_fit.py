@@ -130,25 +130,28 @@ def test_quantization_without_fusion_is_refused_before_training(
     assert not trained(recipe)
 
 
-def scale_channels(settings: dict[str, Any], windows: int) -> None:
+def fuse_with(settings: dict[str, Any], part: str, windows: int) -> None:
+    """Scale channels, or choose signs."""
     text = callback(settings, "Evaluation")["init_args"]["text"] | {"windows": windows, "seqlen": 32}
-    parts = ["values", "mlp_hidden"]
-    callback(settings, "Fusion")["init_args"]["scales"] = {"parts": parts, "text": text, "seed": 0}
+    asked = {"scales": {"parts": ["values", "mlp_hidden", "keys", "mlp_input"]}, "signs": {"candidates": 3}}[part]
+    callback(settings, "Fusion")["init_args"][part] = {**asked, "text": text, "seed": 0}
 
 
-def test_a_text_too_short_for_scales_is_refused_before_training(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+@pytest.mark.parametrize("part", ["scales", "signs"])
+def test_a_text_too_short_for_fusion_is_refused_before_training(
+    part: str, kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
-    edit(recipe, lambda s: scale_channels(s, 100_000))
+    edit(recipe, lambda s: fuse_with(s, part, 100_000))
     assert "100000 were asked for" in refused(kurtail, capsys, recipe)
     assert not trained(recipe)
 
 
-def test_scales_searched_clips_and_sinks_together(kurtail: Kurtail, recipe: Path) -> None:
-    """Perplexity is that of the model loaded back, which has all three."""
+def test_scales_signs_searched_clips_and_sinks_together(kurtail: Kurtail, recipe: Path) -> None:
+    """Perplexity is that of the model loaded back, which has all four."""
 
     def switch(settings: dict[str, Any]) -> None:
-        scale_channels(settings, 4)
+        fuse_with(settings, "scales", 4)
+        fuse_with(settings, "signs", 4)
         quantize = callback(settings, "WeightQuantization")["init_args"]["quantize"]
         quantize |= {"quantized_activations": True, "search_clips": ["activations", "keys", "values"]}
         quantize["scheme"]["sinks"] = {"tokens": 2, "bits": 8}
@@ -160,7 +163,8 @@ def test_scales_searched_clips_and_sinks_together(kurtail: Kurtail, recipe: Path
         json.loads(path.read_text())
         for path in (recipe.parent / "runs/fused/kurtail.json", folder / "kurtail.json", folder / "results.json")
     )
-    assert fused["recipe"]["scales"]["parts"] == ["values", "mlp_hidden"]
+    assert fused["recipe"]["scales"]["parts"] == ["values", "mlp_hidden", "keys", "mlp_input"]
+    assert [len(errors) for errors in card["rotations"]["signs"]["errors"].values()] == [3, 3]
     assert card["scheme"]["sinks"] == {"tokens": 2, "bits": 8}
     assert [len(clips) for clips in card["clips"]] == [9, 9, 9, 9]
     evaluation = results["evaluation"]

@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, misfits, plan, probe, state_places, table
+from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, plan, probe
+from kurtail_pl.stages.plan_table import misfits, state_places, table
 from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.sizes import sizes_of
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of
@@ -165,6 +168,23 @@ def test_gptaq_takes_the_float_model_along() -> None:
     assert gptaq.flops - plain.flops == sizes_of(config).forward(8 * 512, 512)
     rtn = [planned(config, CaptureSpec("x", text, 9), replace(s, method="rtn"), 0) for s in specs.values()]
     assert rtn[0]["quantize"] == rtn[2]["quantize"]
+
+
+def test_fusion_measures_texts() -> None:
+    """Two files of float64 states that go through once, or of float32 ones that go through twice; none by default."""
+    config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
+    scales, signs = ScaleSpec(["values"], text), SignSpec(4, replace(text, windows=4))
+    common = config, CaptureSpec("x", text, 9), ProxyLearning(1, 1), QuantizeSpec(), text, 0, AUTO
+    plain, scaled, signed, both = (plan(*common, *more)[2] for more in ((), (scales,), (None, signs), (scales, signs)))
+    states = 8 * 512 * config.hidden_size * 8
+    assert [stage.states for stage in (plain, scaled, signed, both)] == [0, 2 * states, states // 2, 2 * states]
+    assert [stage.disk - plain.disk for stage in (scaled, signed, both)] == [2 * states, states // 2, 2 * states]
+    once = sizes_of(config).forward(8 * 512, 512)
+    assert scaled.flops - plain.flops == pytest.approx(2 * once)  # Float64 products count twice.
+    assert signed.flops - plain.flops == pytest.approx(2 * once / 2)
+    rounded = 4 * 4 * 512 * 32 * (4096 + 11008)
+    assert plain.passes == scaled.passes == 0 < rounded < signed.passes == both.passes
+    assert scaled.memory == plain.memory + 2 * states  # The widest linear, turned, takes more than a window.
 
 
 def llama(hidden: int, width: int, heads: int, layers: int) -> LlamaConfig:

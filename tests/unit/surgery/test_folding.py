@@ -74,6 +74,21 @@ def per_head(seed: int) -> Tensor:
     return torch.stack([torch.stack([random_hadamard(16, draw) for _ in range(2)]) for _ in range(4)])
 
 
+def scale_keys(model: PreTrainedModel) -> None:
+    """Channels i and i + 8 of a head alike: RoPE turns them together."""
+    draw = torch.Generator().manual_seed(4)
+    for layer in model.model.layers:
+        scale = torch.rand(2, 8, generator=draw, dtype=torch.float64) + 0.5
+        folding.scale_keys(layer, LLAMA, torch.cat([scale, scale], 1))
+
+
+def scale_norms(model: PreTrainedModel) -> None:
+    draw = torch.Generator().manual_seed(4)
+    for layer in model.model.layers:
+        for norm in (LLAMA.attention_norm, LLAMA.mlp_norm):
+            folding.scale_norm(layer, LLAMA, norm, torch.rand(48, generator=draw, dtype=torch.float64) + 0.5)
+
+
 def all_folds(model: PreTrainedModel) -> None:
     rotations = random_rotations(model.config, 1)
     fold_norms(model)
@@ -96,6 +111,9 @@ FOLDS: dict[str, Callable[[PreTrainedModel], None]] = {
     "R4": lambda m: rotate_online(m, only(m, "attention_output")),
     "R5": lambda m: rotate_online(m, only(m, "mlp_hidden")),
     "all": all_folds,
+    "scaled keys": scale_keys,
+    "scaled norms": scale_norms,
+    "scaled norms of rotated streams": lambda m: (all_folds(m), scale_norms(m))[0],
 }
 
 

@@ -1,0 +1,124 @@
+"""What the channels of a decoder layer hold, measured while a text goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kurtail_pl.surgery import folding
+from kurtail_pl.surgery.architecture import Architecture
+from kurtail_pl.surgery.attention import watched_keys
+
+
+class Spread:
+    """Mean squares of channels over all tokens seen, ``[..., n]``."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def see(self, rows: Tensor) -> None:
+        """Count tokens in: ``[..., tokens, n]``."""
+        sums = torch.stack([part.sum(-2) for part in (torch.ones_like(rows), rows, rows.square())])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    @property
+    def energy(self) -> Tensor:
+        """Mean square."""
+        assert self._sums is not None
+        return self._sums[2] / self._sums[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean square about the mean, which is what is left where the mean is subtracted or matched."""
+        assert self._sums is not None
+        mean = self._sums[1] / self._sums[0]
+        return (self.energy - mean.square()).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What was measured of one layer.
+
+    Attributes:
+        inputs: of what linears read, by the linear's name, ``[in]``: the sum over tokens of the channel's part in the
+            token's sum of squares, so that massive tokens count as any other.
+        normed: of what norms give, by the norm's name, ``[hidden]``; all tokens are of one size there.
+        keys: after RoPE, ``[kv_heads, head_dim]``.
+        queries: before RoPE, which keeps the energy of two channels that it turns together, ``[heads, head_dim]``.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    normed: dict[str, Spread] = field(default_factory=dict)
+    keys: Spread = field(default_factory=Spread)
+    queries: Spread = field(default_factory=Spread)
+
+
+@contextmanager
+def measured_inputs(layer: nn.Module, names: Iterable[str], found: Channels) -> Iterator[None]:
+    """While a layer runs, measure what some linears read."""
+
+    def watch(name: str) -> RemovableHandle:
+        linear = folding.linear_of(layer, name)
+        sums = found.inputs[name] = linear.weight.new_zeros(linear.in_features)
+
+        def see(_: nn.Module, read: tuple[Tensor]) -> None:
+            squares = read[0].square().flatten(0, -2)
+            size = squares.sum(-1, keepdim=True)
+            sums.add_((squares / size.clamp(min=torch.finfo(size.dtype).tiny)).sum(0))
+
+        return linear.register_forward_pre_hook(see)
+
+    with _removed([watch(name) for name in names]):
+        yield
+
+
+@contextmanager
+def measured_norms(
+    layer: nn.Module, names: Iterable[str], normed: Callable[[Tensor], Tensor], found: Channels
+) -> Iterator[None]:
+    """While a layer runs, measure what some norms will give once their weight is folded and R1 turns them.
+
+    Args:
+        layer: the original one.
+        names: of the norms.
+        normed: what they will give, made from what they read now, both ``[tokens, hidden]``.
+        found: where it goes.
+    """
+
+    def watch(name: str) -> RemovableHandle:
+        spread = found.normed[name] = Spread()
+        norm = layer.get_submodule(name)
+        return norm.register_forward_pre_hook(lambda _, read: spread.see(normed(read[0].flatten(0, -2))))
+
+    with _removed([watch(name) for name in names]):
+        yield
+
+
+@contextmanager
+def measured_keys(layer: nn.Module, architecture: Architecture, head_dim: int, found: Channels) -> Iterator[None]:
+    """While a layer runs, measure its keys and queries."""
+    width = folding.linear_of(layer, architecture.output).in_features
+
+    def see_queries(_: nn.Module, __: object, written: Tensor) -> None:
+        # Where one linear makes all three, queries come first.
+        rows = written[..., :width].flatten(0, -2)
+        found.queries.see(rows.view(len(rows), -1, head_dim).transpose(0, 1))
+
+    hook = folding.linear_of(layer, architecture.query).register_forward_hook(see_queries)
+    attention = layer.get_submodule(architecture.attention)
+    with _removed([hook]), watched_keys(attention, lambda keys: found.keys.see(keys[0])):
+        yield
+
+
+@contextmanager
+def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
