@@ -16,12 +16,14 @@ from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.allocation import WIDTHS, allocated_bits, sensitivities
+from kurtail_pl.stages.calibration import FLOAT_DTYPE
 from kurtail_pl.stages.clips import Part
 from kurtail_pl.stages.float_layer import FloatLayer
 from kurtail_pl.stages.fuse import UNROTATED, copy_companions
+from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.prefix import prefix_states, require_tokens
-from kurtail_pl.stages.solver import FLOAT_DTYPE, LayerSolver
+from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -63,6 +65,8 @@ class QuantizeSpec:
             inputs is nearest to its own with the float ones; needs `quantized_activations`.
         search_clips: parts of the scheme (``activations``, ``keys``, ``values``) whose clip is a ratio of its own at
             each site, that with the least error of what reads it (`stages.clips`); needs `quantized_activations`.
+        learn_clips: train clips, and the scales of the weights, on the output of each decoder layer in float
+            (`stages.learned_clips`); null does not. It excludes `search_clips`.
         seed: draws the calibration windows.
     """
 
@@ -74,6 +78,7 @@ class QuantizeSpec:
     quantized_activations: bool = False
     match_outputs: bool = False
     search_clips: list[Part] = field(default_factory=list)
+    learn_clips: ClipLearning | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +98,8 @@ class QuantizeSpec:
                 "search_clips names activations and scheme.activation_scales is static; a static grid is searched by "
                 "itself: leave activations out, or write activation_scales: token"
             )
+        if self.learn_clips is not None:
+            self._require_learnable(self.learn_clips)
         if self.match_outputs and self.gptq.correction == "gptaq":
             raise ConfigError(
                 "match_outputs is true and gptq.correction is gptaq; both make up for the same loss: leave one out"
@@ -108,6 +115,14 @@ class QuantizeSpec:
             )
         if self.average_bits is not None:
             self._require_free_bits(self.average_bits)
+
+    def _require_learnable(self, learning: ClipLearning) -> None:
+        if self.search_clips:
+            raise ConfigError(
+                f"learn_clips is given and search_clips names {', '.join(self.search_clips)}; one of the two decides: "
+                "write search_clips: [] or learn_clips: null"
+            )
+        learning.require_learnable(self.scheme, self.quantized_activations)
 
     def _require_free_bits(self, average: float) -> None:
         if not min(WIDTHS) <= average <= max(WIDTHS):
@@ -144,7 +159,8 @@ class QuantizeSpec:
     @property
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
-        return self._solves or self.scheme.calibrated or self.match_outputs or bool(self.search_clips)
+        searches = bool(self.search_clips) or self.learn_clips is not None
+        return self._solves or self.scheme.calibrated or self.match_outputs or searches
 
 
 def quantize(
@@ -189,7 +205,7 @@ def quantize(
     walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     settings = spec.gptq if spec.method == "gptq" else None
     match = spec.gptq.percdamp if spec.match_outputs else None
-    solver = LayerSolver(walker, scheme, settings, match, ranks, spec.search_clips)
+    solver = LayerSolver(walker, scheme, settings, match, ranks, spec.search_clips, spec.learn_clips)
     text = calibration_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
