@@ -45,7 +45,7 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
         _mixture(place / "mixture", WINDOWS[:windows], out / f"mixture{windows}", ranks)
     quantize(place / "fused", QuantizeSpec(text=text), out / "artefact", ranks=ranks)
     quantize(place / "fused", QuantizeSpec(gptq=GPTQ(correction="gptaq"), text=text), out / "gptaq", ranks=ranks)
-    learning = ClipLearning(["activations", "weights"], steps=4)
+    learning = ClipLearning(["activations", "weights"], steps=4, windows=3, seqlen=64)
     spec = QuantizeSpec(method="rtn", text=text, quantized_activations=True, learn_clips=learning)
     quantize(place / "fused", spec, out / "learned", ranks=ranks)
 

@@ -22,11 +22,9 @@ from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.calibration import KeyMean, centre_inputs, fix_grid, sum_inputs
 from kurtail_pl.stages.clips import Part, search_cache, search_inputs, some
 from kurtail_pl.stages.float_layer import FloatLayer, set_aside
-from kurtail_pl.stages.learned_clips import BlockTraining, ClipLearning
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.attention import watched_keys
-from kurtail_pl.surgery.equip import set_layer_clips
 from kurtail_pl.surgery.experts import routed
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.scheme import Scheme
@@ -80,7 +78,6 @@ class LayerSolver:
             the mean of the Hessian's diagonal; None leaves the weights as they are. The walker's layers must quantize.
         ranks: the processes that share the windows; each has the hidden states of its own, and all get the same codes.
         searched: what gets a clip ratio for each site (`stages.clips`). The walker's layers must quantize it.
-        learning: how clips are learned instead (`stages.learned_clips`); None leaves them as they are.
 
     Attributes:
         quantizer: of the next layer's weights.
@@ -96,11 +93,10 @@ class LayerSolver:
         match: float | None = None,
         ranks: Ranks = ALONE,
         searched: Sequence[Part] = (),
-        learning: ClipLearning | None = None,
     ) -> None:
         self.walker, self.scheme, self.settings = walker, scheme, settings
         self.quantizer: Quantizer | NormalQuantizer | None = scheme.weights
-        self.match, self.ranks, self.searched, self.learning = match, ranks, searched, learning
+        self.match, self.ranks, self.searched = match, ranks, searched
         self.exact: FloatLayer | None = None
         self.clips: list[dict[str, float]] = []
         self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
@@ -116,11 +112,6 @@ class LayerSolver:
         architecture = self.walker.architecture
         if self.searched:
             self.clips.append({})
-        training = None
-        if self.learning is not None:
-            training = BlockTraining(self.walker, layer, self.scheme, self.learning, hidden.before, self.ranks)
-            self.clips.append(training.clips())
-            set_layer_clips(layer, self.clips[-1])
         self._attention(layer, prefix, hidden)
         states, norm = hidden.after, layer.get_submodule(architecture.mlp_norm)
 
@@ -140,9 +131,6 @@ class LayerSolver:
             states.fill(h + down(x) for h, x in zip(states, inner, strict=True))
         if self.exact is not None:
             self.exact.add_mlp()
-        if training is not None and "weights" in training.learning.parts:
-            training.scales(layer)
-            states.fill(self.walker.advance(layer, x) for x in hidden.before)
 
     def _attention(self, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
         architecture = self.walker.architecture

@@ -38,7 +38,7 @@ CACHED = ["self_attn.keys", "self_attn.values"]
 
 
 def learning(text: TextSpec, scheme: Scheme, *parts: str, steps: int = 40, lr: float = 0.03) -> QuantizeSpec:
-    clips = ClipLearning(list(parts), steps, lr)  # type: ignore[arg-type]
+    clips = ClipLearning(list(parts), steps, lr, text.windows or 0, text.seqlen)  # type: ignore[arg-type]
     return QuantizeSpec(scheme, text=text, quantized_activations=scheme != WEIGHTS, learn_clips=clips)
 
 
@@ -57,7 +57,7 @@ class FirstLayer:
     """What the first decoder layer writes in float64, by transformers' own calls, and how far it is from the float."""
 
     def __init__(self, fused: Path, text: TextSpec) -> None:
-        self.windows = cut_windows(Checkpoint(fused).tokenizer(), text, "calibration", seed=0).tokens
+        self.windows = cut_windows(Checkpoint(fused).tokenizer(), text, "calibration", seed=1).tokens
         self.exact = self.written(kurtail_pl.load(fused))
 
     @torch.no_grad()
@@ -74,8 +74,8 @@ class FirstLayer:
         return change.square().mean().item()
 
 
-def test_no_ratios_of_a_grid_are_much_better_than_the_learned(fused: Path, text: TextSpec, tmp_path: Path) -> None:
-    """One for each of four sites, which are learned together; all that a grid of five values has are tried."""
+def test_clips_learn_most_of_what_the_best_of_all_have(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    """One for each of four sites, learned together, against all 625 of a grid: these also fit the very roundings."""
     folder = quantize(fused, learning(text, ACTIVATIONS, "activations"), tmp_path / "learned")
     clips = clips_of(folder)
     assert [set(layer) for layer in clips] == 4 * [{place for site in SITES for place in site}]
@@ -85,9 +85,9 @@ def test_no_ratios_of_a_grid_are_much_better_than_the_learned(fused: Path, text:
         put(layer, {place: r for site, r in zip(SITES, ratios, strict=True) for place in site}, ACTIVATIONS)
         errors[ratios] = first.error(model)
     put(layer, clips[0], ACTIVATIONS)
-    found = first.error(model)
-    assert found < 0.85 * errors[1.0, 1.0, 1.0, 1.0]
-    assert found < 1.06 * min(errors.values())
+    best, start = min(errors.values()), errors[1.0, 1.0, 1.0, 1.0]
+    assert best < 0.8 * start
+    assert start - first.error(model) > 0.75 * (start - best)
 
 
 def test_the_cache_learns_too(fused: Path, text: TextSpec, tmp_path: Path) -> None:
@@ -100,7 +100,9 @@ def test_the_cache_learns_too(fused: Path, text: TextSpec, tmp_path: Path) -> No
         errors[ratios] = first.error(model)
     put(model.model.layers[0], clips[0], CACHE)
     assert clips[0].keys() == set(CACHED)
-    assert first.error(model) < 1.06 * min(errors.values()) < 0.95 * errors[1.0, 1.0]
+    best, start = min(errors.values()), errors[1.0, 1.0]
+    assert best < 0.8 * start
+    assert start - first.error(model) > 0.75 * (start - best)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "higgs"])

@@ -32,6 +32,7 @@ from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
 WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+LEARNING = ClipLearning(["activations", "keys", "values", "weights"], steps=2, windows=3, seqlen=48)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 
@@ -279,7 +280,7 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
         {"gptq": GPTQ(correction="gptaq")},
         {"scheme": Scheme(centre=True, activation_scales="static", prefix=[7])},
         {"scheme": Scheme(prefix=[7]), "gptq": GPTQ(correction="gptaq")},
-        {"quantized_activations": True, "learn_clips": ClipLearning(["activations", "keys", "values", "weights"], 2)},
+        {"quantized_activations": True, "learn_clips": LEARNING},
     ],
     ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips"],
 )
