@@ -10,8 +10,10 @@ from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.speed import probe
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
@@ -34,7 +36,7 @@ def plan(arguments: list[str]) -> None:
         resident_memory(),
         compute,
     )
-    print(stage.table(stages, stage.probe(compute)))
+    print(stage.table(stages, probe(compute)))
     free = free_memory()
     print(stage.state_places(stages, free))
     for line in stage.misfits(stages, free, free_disk(Path(data["store"])), device_memory()):
@@ -50,4 +52,5 @@ def _learning(data: dict[str, Any]) -> stage.Learning:
 
 def _quantization(settings: dict[str, Any]) -> QuantizeSpec:
     scheme, gptq, text = Scheme.from_dict(settings["scheme"]), GPTQ(**settings["gptq"]), TextSpec(**settings["text"])
-    return QuantizeSpec(**{**settings, "scheme": scheme, "gptq": gptq, "text": text})
+    learning = ClipLearning(**settings["learn_clips"]) if settings["learn_clips"] else None
+    return QuantizeSpec(**{**settings, "scheme": scheme, "gptq": gptq, "text": text, "learn_clips": learning})
