@@ -12,7 +12,7 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.maths.static_grid import BINS, count_values, static_grid
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.attention import subtract_from_keys
+from kurtail_pl.surgery.attention import subtract_from_keys, watched_keys
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import head_dim_of
 
@@ -21,37 +21,29 @@ FLOAT_DTYPE = torch.float16
 finer than bfloat16."""
 
 
-def sum_inputs(linear: QuantizedLinear, x: Tensor) -> Tensor:
-    """Sum of a linear's inputs ``[..., in]`` over the tokens that are not massive, and their number: ``[in + 1]``."""
-    rows = linear.turn(x).flatten(0, -2)
-    rows = rows[~is_massive(rows)].double()
-    return torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])
-
-
-def centre_inputs(readers: Iterable[QuantizedLinear], total: Tensor) -> None:
-    """Let linears that read the same inputs subtract the mean of these, given `sum_inputs` of all."""
+def centre_inputs(
+    readers: Sequence[QuantizedLinear], inputs: Iterable[Tensor], ranks: Ranks, device: torch.device
+) -> None:
+    """Let linears subtract the mean of their inputs, over the tokens that are not massive."""
+    total = torch.zeros(readers[0].in_features + 1, dtype=torch.float64, device=device)
+    for x in inputs:
+        rows = readers[0].turn(x).flatten(0, -2)
+        rows = rows[~is_massive(rows)].double()
+        total += torch.cat([rows.sum(0), total.new_tensor([len(rows)])])
+    total = ranks.sum(total)
     for linear in readers:
         # As it will be stored: the bias then makes up for just what is subtracted.
         linear.subtract((total[:-1] / total[-1].clamp(min=1)).to(FLOAT_DTYPE))
 
 
-class KeyMean:
-    """The mean of a layer's rotated keys over the tokens of windows of one length."""
-
-    def __init__(self, walker: Walker) -> None:
-        config, self.dtype = walker.model.config, walker.dtype
-        self.total = torch.zeros(config.num_key_value_heads, 1, head_dim_of(config), dtype=torch.float64)
-        self.total, self.windows = self.total.to(walker.device), 0
-
-    def add(self, keys: Tensor) -> None:
-        """Keys of one window, ``[1, kv_heads, tokens, head_dim]``."""
-        self.total += keys[0].double().mean(1, keepdim=True)
-        self.windows += 1
-
-    def subtract(self, attention: nn.Module, ranks: Ranks) -> None:
-        """Let the attention subtract the mean over the windows of all processes."""
-        mean = ranks.sum(self.total) / sum(ranks.each(self.windows))
-        subtract_from_keys(attention, mean.to(FLOAT_DTYPE).to(self.dtype))
+def centre_keys(attention: nn.Module, attended: Iterable[Tensor], ranks: Ranks, walker: Walker) -> None:
+    """Let the attention subtract the mean of its rotated keys, which go by as it makes what is attended to."""
+    config, dtype = walker.model.config, walker.dtype
+    total = torch.zeros(config.num_key_value_heads, 1, head_dim_of(config), dtype=torch.float64).to(walker.device)
+    with watched_keys(attention, lambda keys: total.add_(keys[0].double().mean(1, keepdim=True))):
+        windows = sum(1 for _ in attended)
+    mean = ranks.sum(total) / sum(ranks.each(windows))
+    subtract_from_keys(attention, mean.to(FLOAT_DTYPE).to(dtype))
 
 
 def fix_grid(

@@ -139,7 +139,7 @@ class BlockTraining:
         Returns:
             Ratio of each quantizer, by its place in the layer.
         """
-        clips = self._learning_clips(layer) if {*self.learning.parts} - {"weights"} else {}
+        clips = self._learning_clips(layer)
         scaled = self._learning_scales(layer) if "weights" in self.learning.parts else {}
         self._train(layer, [ratio for ratio, _ in clips.values()], [module.ratio for module in scaled.values()])
         for linear in scaled:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
@@ -19,12 +18,11 @@ from kurtail_pl.maths.normal_grid import NormalQuantizer, quantize_normal
 from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.calibration import KeyMean, centre_inputs, fix_grid, sum_inputs
+from kurtail_pl.stages.calibration import centre_inputs, centre_keys, fix_grid
 from kurtail_pl.stages.clips import Part, search_cache, search_inputs, some
 from kurtail_pl.stages.float_layer import FloatLayer, set_aside
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.attention import watched_keys
 from kurtail_pl.surgery.experts import routed
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.scheme import Scheme
@@ -146,10 +144,7 @@ class LayerSolver:
                 return (attention(x, **self.walker.positions(layer, x))[0] for x in map(norm, states))
 
             if self.scheme.centre_keys:
-                keys = KeyMean(self.walker)
-                with watched_keys(attention, keys.add):
-                    deque(attended(), maxlen=0)
-                keys.subtract(attention, self.ranks)
+                centre_keys(attention, attended(), self.ranks, self.walker)
             parts = [part for part in self.searched if part != "activations"]
             if parts:
                 found = search_cache(attention, parts, output, lambda: attended(some(hidden.before)), self.ranks)
@@ -231,10 +226,7 @@ class LayerSolver:
         readers = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
         device = self.walker.device
         if self.scheme.centre:
-            total = torch.zeros(readers[0].in_features + 1, dtype=torch.float64, device=device)
-            for x in inputs():
-                total += sum_inputs(readers[0], x)
-            centre_inputs(readers, self.ranks.sum(total))
+            centre_inputs(readers, inputs(), self.ranks, device)
         if "activations" in self.searched:
             self._search_clip(names, readers, inputs)
         if self.scheme.static:
