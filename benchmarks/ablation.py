@@ -79,6 +79,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "signs of R4 and R5 out of 8": {f"{FUSION}.signs": SIGNS},
     "a clip for each site": {f"{QUANTIZE}.search_clips": ["activations"]},
     "a cache clip for each layer": {f"{QUANTIZE}.search_clips": ["keys", "values"]},
+    "clips learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values"]}},
+    "activation clips learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations"]}},
     "cache clip 0.95": {f"{SCHEME}.{part}.clip": "ratio:0.95" for part in ("keys", "values")},
     "first token in 16 bits": {f"{SCHEME}.sinks": {"tokens": 1, "bits": 16}},
     "4 first tokens in 8 bits": {f"{SCHEME}.sinks": {"tokens": 4, "bits": 8}},
@@ -99,6 +101,8 @@ OF_GPTQ: dict[str, dict[str, Any]] = {
     "columns in their order": {f"{QUANTIZE}.gptq.act_order": False},
     "GPTQ damping 0.1": {f"{QUANTIZE}.gptq.percdamp": 0.1},
     "32 windows for GPTQ": {f"{QUANTIZE}.text.windows": 32},
+    "scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["weights"]}},
+    "clips and scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values", "weights"]}},
     # 128 does not divide the 576 channels of SmolLM2.
     "weights in groups of 64": {f"{SCHEME}.weights.group_size": 64},
 }

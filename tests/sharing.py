@@ -20,6 +20,7 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages import solver as solver_module
 from kurtail_pl.stages.capture import CaptureSpec, capture
+from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec
@@ -44,6 +45,9 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
         _mixture(place / "mixture", WINDOWS[:windows], out / f"mixture{windows}", ranks)
     quantize(place / "fused", QuantizeSpec(text=text), out / "artefact", ranks=ranks)
     quantize(place / "fused", QuantizeSpec(gptq=GPTQ(correction="gptaq"), text=text), out / "gptaq", ranks=ranks)
+    learning = ClipLearning(["activations", "weights"], steps=4, windows=3, seqlen=64)
+    spec = QuantizeSpec(method="rtn", text=text, quantized_activations=True, learn_clips=learning)
+    quantize(place / "fused", spec, out / "learned", ranks=ranks)
 
 
 @torch.no_grad()

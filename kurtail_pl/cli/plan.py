@@ -10,11 +10,13 @@ from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.plan_table import misfits, state_places, table
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec
+from kurtail_pl.stages.speed import probe
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
@@ -39,7 +41,7 @@ def plan(arguments: list[str]) -> None:
         fusion["scales"] and ScaleSpec(**_with_text(fusion["scales"])),
         fusion["signs"] and SignSpec(**_with_text(fusion["signs"])),
     )
-    print(table(stages, stage.probe(compute)))
+    print(table(stages, probe(compute)))
     free = free_memory()
     print(state_places(stages, free))
     for line in misfits(stages, free, free_disk(Path(data["store"])), device_memory()):
@@ -59,4 +61,5 @@ def _learning(data: dict[str, Any]) -> stage.Learning:
 
 def _quantization(settings: dict[str, Any]) -> QuantizeSpec:
     scheme, gptq = Scheme.from_dict(settings["scheme"]), GPTQ(**settings["gptq"])
-    return QuantizeSpec(**{**_with_text(settings), "scheme": scheme, "gptq": gptq})
+    learning = ClipLearning(**settings["learn_clips"]) if settings["learn_clips"] else None
+    return QuantizeSpec(**{**_with_text(settings), "scheme": scheme, "gptq": gptq, "learn_clips": learning})

@@ -6,7 +6,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +82,18 @@ class Quantizer:
         return 0, (1 << self.bits) - 1
 
 
+@dataclass(frozen=True, eq=False)
+class LearnedClip(Quantizer):
+    """A quantizer while its clip learns: `ratio`, a tensor of one number, stands in the clip's place."""
+
+    ratio: Tensor = field(default_factory=lambda: torch.ones(()))
+
+    @property
+    def clip_amount(self) -> Tensor:  # type: ignore[override]  # It multiplies as a float does, and has a gradient.
+        """The ratio."""
+        return self.ratio
+
+
 def quantize(x: Tensor, quantizer: Quantizer, grid: Grid | None = None) -> Quantized:
     """Integer form of x.
 
@@ -113,22 +125,33 @@ def dequantize(quantized: Quantized) -> Tensor:
 def fake_quantize(x: Tensor, quantizer: Quantizer, grid: Grid | None = None) -> Tensor:
     """`dequantize` of `quantize`, bit for bit, without the integers: ``[..., n]`` -> ``[..., n]``.
 
-    Gradients pass as if nothing had been rounded (the straight-through estimator, Bengio et al., arXiv 1308.3432).
+    Gradients pass to x as if nothing had been rounded (the straight-through estimator, Bengio et al., arXiv 1308.3432).
+    To the scale, where it learns, they pass as if no value rounded otherwise because of it, but with the value's own
+    part in x (learned step sizes, Esser et al., arXiv 1902.08153, equation 3); a `LearnedClip` has its from there.
     """
-    quantized: Tensor = _StraightThrough.apply(x, quantizer, grid)  # type: ignore[no-untyped-call]
+    if grid is None:
+        grid = dynamic_grid(split_groups(x.detach(), quantizer.group_size), quantizer)
+    quantized: Tensor = _StraightThrough.apply(x, *grid, quantizer)  # type: ignore[no-untyped-call]
     return quantized
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, grid: Grid | None) -> Tensor:
-        grouped = split_groups(x, quantizer.group_size)
-        grid = dynamic_grid(grouped, quantizer) if grid is None else grid
-        return values_of(codes_on(grouped, grid, quantizer), grid).reshape(x.shape)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quantizer: Quantizer) -> Tensor:
+        grouped, grid = split_groups(x, quantizer.group_size), Grid(scale, zero_point)
+        values = values_of(codes_on(grouped, grid, quantizer), grid)
+        if ctx.needs_input_grad[1]:
+            step, error = scale.unsqueeze(-1), values - grouped
+            # Further than half a step lies only what was clipped.
+            ctx.save_for_backward(torch.where(error.abs() <= step / 2, error, values) / step)
+        return values.reshape(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None, None
+        (slope,) = ctx.saved_tensors
+        return gradient, (gradient.reshape(slope.shape) * slope).sum(-1), None, None
 
 
 def split_groups(x: Tensor, group_size: int | None) -> Tensor:

@@ -47,7 +47,7 @@ def search_inputs(linears: Sequence[QuantizedLinear], inputs: Iterable[Tensor], 
         written = F.linear(exact, weight)
         for number, ratio in enumerate(RATIOS):
             change = fake_quantize(exact, _clipped(quantizer, ratio)) - exact
-            errors[number] += _relative(F.linear(change, weight), written)
+            errors[number] += relative(F.linear(change, weight), written)
     best = _best(errors, ranks)
     for linear in linears:
         linear.activations = _clipped(quantizer, best)
@@ -83,7 +83,7 @@ def search_cache(
         errors = torch.zeros(len(RATIOS), dtype=torch.float64)
         for number, ratio in enumerate(RATIOS):
             setattr(attention, part, _clipped(quantizer, ratio))
-            errors[number] = sum(_relative(y - e, e).item() for y, e in zip(written(), exact, strict=True))
+            errors[number] = sum(relative(y - e, e).item() for y, e in zip(written(), exact, strict=True))
         setattr(attention, part, None)
         best[part] = _best(errors, ranks)
     attention.keys, attention.values = before
@@ -96,7 +96,7 @@ def _clipped(quantizer: Quantizer, ratio: float) -> Quantizer:
     return replace(quantizer, clip=f"ratio:{ratio}")
 
 
-def _relative(change: Tensor, written: Tensor) -> Tensor:
+def relative(change: Tensor, written: Tensor) -> Tensor:
     """Squared change over squared size of each token's output, summed over ``[1, tokens, out]``."""
     size = written.double().square().sum(-1)
     return (change.double().square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)).sum()

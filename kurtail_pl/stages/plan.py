@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import PretrainedConfig
 
 from kurtail_pl.stages.allocation import TOKENS, WINDOWS
 from kurtail_pl.stages.capture import CaptureSpec, shape_of
 from kurtail_pl.stages.fuse import ROWS
+from kurtail_pl.stages.learned_clips import BATCH, ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec
@@ -143,6 +141,8 @@ def plan(
     inner = calibration * s.widest * value
     models = 2 if quantize.needs_float_model else 1
     kept = models * states(quantize.text) + inner if calibration else 0
+    training = Training.of(s, quantize.learn_clips, value)
+    kept += training.states
     # Codes of what is solved already, half a byte each, beside the widest linear, or all experts still to come.
     unsolved = s.layer * value if s.active < s.layer else s.layer // 2 + s.wide * value
     searched = quantize.scheme.weights is not None and quantize.method != "higgs"
@@ -156,7 +156,7 @@ def plan(
     read_first = _hessians(s.hidden, quantize) if calibration else 0
     if quantize.needs_float_model:
         unsolved = s.layer * value + s.layer // 2  # The float model's layer lets go of its weights at the end.
-    solved = max(s.layer * value, unsolved + solving, s.layer * value + read_first)
+    solved = max(s.layer * value, unsolved + solving, s.layer * value + read_first, s.layer // 2 + training.memory)
     logits = 2 * evaluation.seqlen * config.vocab_size * FLOAT32
     artefact = s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16
     evaluated = tokens_of(evaluation)
@@ -209,7 +209,9 @@ def plan(
             artefact + kept + noisy,
             models * s.forward(calibration, quantize.text.seqlen)
             + (2 * 2.0 * calibration + s.widest) * s.layers * s.active
-            + felt,
+            + felt
+            # The windows that weights are solved on go through what was learned once more.
+            + (training.flops + s.forward(calibration, quantize.text.seqlen) if training.flops else 0),
             SEARCH_PASSES * float(s.layers * s.layer) if searched else 0.0,
             "fewer calibration windows (quantize.text.windows)",
         ),
@@ -224,6 +226,29 @@ def plan(
             "shorter windows (evaluation text.seqlen)",
         ),
     ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What clips that learn take: bytes while one layer trains, bytes of states between layers, FLOPs of all layers."""
+
+    memory: int = 0
+    states: int = 0
+    flops: float = 0.0
+
+    @classmethod
+    def of(cls, s: Sizes, learning: ClipLearning | None, value: int) -> Training:
+        """Of a model and what is to be learned; nothing for nothing."""
+        if learning is None:
+            return cls()
+        batch, tokens = BATCH * learning.seqlen, learning.windows * learning.seqlen
+        # A quantizer keeps what it read and how far it was from that; a weight is made of codes and scales.
+        kept = 2 * batch * (KEPT_HIDDEN * s.hidden + KEPT_WIDE * s.widest) + 3 * s.layer
+        return cls(
+            kept * FLOAT32 + tokens * s.hidden * value,
+            2 * tokens * s.hidden * value,
+            learning.steps * 3 * s.forward(batch, learning.seqlen) + 2 * s.forward(tokens, learning.seqlen),
+        )
 
 
 def _hessians(width: int, quantize: QuantizeSpec) -> int:
@@ -266,40 +291,3 @@ def _learn(s: Sizes, learning: Learning, vocabulary: int, program: int, on_cuda:
         "smaller batches or shorter windows (data.init_args); this method needs the whole model",
         taken if on_cuda else None,
     )
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast this machine is: FLOPs of matrix products and values of elementwise work, both a second."""
-
-    flops: float
-    passes: float
-
-    def seconds(self, stage: StagePlan) -> float:
-        """Estimate for a stage."""
-        return stage.flops / self.flops + stage.passes / self.passes
-
-
-def probe(compute: Compute = AUTO) -> Speed | None:
-    """Measure the device for about half a second; None when it is not in this machine."""
-    if compute.on_cuda and not torch.cuda.is_available():
-        return None
-    rows = 8192 if compute.on_cuda else 512
-    with compute.torch_device:
-        a, b = (torch.randn(n, 2 * rows, dtype=compute.torch_dtype) for n in (rows, 2 * rows))
-    return Speed(_rate(lambda: a @ b, 2.0 * a.numel() * len(b)), _rate(lambda: a.mul_(1.0), a.numel()))
-
-
-def _rate(work: Callable[[], object], amount: float) -> float:
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    work()
-    wait()
-    started, done = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.25:
-        work()
-        wait()
-        done += 1
-    return done * amount / (time.perf_counter() - started)

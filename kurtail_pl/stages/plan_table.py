@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kurtail_pl.stages.plan import Speed, StagePlan
+from kurtail_pl.stages.plan import StagePlan
+from kurtail_pl.stages.speed import Speed
 from kurtail_pl.storage.files import gigabytes
 
 
@@ -64,7 +65,7 @@ def table(stages: list[StagePlan], speed: Speed | None) -> str:
             gigabytes(stage.memory).rjust(9),
             gigabytes(stage.disk).rjust(9),
             f"{stage.flops / 1e12:.2f}".rjust(9),
-            ("-" if speed is None else f"{speed.seconds(stage):.0f}").rjust(8),
+            ("-" if speed is None else f"{speed.seconds(stage.flops, stage.passes):.0f}").rjust(8),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

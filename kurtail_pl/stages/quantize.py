@@ -16,12 +16,14 @@ from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.allocation import WIDTHS, allocated_bits, sensitivities
+from kurtail_pl.stages.calibration import FLOAT_DTYPE
 from kurtail_pl.stages.clips import Part
 from kurtail_pl.stages.float_layer import FloatLayer
 from kurtail_pl.stages.fuse import UNROTATED, copy_companions
+from kurtail_pl.stages.learned_clips import BlockTraining, ClipLearning
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.prefix import prefix_states, require_tokens
-from kurtail_pl.stages.solver import FLOAT_DTYPE, LayerSolver
+from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -63,6 +65,8 @@ class QuantizeSpec:
             inputs is nearest to its own with the float ones; needs `quantized_activations`.
         search_clips: parts of the scheme (``activations``, ``keys``, ``values``) whose clip is a ratio of its own at
             each site, that with the least error of what reads it (`stages.clips`); needs `quantized_activations`.
+        learn_clips: train clips, and the scales of the weights, on the output of each decoder layer in float
+            (`stages.learned_clips`); null does not. It excludes `search_clips`.
         seed: draws the calibration windows.
     """
 
@@ -74,6 +78,7 @@ class QuantizeSpec:
     quantized_activations: bool = False
     match_outputs: bool = False
     search_clips: list[Part] = field(default_factory=list)
+    learn_clips: ClipLearning | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +98,8 @@ class QuantizeSpec:
                 "search_clips names activations and scheme.activation_scales is static; a static grid is searched by "
                 "itself: leave activations out, or write activation_scales: token"
             )
+        if self.learn_clips is not None:
+            self.learn_clips.require_learnable(self.scheme, self.quantized_activations, self.search_clips)
         if self.match_outputs and self.gptq.correction == "gptaq":
             raise ConfigError(
                 "match_outputs is true and gptq.correction is gptaq; both make up for the same loss: leave one out"
@@ -144,7 +151,8 @@ class QuantizeSpec:
     @property
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
-        return self._solves or self.scheme.calibrated or self.match_outputs or bool(self.search_clips)
+        searches = bool(self.search_clips) or self.learn_clips is not None
+        return self._solves or self.scheme.calibrated or self.match_outputs or searches
 
 
 def quantize(
@@ -190,7 +198,7 @@ def quantize(
     settings = spec.gptq if spec.method == "gptq" else None
     match = spec.gptq.percdamp if spec.match_outputs else None
     solver = LayerSolver(walker, scheme, settings, match, ranks, spec.search_clips)
-    text = calibration_windows(checkpoint, spec)
+    text, learning_text = calibration_windows(checkpoint, spec), learning_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
         "fused_sha256": sha256_of(fused / CARD),
@@ -203,7 +211,7 @@ def quantize(
             if spec.average_bits is not None and text is not None:
                 alphas = sensitivities(checkpoint, text.tokens, spec.seed, compute, work, ranks)
                 scheme = replace(scheme, higgs_bits=allocated_bits(alphas, spec.average_bits))
-            _write_weights(walker, solver, float_model, scheme, text, spec, work, meter)
+            _write_weights(walker, solver, float_model, scheme, text, learning_text, spec, work, meter)
         card: dict[str, Any] = {
             **{key: fused_card[key] for key in INHERITED},
             "method": spec.method_name(fused_card["method"]),
@@ -264,6 +272,14 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
     return cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
 
 
+def learning_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
+    """Windows of the same text that clips are learned on, drawn by another seed; None where none are learned."""
+    if spec.learn_clips is None:
+        return None
+    text = replace(spec.text, windows=spec.learn_clips.windows, seqlen=spec.learn_clips.seqlen)
+    return cut_windows(checkpoint.tokenizer(), text, "calibration", seed=spec.seed + 1)
+
+
 @torch.no_grad()
 def _write_weights(
     walker: Walker,
@@ -271,6 +287,7 @@ def _write_weights(
     float_model: PreTrainedModel | None,
     scheme: Scheme,
     text: Windows | None,
+    learning_text: Windows | None,
     spec: QuantizeSpec,
     work: Workplace,
     meter: Meter,
@@ -290,8 +307,13 @@ def _write_weights(
         shards.write(0, state(architecture.embedding, embedding))
         embedding.to("meta")
     windows = text.tokens if text is not None and spec.needs_inputs else torch.empty(0, 0, dtype=torch.long)
-    mine = ranks.share(len(windows))
-    hidden = walker.hidden_states(windows[mine.start : mine.stop], work)
+
+    def share(windows: Tensor) -> Tensor:
+        mine = ranks.share(len(windows))
+        return windows[mine.start : mine.stop]
+
+    hidden = walker.hidden_states(share(windows), work)
+    learning = None if learning_text is None else walker.hidden_states(share(learning_text.tokens), work, "learning")
     exact = None if float_model is None else (layers_of(float_model, architecture), hidden.beside("exact"))
     prefix = list(prefix_states(walker.checkpoint, scheme.prefix, walker.dtype, walker.device)) if scheme.prefix else []
     for index, layer in walker.layers(f"{spec.method} layers", work):
@@ -301,7 +323,13 @@ def _write_weights(
         solver.quantizer = scheme.layer_weights(index)
         if exact is not None:
             solver.exact = FloatLayer(walker, exact[0][index], layer, exact[1])
+        training = None
+        if spec.learn_clips is not None and learning is not None:
+            training = BlockTraining(walker, layer, spec.learn_clips, learning, ranks)
         solver.solve_layer(layer, f"{layers}.{index}", hidden)
+        if training is not None:
+            solver.clips.append(training.learn(layer))
+            hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
         if ranks.leads:
             shards.write(index + 1, state(f"{layers}.{index}", layer))
         work.state.update(notes=solver.notes, clips=solver.clips, cost=meter.to_dict())

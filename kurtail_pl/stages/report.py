@@ -110,6 +110,8 @@ def _model_card(folder: Path) -> str:
     ]
     if searched := card["quantize"].get("search_clips"):
         lines.append(f"- clips: a ratio of its own at each site for {', '.join(searched)}")
+    if learned := card["quantize"].get("learn_clips"):
+        lines.append(f"- learned on each block's float output: {', '.join(learned['parts'])}")
     if scheme.higgs_bits is not None:
         lines[0] = f"- weights: levels of the normal distribution, {_bits(scheme.higgs_bits)}"
     if scheme.activations is not None and scheme.attention_output == "head":

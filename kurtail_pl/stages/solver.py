@@ -13,28 +13,21 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kurtail_pl.maths.gptq import GPTQ, gptq
-from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.matching import matched
 from kurtail_pl.maths.normal_grid import NormalQuantizer, quantize_normal
 from kurtail_pl.maths.quantizers import Quantized, Quantizer
-from kurtail_pl.maths.static_grid import BINS, count_values, static_grid
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.ranks import ALONE, Ranks
+from kurtail_pl.stages.calibration import centre_inputs, centre_keys, fix_grid
 from kurtail_pl.stages.clips import Part, search_cache, search_inputs, some
 from kurtail_pl.stages.float_layer import FloatLayer, set_aside
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.attention import subtract_from_keys, watched_keys
 from kurtail_pl.surgery.experts import routed
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import head_dim_of
 from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
-
-FLOAT_DTYPE = torch.float16
-"""Of what an artefact keeps unquantized, scales apart: rotated weights are small, and float16 rounds them eight times
-finer than bfloat16."""
 
 FLOAT64_WIDTH = 8192
 """Hessians up to this width are float64, 0.5 GB at most; a wider one in float32 is still factored safely, by the square
@@ -150,7 +143,8 @@ class LayerSolver:
             def attended(states: Iterable[Tensor] = hidden.before) -> Iterator[Tensor]:
                 return (attention(x, **self.walker.positions(layer, x))[0] for x in map(norm, states))
 
-            self._centre_keys(attention, attended)
+            if self.scheme.centre_keys:
+                centre_keys(attention, attended(), self.ranks, self.walker)
             parts = [part for part in self.searched if part != "activations"]
             if parts:
                 found = search_cache(attention, parts, output, lambda: attended(some(hidden.before)), self.ranks)
@@ -230,55 +224,19 @@ class LayerSolver:
     def _calibrate(self, names: Iterable[str], linears: Iterable[nn.Module], inputs: Inputs) -> None:
         """Give linears that read the same inputs what the scheme takes from these."""
         readers = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
+        device = self.walker.device
         if self.scheme.centre:
-            self._centre(readers, inputs)
+            centre_inputs(readers, inputs(), self.ranks, device)
         if "activations" in self.searched:
             self._search_clip(names, readers, inputs)
         if self.scheme.static:
-            self._fix_grid(readers, inputs)
-
-    def _centre(self, readers: list[QuantizedLinear], inputs: Inputs) -> None:
-        """Let linears subtract the mean of their inputs, over the tokens that are not massive."""
-        total = torch.zeros(readers[0].in_features + 1, dtype=torch.float64, device=self.walker.device)
-        for x in inputs():
-            rows = readers[0].turn(x).flatten(0, -2)
-            rows = rows[~is_massive(rows)].double()
-            total += torch.cat([rows.sum(0), total.new_tensor([len(rows)])])
-        total = self.ranks.sum(total)
-        for linear in readers:
-            # As it will be stored: the bias then makes up for just what is subtracted.
-            linear.subtract((total[:-1] / total[-1].clamp(min=1)).to(FLOAT_DTYPE))
+            assert self.scheme.activations is not None
+            fix_grid(readers, inputs(), self.scheme.activations, self.ranks, device)
 
     def _search_clip(self, names: Iterable[str], readers: Sequence[QuantizedLinear], inputs: Inputs) -> None:
         """Let linears quantize their inputs with the best clip, after centring."""
         ratio = search_inputs(readers, some(inputs()), self.ranks)
         self.clips[-1] |= {f"{name}.activations": ratio for name in names}
-
-    def _fix_grid(self, readers: list[QuantizedLinear], inputs: Inputs) -> None:
-        """Let linears quantize all inputs on the one grid that is best for the tokens that are not massive.
-
-        A grid that holds the massive ones too is too coarse for all others.
-        """
-        assert self.scheme.activations is not None
-        counts = torch.zeros(BINS, dtype=torch.int64, device=self.walker.device)
-        for x in inputs():
-            rows = readers[0].turn(x).flatten(0, -2)
-            counts += count_values(rows[~is_massive(rows)])
-        grid = static_grid(self.ranks.sum(counts), self.scheme.activations)
-        for linear in readers:
-            linear.fix_grid(grid)
-
-    def _centre_keys(self, attention: nn.Module, attended: Inputs) -> None:
-        """Let the attention subtract the mean of its rotated keys."""
-        if not self.scheme.centre_keys:
-            return
-        config, dtype = self.walker.model.config, self.walker.dtype
-        total = torch.zeros(config.num_key_value_heads, 1, head_dim_of(config), dtype=torch.float64)
-        total = total.to(self.walker.device)
-        with watched_keys(attention, lambda keys: total.add_(keys[0].double().mean(1, keepdim=True))):
-            windows = sum(1 for _ in attended())
-        mean = self.ranks.sum(total) / sum(self.ranks.each(windows))
-        subtract_from_keys(attention, mean.to(FLOAT_DTYPE).to(dtype))
 
     def _moments(self, linear: nn.Module, inputs: Iterable[Tensor], wanted: Iterable[Tensor] | None) -> Moments:
         """Of what the linear's weight multiplies, over all tokens; None where a product has no use."""

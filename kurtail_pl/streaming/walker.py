@@ -118,13 +118,14 @@ class Walker:
                     work.finished(index + 1)
 
     @torch.no_grad()
-    def hidden_states(self, windows: Tensor, work: Workplace) -> HiddenStates:
+    def hidden_states(self, windows: Tensor, work: Workplace, name: str = "hidden") -> HiddenStates:
         """Hidden states of ``[windows, tokens]`` after the finished layers of the work; from the embedding, if none is.
 
-        No windows give no states.
+        No windows give no states. Those of other windows have files of another name.
         """
-        hidden = HiddenStates(work, (*windows.shape, int(self.checkpoint.config.hidden_size)), self.dtype, self.device)
-        if work.done is None:
+        shape = *windows.shape, int(self.checkpoint.config.hidden_size)
+        hidden = HiddenStates(work, shape, self.dtype, self.device, name)
+        if not work.done:
             embedding = self.embedding()
             hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
             embedding.to("meta")

@@ -106,10 +106,15 @@ def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
 def set_clips(model: PreTrainedModel, clips: Sequence[Mapping[str, float]]) -> None:
     """Give each layer's quantizers the clip ratios that were found for them, by their places in the layer."""
     for layer, ratios in zip(layers_of(model, architecture_of(model.config)), clips, strict=True):
-        for site, ratio in ratios.items():
-            name, _, part = site.rpartition(".")
-            module = layer.get_submodule(name)
-            setattr(module, part, replace(getattr(module, part), clip=f"ratio:{ratio}"))
+        set_layer_clips(layer, ratios)
+
+
+def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
+    """Give the quantizers of one layer their clip ratios, by their places in it."""
+    for site, ratio in ratios.items():
+        name, _, part = site.rpartition(".")
+        module = layer.get_submodule(name)
+        setattr(module, part, replace(getattr(module, part), clip=f"ratio:{ratio}"))
 
 
 def unpacked_bytes(model: PreTrainedModel) -> int:

@@ -42,7 +42,7 @@ class Sinks:
 
     def quantizer(self, others: Quantizer) -> Quantizer | None:
         """Quantizer of the first tokens' keys or values, given that of the others'; None leaves them float."""
-        return None if self.bits == 16 else replace(others, bits=self.bits, clip="ratio:1.0")
+        return None if self.bits == 16 else Quantizer(self.bits, others.symmetric, "ratio:1.0", others.group_size)
 
 
 @dataclass(frozen=True)

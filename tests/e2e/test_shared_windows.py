@@ -115,6 +115,18 @@ def test_the_quantized_model_is_the_same(artefact: str, outputs: tuple[Path, Pat
     assert values[1] == pytest.approx(values[0], rel=1e-3)
 
 
+def test_learned_clips_are_the_same(outputs: tuple[Path, Path]) -> None:
+    """Of gradients that were added, by processes of which one has twice as many windows.
+
+    After the first layer an activation on an edge may be rounded otherwise, and be felt.
+    """
+    one, two = (json.loads((folder / "learned" / "kurtail.json").read_text())["clips"] for folder in outputs)
+    assert len(one) == 4
+    for index, (layer, expected) in enumerate(zip(two, one, strict=True)):
+        assert set(expected.values()) != {0.9}
+        assert layer == pytest.approx(expected, abs=5e-3 if index else 1e-5)
+
+
 def test_no_work_is_left(outputs: tuple[Path, Path]) -> None:
     names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*/*")) for folder in outputs]
     assert [name for name in names[1] if not name.endswith("1")] == names[0]

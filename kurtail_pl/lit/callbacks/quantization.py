@@ -13,7 +13,7 @@ from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, quantize, require_groups
+from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, learning_windows, quantize, require_groups
 from kurtail_pl.stages.report import MODEL_CARD, REPORT
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing, sha256_of
@@ -41,13 +41,14 @@ class WeightQuantization(CheckedCallback):
         return self.artefacts / artefact_name(data.capture_spec.model, method, self.quantize_spec.scheme_name)
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
-        """Refuse a folder that must not be replaced, groups that fit no width, and a calibration text too short."""
+        """Refuse a folder that must not be replaced, groups that fit no width, and a text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         folder = self.folder(module, data)
         if not self._awaits_evaluation(folder, data):
             refuse_existing(folder, self.overwrite)
         require_groups(data.checkpoint.config, self.quantize_spec.scheme)
         calibration_windows(data.checkpoint, self.quantize_spec)
+        learning_windows(data.checkpoint, self.quantize_spec)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote; all processes share the calibration windows."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kurtail_pl.maths.quantizers import (
     Grid,
+    LearnedClip,
     Quantizer,
     dequantize,
     fake_quantize,
@@ -275,6 +276,36 @@ def test_split_groups_keeps_runs_of_channels() -> None:
         [[6, 7, 8], [9, 10, 11]],
     ]
     assert split_groups(torch.zeros(2, 6), None).shape == (2, 1, 6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_learned_clip_quantizes_as_the_same_ratio_does(symmetric: bool) -> None:
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(4))
+    ratio = torch.tensor(0.7)
+    fixed = fake_quantize(x, Quantizer(4, symmetric, f"ratio:{ratio.item()}", 8))
+    assert torch.equal(fake_quantize(x, LearnedClip(4, symmetric, "ratio:1.0", 8, ratio)), fixed)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_clip_learns_from_rounding_errors_and_from_what_is_clipped(symmetric: bool) -> None:
+    """3 bits, limits at half of -10 and 6, by hand: a step for each value is its error, or its code where clipped.
+
+    Symmetric: 10 / 2 is code 3, so that steps are 5/3. Asymmetric: -5 to 3 in 7 steps of 8/7, zero at code 4.4: 4.
+    """
+    x, ratio = torch.tensor([-10.0, -5.0, 0.2, 1.0, 6.0]), torch.tensor(0.5, requires_grad=True)
+    step = 5 / 3 if symmetric else 8 / 7
+    codes = [-4, -3, 0, 1, 3] if symmetric else [-4, -4, 0, 1, 3]
+    weight = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    (fake_quantize(x, LearnedClip(3, symmetric, ratio=ratio)) * weight).sum().backward()
+    inside = [abs(code * step - value) <= step / 2 for code, value in zip(codes, x.tolist(), strict=True)]
+    assert inside == [False, True, True, True, False]
+    slopes = [
+        code - value / step if kept else code for code, value, kept in zip(codes, x.tolist(), inside, strict=True)
+    ]
+    # The step is proportional to the ratio.
+    expected = sum(w * slope * step / 0.5 for w, slope in zip(weight.tolist(), slopes, strict=True))
+    assert ratio.grad is not None
+    assert ratio.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import ProxyLearning, Speed, StagePlan, plan, probe
+from kurtail_pl.stages.learned_clips import ClipLearning
+from kurtail_pl.stages.plan import ProxyLearning, StagePlan, plan
 from kurtail_pl.stages.plan_table import misfits, state_places, table
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.sizes import sizes_of
+from kurtail_pl.stages.speed import Speed, probe
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -153,6 +155,20 @@ def test_higgs_needs_no_text_and_bits_by_layer_a_little() -> None:
     assert own.flops > 65 / 2 * 4 * 256 * 2 * 32 * sizes_of(config).layer
 
 
+def test_learned_clips_take_their_windows_and_three_passes_a_step() -> None:
+    config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
+    specs = [QuantizeSpec(text=text, learn_clips=c) for c in (None, ClipLearning(["weights"], 10, 0.01, 16, 256))]
+    plain, learned = (planned(config, CaptureSpec("x", text, 9), spec, 0)["quantize"] for spec in specs)
+    assert learned.disk - plain.disk == 2 * 16 * 256 * config.hidden_size * 4
+    forward = sizes_of(config).forward
+    # Steps of 4 windows; the float layer and what was learned on all of them, and the latter on GPTQ's own.
+    assert learned.flops - plain.flops == 3 * 10 * forward(4 * 256, 256) + 2 * forward(16 * 256, 256) + forward(
+        8 * 512, 512
+    )
+    # One layer in float32, its gradients and more, but nothing of the others.
+    assert 0 < learned.memory - plain.memory < 4 * 4 * sizes_of(config).layer
+
+
 def test_gptaq_takes_the_float_model_along() -> None:
     """The states of both models, the float layer's weights, and five matrices where GPTQ alone has two."""
     config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
@@ -264,7 +280,7 @@ def test_hidden_states_go_to_the_disk_where_memory_is_short() -> None:
 
 def test_table_and_probe() -> None:
     stage = StagePlan("capture", 2 * 10**9, 5 * 10**7, 6e12, 4e9, "rows")
-    assert Speed(3e12, 1e9).seconds(stage) == 6
+    assert Speed(3e12, 1e9).seconds(6e12, 4e9) == 6
     row = table([stage], Speed(3e12, 1e9)).splitlines()[-1]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["capture", "-", "2.00 GB", "50.0 MB", "6.00", "6"]
     speed = probe()

@@ -21,6 +21,7 @@ from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.normal_grid import normal_error, normal_levels
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages.fuse import UNROTATED, fuse
+from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec
@@ -31,6 +32,7 @@ from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
 WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+LEARNING = ClipLearning(["activations", "keys", "values", "weights"], steps=2, windows=3, seqlen=48)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 
@@ -284,8 +286,9 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
         {"gptq": GPTQ(correction="gptaq")},
         {"scheme": Scheme(centre=True, activation_scales="static", prefix=[7])},
         {"scheme": Scheme(prefix=[7]), "gptq": GPTQ(correction="gptaq")},
+        {"quantized_activations": True, "learn_clips": LEARNING},
     ],
-    ids=["gptq", "gptaq", "static", "gptaq, prefix"],
+    ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips"],
 )
 def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
     settings: Any, fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,66 @@
+"""What the quantizers of a layer's inputs and keys take from calibration windows: centres, and static grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kurtail_pl.maths.massive import is_massive
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.static_grid import BINS, count_values, static_grid
+from kurtail_pl.ranks import Ranks
+from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.attention import subtract_from_keys, watched_keys
+from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.surgery.rotations import head_dim_of
+
+FLOAT_DTYPE = torch.float16
+"""Of what an artefact keeps unquantized, scales apart: rotated weights are small, and float16 rounds them eight times
+finer than bfloat16."""
+
+
+def centre_inputs(
+    readers: Sequence[QuantizedLinear], inputs: Iterable[Tensor], ranks: Ranks, device: torch.device
+) -> None:
+    """Let linears subtract the mean of their inputs, over the tokens that are not massive."""
+    total = torch.zeros(readers[0].in_features + 1, dtype=torch.float64, device=device)
+    for x in inputs:
+        rows = readers[0].turn(x).flatten(0, -2)
+        rows = rows[~is_massive(rows)].double()
+        total += torch.cat([rows.sum(0), total.new_tensor([len(rows)])])
+    total = ranks.sum(total)
+    for linear in readers:
+        # As it will be stored: the bias then makes up for just what is subtracted.
+        linear.subtract((total[:-1] / total[-1].clamp(min=1)).to(FLOAT_DTYPE))
+
+
+def centre_keys(attention: nn.Module, attended: Iterable[Tensor], ranks: Ranks, walker: Walker) -> None:
+    """Let the attention subtract the mean of its rotated keys, which go by as it makes what is attended to."""
+    config, dtype = walker.model.config, walker.dtype
+    total = torch.zeros(config.num_key_value_heads, 1, head_dim_of(config), dtype=torch.float64).to(walker.device)
+    with watched_keys(attention, lambda keys: total.add_(keys[0].double().mean(1, keepdim=True))):
+        windows = sum(1 for _ in attended)
+    mean = ranks.sum(total) / sum(ranks.each(windows))
+    subtract_from_keys(attention, mean.to(FLOAT_DTYPE).to(dtype))
+
+
+def fix_grid(
+    readers: Sequence[QuantizedLinear],
+    inputs: Iterable[Tensor],
+    quantizer: Quantizer,
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
+    """Let linears quantize all inputs on the one grid that is best for the tokens that are not massive.
+
+    A grid that holds the massive ones too is too coarse for all others.
+    """
+    counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+    for x in inputs:
+        rows = readers[0].turn(x).flatten(0, -2)
+        counts += count_values(rows[~is_massive(rows)])
+    grid = static_grid(ranks.sum(counts), quantizer)
+    for linear in readers:
+        linear.fix_grid(grid)

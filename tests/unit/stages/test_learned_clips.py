@@ -1,0 +1,209 @@
+"""Learned clips against all ratios of a grid, tried on the model in float64; artefacts; what is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_family
+from shards import tensors_of
+from torch import Tensor, nn
+
+import kurtail_pl
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.learned_clips import ClipLearning
+from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.surgery.rotations import random_rotations
+from kurtail_pl.surgery.scheme import Scheme
+
+ACTIVATIONS = Scheme(weights=None, activations=Quantizer(3, False), keys=None, values=None)
+CACHE = Scheme(weights=None, activations=None, keys=Quantizer(2, False), values=Quantizer(2))
+WEIGHTS = Scheme(weights=Quantizer(3), activations=None, keys=None, values=None)
+ALL = Scheme(Quantizer(), Quantizer(4, False), Quantizer(4, False), Quantizer(4, False))
+SITES = [
+    [f"self_attn.{name}_proj.activations" for name in "qkv"],
+    ["self_attn.o_proj.activations"],
+    ["mlp.gate_proj.activations", "mlp.up_proj.activations"],
+    ["mlp.down_proj.activations"],
+]
+CACHED = ["self_attn.keys", "self_attn.values"]
+
+
+def learning(text: TextSpec, scheme: Scheme, *parts: str, steps: int = 40, lr: float = 0.03) -> QuantizeSpec:
+    clips = ClipLearning(list(parts), steps, lr, text.windows or 0, text.seqlen)  # type: ignore[arg-type]
+    return QuantizeSpec(scheme, text=text, quantized_activations=scheme != WEIGHTS, learn_clips=clips)
+
+
+def clips_of(folder: Path) -> list[dict[str, float]]:
+    clips: list[dict[str, float]] = json.loads((folder / "kurtail.json").read_text())["clips"]
+    return clips
+
+
+def put(layer: nn.Module, clips: dict[str, float], scheme: Scheme) -> None:
+    for place, ratio in clips.items():
+        name, _, part = place.rpartition(".")
+        setattr(layer.get_submodule(name), part, replace(getattr(scheme, part), clip=f"ratio:{ratio}"))
+
+
+class FirstLayer:
+    """What the first decoder layer writes in float64, by transformers' own calls, and how far it is from the float."""
+
+    def __init__(self, fused: Path, text: TextSpec) -> None:
+        self.windows = cut_windows(Checkpoint(fused).tokenizer(), text, "calibration", seed=1).tokens
+        self.exact = self.written(kurtail_pl.load(fused))
+
+    @torch.no_grad()
+    def written(self, model: Any) -> Tensor:
+        found: list[Tensor] = []
+        model.model.layers = model.model.layers[:1]
+        with model.model.layers[0].register_forward_hook(lambda *call: found.append(call[2])):
+            model.double()(self.windows)
+        return found[0]
+
+    def error(self, model: nn.Module) -> float:
+        """Squared change over squared size, the mean of all tokens."""
+        change = (self.written(model) - self.exact).norm(dim=-1) / self.exact.norm(dim=-1)
+        return change.square().mean().item()
+
+
+def test_clips_learn_most_of_what_the_best_of_all_have(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    """One for each of four sites, learned together, against all 625 of a grid: these also fit the very roundings."""
+    folder = quantize(fused, learning(text, ACTIVATIONS, "activations"), tmp_path / "learned")
+    clips = clips_of(folder)
+    assert [set(layer) for layer in clips] == 4 * [{place for site in SITES for place in site}]
+    first, model = FirstLayer(fused, text), kurtail_pl.load(fused)
+    layer, errors = model.model.layers[0], {}
+    for ratios in product([0.6, 0.7, 0.8, 0.9, 1.0], repeat=4):
+        put(layer, {place: r for site, r in zip(SITES, ratios, strict=True) for place in site}, ACTIVATIONS)
+        errors[ratios] = first.error(model)
+    put(layer, clips[0], ACTIVATIONS)
+    best, start = min(errors.values()), errors[1.0, 1.0, 1.0, 1.0]
+    assert best < 0.8 * start
+    assert start - first.error(model) > 0.75 * (start - best)
+
+
+def test_the_cache_learns_too(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    folder = quantize(fused, learning(text, CACHE, "keys", "values"), tmp_path / "learned")
+    clips = clips_of(folder)
+    first, model = FirstLayer(fused, text), kurtail_pl.load(fused)
+    errors = {}
+    for ratios in product([0.5, 0.6, 0.7, 0.8, 0.9, 1.0], repeat=2):
+        put(model.model.layers[0], dict(zip(CACHED, ratios, strict=True)), CACHE)
+        errors[ratios] = first.error(model)
+    put(model.model.layers[0], clips[0], CACHE)
+    assert clips[0].keys() == set(CACHED)
+    best, start = min(errors.values()), errors[1.0, 1.0]
+    assert best < 0.8 * start
+    assert start - first.error(model) > 0.75 * (start - best)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "higgs"])
+def test_scales_learn_and_codes_stay(fused: Path, text: TextSpec, tmp_path: Path, method: str) -> None:
+    """Of the first layer, whose inputs are the same with and without."""
+    spec = replace(learning(text, WEIGHTS, "weights", lr=0.005), method=method)  # type: ignore[arg-type]
+    learned = quantize(fused, spec, tmp_path / "learned")
+    plain = quantize(fused, replace(spec, learn_clips=None), tmp_path / "plain")
+    first = FirstLayer(fused, text)
+    assert first.error(kurtail_pl.load(learned)) < 0.97 * first.error(kurtail_pl.load(plain))
+    one, other = tensors_of(learned), tensors_of(plain)
+    assert one.keys() == other.keys()
+    changed = {
+        name.rpartition(".")[2] for name in one if "layers.0" in name and not torch.equal(one[name], other[name])
+    }
+    assert changed == {"scale"}
+
+
+def test_steps_of_no_size_change_nothing(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    """Learning itself leaves no trace in the layer: every tensor is that of an artefact without it."""
+    scheme = replace(ALL, centre=True, centre_keys=True, prefix=[7])
+    spec = learning(text, scheme, "activations", "keys", "values", "weights", steps=2, lr=1e-30)
+    spec = replace(spec, match_outputs=True)
+    learned = tensors_of(quantize(fused, spec, tmp_path / "learned"))
+    plain = tensors_of(quantize(fused, replace(spec, learn_clips=None), tmp_path / "plain"))
+    assert learned.keys() == plain.keys()
+    assert all(torch.equal(learned[name], plain[name]) for name in plain)
+
+
+def test_a_loaded_artefact_quantizes_with_the_ratios_that_were_learned(
+    fused: Path, text: TextSpec, tmp_path: Path
+) -> None:
+    folder = quantize(fused, learning(text, ALL, "activations", "keys", "values", steps=3), tmp_path / "learned")
+    clips, model = clips_of(folder), kurtail_pl.load(folder)
+    by_hand = kurtail_pl.load(folder)
+    for layer, ratios in zip(by_hand.model.layers, clips, strict=True):
+        assert len(ratios) == 9
+        assert 1 not in ratios.values()
+        put(layer, dict.fromkeys(ratios, 1.0), ALL)
+    window = torch.arange(20)[None]
+    logits = model(window).logits
+    assert not torch.equal(by_hand(window).logits, logits)
+    for layer, ratios in zip(by_hand.model.layers, clips, strict=True):
+        put(layer, ratios, ALL)
+    assert torch.equal(by_hand(window).logits, logits)
+
+
+def test_experts_learn(tied: Path, text: TextSpec, tmp_path: Path) -> None:
+    tiny_family("mixtral").save_pretrained(tmp_path / "mixtral")
+    Checkpoint(tied).tokenizer().save_pretrained(tmp_path / "mixtral")
+    checkpoint = Checkpoint(tmp_path / "mixtral")
+    fused = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
+    spec = learning(text, ALL, "activations", "weights", steps=3)
+    folder = quantize(fused, spec, tmp_path / "learned")
+    experts = {f"mlp.experts.{i}.{name}_proj.activations" for i in range(4) for name in ("gate", "up", "down")}
+    attention = {place for site in SITES[:2] for place in site}
+    assert [set(layer) for layer in clips_of(folder)] == 3 * [attention | experts]
+    kurtail_pl.load(folder)
+
+
+QUANTIZED = {"scheme": ALL, "quantized_activations": True}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClipLearning([]), "learn_clips.parts is .*learn_clips: null"),
+        (lambda: ClipLearning(["queries"]), "learn_clips.parts is .*queries.* name some of"),  # type: ignore[list-item]
+        (lambda: ClipLearning(steps=0), "learn_clips.steps is 0; give a positive number"),
+        (lambda: ClipLearning(lr=-1.0), "learn_clips.lr is -1.0; give a positive number"),
+        (
+            lambda: QuantizeSpec(learn_clips=ClipLearning(["keys"])),
+            "parts names keys; .* quantized_activations: true",
+        ),
+        (
+            lambda: QuantizeSpec(WEIGHTS, quantized_activations=True, learn_clips=ClipLearning(["values"])),
+            "parts names values; .* give scheme.values",
+        ),
+        (lambda: QuantizeSpec(CACHE, learn_clips=ClipLearning(["weights"])), "parts names weights; .* scheme.weights"),
+        (
+            lambda: QuantizeSpec(**QUANTIZED, learn_clips=ClipLearning(["weights"]), search_clips=["keys"]),  # type: ignore[arg-type]
+            "learn_clips is given and search_clips names keys; .*search_clips: ",
+        ),
+        (
+            lambda: QuantizeSpec(
+                replace(ALL, activations=Quantizer(4, clip="quantile:0.98")),
+                quantized_activations=True,
+                learn_clips=ClipLearning(["activations"]),
+            ),
+            "scheme.activations.clip is 'quantile:0.98'; .* write ratio:1.0",
+        ),
+        (
+            lambda: QuantizeSpec(
+                replace(ALL, activation_scales="static"),
+                quantized_activations=True,
+                learn_clips=ClipLearning(["activations"]),
+            ),
+            "parts names activations and .* static",
+        ),
+    ],
+)
+def test_what_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
