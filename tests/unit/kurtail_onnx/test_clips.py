@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from exports import CENTRED, has_torchs_logits
@@ -11,16 +12,29 @@ from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
+LEARNED = {"learn_clips": ClipLearning(["activations", "keys", "values", "weights"], 3, 0.02, windows=2, seqlen=64)}
+SEARCHED = {"search_clips": ["activations", "keys", "values"]}
 
-@pytest.mark.parametrize(("family", "centred"), [("llama3", True), ("mixtral", False)])
+
+@pytest.mark.parametrize(
+    ("family", "centred", "clips"),
+    [("llama3", True, SEARCHED), ("mixtral", False, SEARCHED), ("llama3", True, LEARNED)],
+    ids=["searched", "searched, experts", "learned"],
+)
 def test_every_site_has_its_ratio(
-    family: str, centred: bool, make_family: Callable[[str], Path], text_file: Path, tmp_path: Path
+    family: str,
+    centred: bool,
+    clips: dict[str, Any],
+    make_family: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     checkpoint = Checkpoint(make_family(family))
     fused = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
@@ -29,12 +43,12 @@ def test_every_site_has_its_ratio(
         "rtn",
         text=TextSpec(str(text_file), windows=2, seqlen=64),
         quantized_activations=True,
-        search_clips=["activations", "keys", "values"],
+        **clips,
     )
     artefact = quantize(fused, spec, tmp_path / "artefact")
     folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
     model = kurtail_pl.load(artefact)
     assert has_torchs_logits(model, folder)
-    clips = json.loads((artefact / "kurtail.json").read_text())["clips"]
-    assert json.loads((folder / "kurtail_export.json").read_text())["clips"] == clips
-    assert len({ratio for layer in clips for ratio in layer.values()}) > 1
+    ratios = json.loads((artefact / "kurtail.json").read_text())["clips"]
+    assert json.loads((folder / "kurtail_export.json").read_text())["clips"] == ratios
+    assert len({ratio for layer in ratios for ratio in layer.values()}) > 1
