@@ -324,4 +324,4 @@ def test_a_hessian_that_is_not_positive_definite_raises() -> None:
 
 
 if __name__ == "__main__":
-    print(matrices_held(sys.argv[1] or None))
+    sys.stdout.write(str(matrices_held(sys.argv[1] or None)))
