@@ -5,7 +5,7 @@ Two corrections of it are there: GPTAQ (arXiv 2504.02692) and FOEM (arXiv 2507.1
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,20 +126,16 @@ def gptq(
     return refine(error, best, quantizer, settings.refine, settings.block_size)
 
 
-def _best_rows(found: Iterable[Quantized], error: OutputError) -> Quantized:
+def _best_rows(found: Iterator[Quantized], error: OutputError) -> Quantized:
     """Of each output channel the codes and scales with the least error, from several for the whole weight."""
-    best, least = None, None
-    for one in found:
-        errors = error.of_rows(one)
-        if best is None or least is None:
-            best, least = one, errors
-            continue
-        better = errors < least
-        least = torch.where(better, errors, least)
-        row = better[:, None]
-        scale = torch.where(row, one.grid.scale, best.grid.scale)
-        best = Quantized(torch.where(row, one.codes, best.codes), best.grid._replace(scale=scale))
-    assert best is not None
+    best = next(found)
+    least = error.of_rows(best)
+    for other in found:
+        errors = error.of_rows(other)
+        better = (errors < least)[:, None]
+        least = torch.minimum(errors, least)
+        scale = torch.where(better, other.grid.scale, best.grid.scale)
+        best = Quantized(torch.where(better, other.codes, best.codes), best.grid._replace(scale=scale))
     return best
 
 

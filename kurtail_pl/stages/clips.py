@@ -97,7 +97,7 @@ def _clipped(quantizer: Quantizer, ratio: float) -> Quantizer:
 
 
 def relative(change: Tensor, written: Tensor) -> Tensor:
-    """Squared change over squared size of each token's output, summed over ``[1, tokens, out]``."""
+    """Squared change over squared size of each token, summed over the tokens of ``[..., tokens, n]``."""
     size = written.double().square().sum(-1)
     return (change.double().square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)).sum()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.stages.clips import relative
 from kurtail_pl.stages.scales import Part, channel_scales
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -164,6 +165,4 @@ def _rounded(layer: nn.Module, architecture: Architecture, draws: Draws) -> Iter
 def _error(rows: Tensor, factors: HadamardFactors) -> float:
     """Sum over tokens ``[tokens, n]`` of the rounding's square over the token's."""
     turned = hadamard_transform(rows, factors)
-    change = (fake_quantize(turned, ROUNDING) - turned).square().sum(-1)
-    size = turned.square().sum(-1)
-    return float((change / size.clamp(min=torch.finfo(size.dtype).tiny)).sum())
+    return float(relative(fake_quantize(turned, ROUNDING) - turned, turned))
