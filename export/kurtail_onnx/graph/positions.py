@@ -14,8 +14,11 @@ from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.step import Step
 from kurtail_pl.errors import UnsupportedArchitecture
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary types whose angles depend on a token's position alone."""
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic")
+"""Rotary types whose angles depend on a token's position alone, up to the model's positions.
+
+Those of the type dynamic are scaled in longer texts only, which the runner refuses.
+"""
 LONGROPE = "longrope"
 """Rotary type with angles of its own for texts longer than the original positions."""
 
@@ -52,14 +55,11 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     Of the type longrope, those of short texts stand before those of long ones.
 
     Raises:
-        UnsupportedArchitecture: when the angles depend on more than position and kind of text.
+        UnsupportedArchitecture: when the rotary type is another.
     """
     module, kind = source.model.get_submodule(source.architecture.rotary), rope_type(source)
     if kind not in (*STATIC_ROPE, LONGROPE):
-        raise UnsupportedArchitecture(
-            f"rotary type {kind!r} changes with the length of the text; exported are "
-            f"{', '.join((*STATIC_ROPE, LONGROPE))}"
-        )
+        raise UnsupportedArchitecture(f"rotary type is {kind!r}; exported are {', '.join((*STATIC_ROPE, LONGROPE))}")
     lengths = [source.config.max_position_embeddings]
     if kind == LONGROPE:
         lengths.insert(0, _original_positions(source))

@@ -42,12 +42,12 @@ def make_artefact(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> 
 
 
 @pytest.fixture(scope="session")
-def make_family(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a family's tiny model, with a tokenizer."""
+def make_family(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a family's tiny model, with a tokenizer; keyword arguments change its configuration."""
 
-    def make(name: str) -> Path:
+    def make(name: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("families") / name
-        tiny_family(name).save_pretrained(folder)
+        tiny_family(name, **changes).save_pretrained(folder)
         copy_tokenizer(tied, folder)
         return folder
 

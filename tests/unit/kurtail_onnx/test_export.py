@@ -171,7 +171,10 @@ def test_what_onnx_cannot_say_is_refused(case: str, tiny: Path, make_artefact: M
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "'dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0}},
+            "'proportional'; exported are default",
+        ),
     ],
 )
 def test_unknown_parts_are_refused(changes: dict[str, Any], message: str, tied: Path, tmp_path: Path) -> None:

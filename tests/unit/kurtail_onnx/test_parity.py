@@ -27,12 +27,23 @@ MakeArtefact = Callable[..., Path]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(
-    family: str, make_family: Callable[[str], Path], make_artefact: MakeArtefact, tmp_path: Path
+    family: str, make_family: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
     artefact = make_artefact(make_family(family))
     folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
     linears = [m for m in kurtail_pl.load(artefact).modules() if isinstance(m, QuantizedLinear)]
     assert checks_of(folder)["linears"] == {"quantized": len(linears), "fused": len(linears)}
+    assert has_torchs_logits(kurtail_pl.load(artefact), folder)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_scaled_positions_up_to_the_last(
+    kind: str, make_family: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    """Texts as long as the model's positions: the dynamic type scales longer ones alone."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    artefact = make_artefact(make_family("qwen3", rope_parameters=rope, max_position_embeddings=TOKENS))
+    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
 
 
