@@ -106,126 +106,197 @@ def plan(
         scales: channels that are scaled when the rotations are fused.
         signs: how those of the online rotations are chosen then.
     """
-    s = sizes_of(config)
-    shape = shape_of(config, capture.values)
-    program += TOKENIZER
-    value = compute.torch_dtype.itemsize
+    run = _Run(sizes_of(config), config.vocab_size, program + TOKENIZER, compute)
+    store = store_bytes(shape_of(config, capture.values), capture.known_rows or WHOLE_TEXT)
+    return [
+        _capture(run, capture.text, store),
+        _learn(run, learning),
+        _fuse(run, scales, signs),
+        _quantize(run, quantize),
+        _evaluate(run, evaluation),
+    ]
 
-    def tokens_of(text: TextSpec) -> int:
-        return WHOLE_TEXT if text.windows is None else text.windows * text.seqlen
 
-    def states(text: TextSpec) -> int:
-        return 2 * tokens_of(text) * s.hidden * value
+@dataclass(frozen=True)
+class _Run:
+    """A model's sizes, and what runs it: the program's bytes, device and type."""
 
-    def window(text: TextSpec) -> int:
-        return 6 * text.seqlen * s.widest * value
+    sizes: Sizes
+    vocabulary: int
+    program: int
+    compute: Compute
 
-    def read(parameters: int, stored: int, wanted: int) -> int:
-        # A tensor is read through a memory map; what is of the wanted type already is used where it is mapped.
+    @property
+    def value(self) -> int:
+        """Bytes of a value that layers compute with."""
+        return self.compute.torch_dtype.itemsize
+
+    def states(self, text: TextSpec) -> int:
+        """Bytes of a text's hidden states, before a layer and after it."""
+        return 2 * _tokens(text) * self.sizes.hidden * self.value
+
+    def window(self, text: TextSpec) -> int:
+        """Bytes that one window takes inside a layer."""
+        return 6 * text.seqlen * self.sizes.widest * self.value
+
+    def read(self, parameters: int, stored: int, wanted: int) -> int:
+        """Bytes of a tensor read through a memory map; what is of the wanted type is used where it is mapped."""
         return parameters * (wanted if stored == wanted else stored + wanted)
 
     def stage(
-        name: str, states: int, modules: int, device: int, disk: int, flops: float, passes: float, knob: str
+        self, name: str, states: int, modules: int, device: int, disk: int, flops: float, passes: float, knob: str
     ) -> StagePlan:
-        # On CUDA the CPU holds what is read ahead and what is written; what is computed with is the device's.
-        if not compute.on_cuda:
-            return StagePlan(name, program + states + modules, disk, flops, passes, knob, states=states)
+        """A stage's plan from its own bytes: hidden states and modules on the CPU, or what the CUDA device holds."""
+        s = self.sizes
+        if not self.compute.on_cuda:
+            return StagePlan(name, self.program + states + modules, disk, flops, passes, knob, states=states)
+        # The CPU holds what is read ahead and what is written; what is computed with is the device's.
         ahead = max(2 * s.layer * FLOAT32, s.embedding * (s.stored + FLOAT32))
-        return StagePlan(name, program + states + ahead, disk, flops, passes, knob, device, states)
+        return StagePlan(name, self.program + states + ahead, disk, flops, passes, knob, device, states)
 
-    text, tokens = capture.text, tokens_of(capture.text)
-    store = store_bytes(shape, capture.known_rows or WHOLE_TEXT)
+
+def _tokens(text: TextSpec) -> int:
+    return WHOLE_TEXT if text.windows is None else text.windows * text.seqlen
+
+
+def _capture(run: _Run, text: TextSpec, store: int) -> StagePlan:
+    s, value = run.sizes, run.value
     # Of an embedding that is used where it is mapped, only the text's own rows are read.
-    ends = read(s.embedding, s.stored, value) if s.stored != value else 0
-    calibration = tokens_of(quantize.text) if quantize.needs_inputs else 0
-    inner = calibration * s.widest * value
-    models = 2 if quantize.needs_float_model else 1
-    kept = models * states(quantize.text) + inner if calibration else 0
-    training = Training.of(s, quantize.learn_clips, value)
-    kept += training.states
-    # Codes of what is solved already, half a byte each, beside the widest linear, or all experts still to come.
-    unsolved = s.layer * value if s.active < s.layer else s.layer // 2 + s.wide * value
-    searched = quantize.scheme.weights is not None and quantize.method != "higgs"
-    # The windows with each layer's noise and its negative, which on average go through half of the layers.
-    copies = 1 + 2 * s.layers if quantize.average_bits is not None else 0
-    noisy = 2 * copies * WINDOWS * TOKENS * s.hidden * value
-    felt = copies * (s.forward(WINDOWS * TOKENS, TOKENS) / 2 + 2.0 * WINDOWS * TOKENS * s.embedding)
-    copies_of_weight = 5 if quantize.gptq.refine else 3 if quantize.gptq.correction == "foem" else 2
-    solving = _hessians(s.widest, quantize) + copies_of_weight * s.wide * FLOAT32 if calibration else 0
-    half = s.embedding * FLOAT16
-    read_first = _hessians(s.hidden, quantize) if calibration else 0
-    if quantize.needs_float_model:
-        unsolved = s.layer * value + s.layer // 2  # The float model's layer lets go of its weights at the end.
-    solved = max(s.layer * value, unsolved + solving, s.layer * value + read_first, s.layer // 2 + training.memory)
-    logits = 2 * evaluation.seqlen * config.vocab_size * FLOAT32
-    artefact = s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16
-    evaluated = tokens_of(evaluation)
-    packed = s.layer * (value + 1)
+    ends = run.read(s.embedding, s.stored, value) if s.stored != value else 0
+    return run.stage(
+        "capture",
+        run.states(text),
+        max(ends, run.read(s.layer, s.stored, value) + run.window(text)),
+        max(s.embedding, s.layer) * value + s.wide * s.stored + run.window(text),
+        store + run.states(text),
+        s.forward(_tokens(text), text.seqlen),
+        0.0,
+        "fewer windows or rows (data.init_args.capture)",
+    )
+
+
+def _learn(run: _Run, learning: Learning) -> StagePlan:
+    s, program, on_cuda = run.sizes, run.program, run.compute.on_cuda
+    square = s.hidden**2
+    cayley = learning.steps * CAYLEY_PRODUCTS * 2.0 * s.hidden**3
+    disk = 3 * square * FLOAT32
+    if isinstance(learning, ProxyLearning):
+        batch = 2 * s.layers * learning.batch_rows * s.hidden * FLOAT32
+        products = learning.steps * 3.0 * 4 * s.layers * learning.batch_rows * square
+        taken = 3 * batch + 12 * square * FLOAT32
+        memory, device = (program + batch, taken) if on_cuda else (program + taken, None)
+        knob = "smaller batches (data.init_args.batch_rows)"
+        return StagePlan("learn", memory, disk, products + cayley, 0.0, knob, device)
+    tokens = learning.batch_windows * learning.seqlen
+    # Weights as they are and as rotated, two steps of them; and what the backward pass needs of every layer.
+    weights = 3 * s.layers * s.layer + 2 * s.embedding
+    kept = s.layers * tokens * (KEPT_HIDDEN * s.hidden + KEPT_WIDE * s.widest) + 4 * tokens * run.vocabulary
+    turned = 2.0 * s.layers * s.layer * s.hidden
+    forward = s.forward(tokens, learning.seqlen) + 2.0 * tokens * s.embedding + turned
+    taken = (weights + kept) * FLOAT32 + 12 * square * FLOAT32
+    return StagePlan(
+        "learn",
+        # The whole model is read on the CPU first.
+        program + (weights * FLOAT32 if on_cuda else taken),
+        disk,
+        learning.steps * 3 * forward + cayley,
+        0.0,
+        "smaller batches or shorter windows (data.init_args); this method needs the whole model",
+        taken if on_cuda else None,
+    )
+
+
+def _fuse(run: _Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StagePlan:
+    s = run.sizes
     square = s.hidden**2 * FLOAT64
     # What was read is let go of before rows are folded, four blocks of them at once, or the widest linear turned, whose
     # online rotation holds three copies beside it.
     rows = s.embedding * FLOAT32 + 4 * ROWS * s.hidden * FLOAT64
     turned = s.layer * FLOAT64 + 3 * s.wide * FLOAT64
     # Float64 products take twice as long.
-    fused, fusion_states, fusion_passes = 2 * 2.0 * s.hidden * (s.layers * s.layer + 2 * s.embedding), 0, 0.0
+    flops, states, passes = 2 * 2.0 * s.hidden * (s.layers * s.layer + 2 * s.embedding), 0, 0.0
     if scales is not None:
-        measured = tokens_of(scales.text)
-        fusion_states = 2 * measured * s.hidden * FLOAT64
+        measured = _tokens(scales.text)
+        states = 2 * measured * s.hidden * FLOAT64
         turned = max(turned, s.layer * FLOAT64 + 6 * scales.text.seqlen * s.widest * FLOAT64)
-        fused += 2 * s.forward(measured, scales.text.seqlen)
+        flops += 2 * s.forward(measured, scales.text.seqlen)
     if signs is not None:
         # Every window goes twice through each layer, the second time with the candidates behind what R4 and R5 turn.
-        chosen = tokens_of(signs.text)
-        fusion_states = max(fusion_states, states(signs.text))
-        fused += 2 * s.forward(chosen, signs.text.seqlen)
-        fusion_passes = ROUNDING_PASSES * float(signs.candidates * chosen * s.layers * (s.attention + s.widest))
-    return [
-        stage(
-            "capture",
-            states(text),
-            max(ends, read(s.layer, s.stored, value) + window(text)),
-            max(s.embedding, s.layer) * value + s.wide * s.stored + window(text),
-            store + states(text),
-            s.forward(tokens, text.seqlen),
-            0.0,
-            "fewer windows or rows (data.init_args.capture)",
-        ),
-        _learn(s, learning, config.vocab_size, program, compute.on_cuda),
-        stage(
-            "fuse",
-            fusion_states,
-            square + max(read(s.embedding, s.stored, FLOAT32), rows, read(s.layer, s.stored, FLOAT64), turned),
-            3 * square + max(rows, turned),
-            (s.layers * s.layer + 2 * s.embedding) * FLOAT32 + fusion_states,
-            fused,
-            fusion_passes,
-            "a disk or machine with more room: fusion holds one layer in float64",
-        ),
-        stage(
-            "quantize",
-            kept,
-            max(s.embedding * FLOAT32 + half, solved, noisy + 2 * s.layer * value if copies else 0),
-            max(s.embedding * FLOAT32, solved + window(quantize.text)) + SEARCH_BYTES,
-            artefact + kept + noisy,
-            models * s.forward(calibration, quantize.text.seqlen)
-            + (2 * 2.0 * calibration + s.widest) * s.layers * s.active
-            + felt
-            # The windows that weights are solved on go through what was learned once more.
-            + (training.flops + s.forward(calibration, quantize.text.seqlen) if training.flops else 0),
-            SEARCH_PASSES * float(s.layers * s.layer) if searched else 0.0,
-            "fewer calibration windows (quantize.text.windows)",
-        ),
-        stage(
-            "evaluate",
-            states(evaluation),
-            max(read(s.embedding, FLOAT16, value) + logits, packed + window(evaluation)),
-            max(s.embedding * (value + FLOAT16) + logits, packed + window(evaluation)),
-            states(evaluation),
-            s.forward(evaluated, evaluation.seqlen) + 2.0 * evaluated * s.embedding,
-            0.0,
-            "shorter windows (evaluation text.seqlen)",
-        ),
-    ]
+        chosen = _tokens(signs.text)
+        states = max(states, run.states(signs.text))
+        flops += 2 * s.forward(chosen, signs.text.seqlen)
+        passes = ROUNDING_PASSES * float(signs.candidates * chosen * s.layers * (s.attention + s.widest))
+    ends, layer = (run.read(size, s.stored, wanted) for size, wanted in ((s.embedding, FLOAT32), (s.layer, FLOAT64)))
+    return run.stage(
+        "fuse",
+        states,
+        square + max(ends, rows, layer, turned),
+        3 * square + max(rows, turned),
+        (s.layers * s.layer + 2 * s.embedding) * FLOAT32 + states,
+        flops,
+        passes,
+        "a disk or machine with more room: fusion holds one layer in float64",
+    )
+
+
+def _quantize(run: _Run, spec: QuantizeSpec) -> StagePlan:
+    s, value = run.sizes, run.value
+    calibration = _tokens(spec.text) if spec.needs_inputs else 0
+    models = 2 if spec.needs_float_model else 1
+    training = Training.of(s, spec.learn_clips, value)
+    kept = training.states
+    if calibration:
+        kept += models * run.states(spec.text) + calibration * s.widest * value
+    # The windows with each layer's noise and its negative, which on average go through half of the layers.
+    copies = 1 + 2 * s.layers if spec.average_bits is not None else 0
+    noisy = 2 * copies * WINDOWS * TOKENS * s.hidden * value
+    felt = copies * (s.forward(WINDOWS * TOKENS, TOKENS) / 2 + 2.0 * WINDOWS * TOKENS * s.embedding)
+    searched = spec.scheme.weights is not None and spec.method != "higgs"
+    embedding, solved = s.embedding * FLOAT32, max(_solving(run, spec), s.layer // 2 + training.memory)
+    flops = models * s.forward(calibration, spec.text.seqlen) + felt
+    flops += (2 * 2.0 * calibration + s.widest) * s.layers * s.active
+    if training.flops:
+        # The windows that weights are solved on go through what was learned once more.
+        flops += training.flops + s.forward(calibration, spec.text.seqlen)
+    return run.stage(
+        "quantize",
+        kept,
+        max(embedding + s.embedding * FLOAT16, solved, noisy + 2 * s.layer * value if copies else 0),
+        max(embedding, solved + run.window(spec.text)) + SEARCH_BYTES,
+        s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16 + kept + noisy,
+        flops,
+        SEARCH_PASSES * float(s.layers * s.layer) if searched else 0.0,
+        "fewer calibration windows (quantize.text.windows)",
+    )
+
+
+def _solving(run: _Run, spec: QuantizeSpec) -> int:
+    """Bytes of a layer whose weights become codes, and of what is held beside it."""
+    s, value = run.sizes, run.value
+    # Codes of what is solved already, half a byte each, beside the widest linear, or all experts still to come.
+    unsolved = s.layer * value if s.active < s.layer else s.layer // 2 + s.wide * value
+    if spec.needs_float_model:
+        unsolved = s.layer * value + s.layer // 2  # The float model's layer lets go of its weights at the end.
+    if not spec.needs_inputs:
+        return max(s.layer * value, unsolved)
+    copies = 5 if spec.gptq.refine else 3 if spec.gptq.correction == "foem" else 2
+    solving = _hessians(s.widest, spec) + copies * s.wide * FLOAT32
+    return max(unsolved + solving, s.layer * value + _hessians(s.hidden, spec))
+
+
+def _evaluate(run: _Run, text: TextSpec) -> StagePlan:
+    s, value, tokens = run.sizes, run.value, _tokens(text)
+    logits, packed = 2 * text.seqlen * run.vocabulary * FLOAT32, s.layer * (value + 1)
+    return run.stage(
+        "evaluate",
+        run.states(text),
+        max(run.read(s.embedding, FLOAT16, value) + logits, packed + run.window(text)),
+        max(s.embedding * (value + FLOAT16) + logits, packed + run.window(text)),
+        run.states(text),
+        s.forward(tokens, text.seqlen) + 2.0 * tokens * s.embedding,
+        0.0,
+        "shorter windows (evaluation text.seqlen)",
+    )
 
 
 @dataclass(frozen=True)
@@ -261,33 +332,3 @@ def _hessians(width: int, quantize: QuantizeSpec) -> int:
     else:
         matrices, copies = (4, 0) if quantize.match_outputs else (2, 1)
     return width**2 * (matrices * FLOAT64 + copies * FLOAT32 if width <= FLOAT64_WIDTH else matrices * FLOAT32)
-
-
-def _learn(s: Sizes, learning: Learning, vocabulary: int, program: int, on_cuda: bool) -> StagePlan:
-    square = s.hidden**2
-    cayley = learning.steps * CAYLEY_PRODUCTS * 2.0 * s.hidden**3
-    disk = 3 * square * FLOAT32
-    if isinstance(learning, ProxyLearning):
-        batch = 2 * s.layers * learning.batch_rows * s.hidden * FLOAT32
-        products = learning.steps * 3.0 * 4 * s.layers * learning.batch_rows * square
-        taken = 3 * batch + 12 * square * FLOAT32
-        memory, device = (program + batch, taken) if on_cuda else (program + taken, None)
-        knob = "smaller batches (data.init_args.batch_rows)"
-        return StagePlan("learn", memory, disk, products + cayley, 0.0, knob, device)
-    tokens = learning.batch_windows * learning.seqlen
-    # Weights as they are and as rotated, two steps of them; and what the backward pass needs of every layer.
-    weights = 3 * s.layers * s.layer + 2 * s.embedding
-    kept = s.layers * tokens * (KEPT_HIDDEN * s.hidden + KEPT_WIDE * s.widest) + 4 * tokens * vocabulary
-    turned = 2.0 * s.layers * s.layer * s.hidden
-    forward = s.forward(tokens, learning.seqlen) + 2.0 * tokens * s.embedding + turned
-    taken = (weights + kept) * FLOAT32 + 12 * square * FLOAT32
-    return StagePlan(
-        "learn",
-        # The whole model is read on the CPU first.
-        program + (weights * FLOAT32 if on_cuda else taken),
-        disk,
-        learning.steps * 3 * forward + cayley,
-        0.0,
-        "smaller batches or shorter windows (data.init_args); this method needs the whole model",
-        taken if on_cuda else None,
-    )
