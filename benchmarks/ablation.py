@@ -68,6 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "inputs not centred": {f"{MODEL}.centre": False, f"{SCHEME}.centre": False},
     "keys not centred": {f"{SCHEME}.centre_keys": False},
     "weights not matched": {f"{QUANTIZE}.match_outputs": False},
+    "tokens count alike for values": {f"{QUANTIZE}.by_attention": False},
     "symmetric activations": {f"{SCHEME}.activations.symmetric": True},
     "activation clip 0.9": {f"{SCHEME}.activations.clip": "ratio:0.9"},
     "activation clip 0.8": {f"{SCHEME}.activations.clip": "ratio:0.8"},

@@ -1,4 +1,4 @@
-"""What the quantizers of a layer's inputs and keys take from calibration windows: centres, and static grids."""
+"""What is taken from calibration windows before weights are solved: centres, static grids, what tokens count for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.received import attention_received
 from kurtail_pl.maths.static_grid import BINS, count_values, static_grid
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.attention import subtract_from_keys, watched_keys
+from kurtail_pl.surgery.attention import Scored, behind_prefix, subtract_from_keys, watched_scores
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import head_dim_of
 
@@ -40,10 +41,27 @@ def centre_keys(attention: nn.Module, attended: Iterable[Tensor], ranks: Ranks, 
     """Let the attention subtract the mean of its rotated keys, which go by as it makes what is attended to."""
     config, dtype = walker.model.config, walker.dtype
     total = torch.zeros(config.num_key_value_heads, 1, head_dim_of(config), dtype=torch.float64).to(walker.device)
-    with watched_keys(attention, lambda keys: total.add_(keys[0].double().mean(1, keepdim=True))):
+    with watched_scores(attention, lambda seen: total.add_(seen.key[0].double().mean(1, keepdim=True))):
         windows = sum(1 for _ in attended)
     mean = ranks.sum(total) / sum(ranks.each(windows))
     subtract_from_keys(attention, mean.to(FLOAT_DTYPE).to(dtype))
+
+
+def received_by(attention: nn.Module, attended: Iterable[Tensor]) -> list[Tensor]:
+    """The squared attention that each token of each window gets, ``[tokens]``, from float keys."""
+    found = []
+
+    def see(scored: Scored) -> None:
+        query, key, mask, scaling = scored
+        tokens = key.shape[2]
+        if getattr(attention, "prefix_key", None) is not None:
+            key, mask = behind_prefix(attention, query, key, mask)
+        found.append(attention_received(query, key, mask, scaling)[-tokens:])
+
+    with watched_scores(attention, see):
+        for _ in attended:
+            pass
+    return found
 
 
 def fix_grid(

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
-from kurtail_pl.surgery.attention import watched_keys
+from kurtail_pl.surgery.attention import watched_scores
 
 
 class Spread:
@@ -111,7 +111,7 @@ def measured_keys(layer: nn.Module, architecture: Architecture, head_dim: int, f
 
     hook = folding.linear_of(layer, architecture.query).register_forward_hook(see_queries)
     attention = layer.get_submodule(architecture.attention)
-    with _removed([hook]), watched_keys(attention, lambda keys: found.keys.see(keys[0])):
+    with _removed([hook]), watched_scores(attention, lambda seen: found.keys.see(seen.key[0])):
         yield
 
 

@@ -255,6 +255,9 @@ def _quantize(run: _Run, spec: QuantizeSpec) -> StagePlan:
     embedding, solved = s.embedding * FLOAT32, max(_solving(run, spec), s.layer // 2 + training.memory)
     flops = models * s.forward(calibration, spec.text.seqlen) + felt
     flops += (2 * 2.0 * calibration + s.widest) * s.layers * s.active
+    if spec.by_attention:
+        # Once more to the scores.
+        flops += calibration * s.layers * (2.0 * s.hidden * s.attention + 2.0 * spec.text.seqlen * s.attention)
     if training.flops:
         # The windows that weights are solved on go through what was learned once more.
         flops += training.flops + s.forward(calibration, spec.text.seqlen)

@@ -63,6 +63,8 @@ class QuantizeSpec:
         quantized_activations: let the Hessians see activations and KV as quantized as they will be.
         match_outputs: before it is rounded, change each weight by least squares so that its product with the quantized
             inputs is nearest to its own with the float ones; needs `quantized_activations`.
+        by_attention: where the weight that makes values is matched and solved, let tokens count by the attention they
+            get (`maths.received`): an error in the first token's value, which most others read, is else one of many.
         search_clips: parts of the scheme (``activations``, ``keys``, ``values``) whose clip is a ratio of its own at
             each site, that with the least error of what reads it (`stages.clips`); needs `quantized_activations`.
         learn_clips: train clips, and the scales of the weights, on the output of each decoder layer in float
@@ -77,6 +79,7 @@ class QuantizeSpec:
     text: TextSpec = field(default_factory=TextSpec)
     quantized_activations: bool = False
     match_outputs: bool = False
+    by_attention: bool = False
     search_clips: list[Part] = field(default_factory=list)
     learn_clips: ClipLearning | None = None
     seed: int = 0
@@ -187,7 +190,7 @@ def quantize(
     fused_card = read_card(fused)
     checkpoint = Checkpoint(fused)
     scheme, rotations = spec.scheme, rotations_of(fused)
-    require_groups(checkpoint.config, scheme)
+    require_fit(checkpoint.config, spec)
     if scheme.prefix is not None:
         require_tokens(checkpoint.config, scheme.prefix)
     if spec.method == "higgs" and scheme.weights is not None and scheme.higgs_bits is None:
@@ -197,7 +200,7 @@ def quantize(
     walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     settings = spec.gptq if spec.method == "gptq" else None
     match = spec.gptq.percdamp if spec.match_outputs else None
-    solver = LayerSolver(walker, scheme, settings, match, ranks, spec.search_clips)
+    solver = LayerSolver(walker, scheme, settings, match, ranks, spec.search_clips, spec.by_attention)
     text, learning_text = calibration_windows(checkpoint, spec), learning_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
@@ -244,13 +247,19 @@ def _equipped(checkpoint: Checkpoint, scheme: Scheme, rotations: Rotations) -> P
     return model
 
 
-def require_groups(config: PretrainedConfig, scheme: Scheme) -> None:
-    """Raise ConfigError when groups do not fill the vectors of this model, or bits are given for other layers."""
+def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
+    """Raise ConfigError when a model's widths, layers or linears are not what groups, bits or `by_attention` need."""
+    scheme, architecture = spec.scheme, architecture_of(config)
+    if spec.by_attention and architecture.value == architecture.query:
+        raise ConfigError(
+            f"by_attention is true and {architecture.value} of {architecture.model_type} makes queries and keys too, "
+            "for which tokens count alike; write by_attention: false"
+        )
     bits, layers = scheme.higgs_bits, config.num_hidden_layers
     if bits is not None and len(bits) != layers:
         raise ConfigError(f"higgs_bits are {len(bits)} numbers and this model has {layers} layers; give one for each")
     head_dim = head_dim_of(config)
-    mlp_width: int = getattr(config, architecture_of(config).mlp_width)
+    mlp_width: int = getattr(config, architecture.mlp_width)
     inputs = (config.hidden_size, config.num_attention_heads * head_dim, mlp_width)
     widths = {"weights": inputs, "activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
     for name, sizes in widths.items():

@@ -18,7 +18,7 @@ from kurtail_pl.maths.normal_grid import NormalQuantizer, quantize_normal
 from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.calibration import centre_inputs, centre_keys, fix_grid
+from kurtail_pl.stages.calibration import centre_inputs, centre_keys, fix_grid, received_by
 from kurtail_pl.stages.clips import Part, search_cache, search_inputs, some
 from kurtail_pl.stages.float_layer import FloatLayer, set_aside
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
@@ -76,6 +76,7 @@ class LayerSolver:
             the mean of the Hessian's diagonal; None leaves the weights as they are. The walker's layers must quantize.
         ranks: the processes that share the windows; each has the hidden states of its own, and all get the same codes.
         searched: what gets a clip ratio for each site (`stages.clips`). The walker's layers must quantize it.
+        by_attention: tokens count in the moments of the linear that makes values by the attention they get.
 
     Attributes:
         quantizer: of the next layer's weights.
@@ -91,10 +92,11 @@ class LayerSolver:
         match: float | None = None,
         ranks: Ranks = ALONE,
         searched: Sequence[Part] = (),
+        by_attention: bool = False,
     ) -> None:
         self.walker, self.scheme, self.settings = walker, scheme, settings
         self.quantizer: Quantizer | NormalQuantizer | None = scheme.weights
-        self.match, self.ranks, self.searched = match, ranks, searched
+        self.match, self.ranks, self.searched, self.by_attention = match, ranks, searched, by_attention
         self.exact: FloatLayer | None = None
         self.clips: list[dict[str, float]] = []
         self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
@@ -135,14 +137,15 @@ class LayerSolver:
         norm, attention = (layer.get_submodule(n) for n in (architecture.attention_norm, architecture.attention))
         exact = self.exact
         wanted = exact.attention_inputs if exact else None
-        self._solve(layer, prefix, architecture.attention_readers, lambda: map(norm, hidden.before), wanted)
+
+        def attended(states: Iterable[Tensor] = hidden.before) -> Iterator[Tensor]:
+            return (attention(x, **self.walker.positions(layer, x))[0] for x in map(norm, states))
+
+        counts = received_by(attention, attended()) if self.by_attention else None
+        self._solve(layer, prefix, architecture.attention_readers, lambda: map(norm, hidden.before), wanted, counts)
         with set_aside(layer, architecture.output) as output:
             assert isinstance(output, QuantizedLinear)
             inner = hidden.scratch(output.in_features)
-
-            def attended(states: Iterable[Tensor] = hidden.before) -> Iterator[Tensor]:
-                return (attention(x, **self.walker.positions(layer, x))[0] for x in map(norm, states))
-
             if self.scheme.centre_keys:
                 centre_keys(attention, attended(), self.ranks, self.walker)
             parts = [part for part in self.searched if part != "activations"]
@@ -214,12 +217,26 @@ class LayerSolver:
             chosen[:] = torch.split(masks, [len(window) for window in chosen])
 
     def _solve(
-        self, layer: nn.Module, prefix: str, names: tuple[str, ...], inputs: Inputs, wanted: Inputs | None
+        self,
+        layer: nn.Module,
+        prefix: str,
+        names: tuple[str, ...],
+        inputs: Inputs,
+        wanted: Inputs | None,
+        received: Sequence[Tensor] | None = None,
     ) -> None:
-        """Quantize linears that read the same inputs, and in the float model the wanted ones."""
+        """Quantize linears that read the same inputs, and in the float model the wanted ones.
+
+        For the one that makes values tokens count by the attention that they received, if that is given.
+        """
         linears = [layer.get_submodule(name) for name in names]
         self._calibrate(names, linears, inputs)
-        self._pack(layer, prefix, names, self._moments(linears[0], inputs(), wanted() if wanted else None))
+        apart = () if received is None else (self.walker.architecture.value,)
+        together = tuple(name for name in names if name not in apart)
+        self._pack(layer, prefix, together, self._moments(linears[0], inputs(), wanted() if wanted else None))
+        if apart:
+            moments = self._moments(linears[0], inputs(), wanted() if wanted else None, received)
+            self._pack(layer, prefix, apart, moments)
 
     def _calibrate(self, names: Iterable[str], linears: Iterable[nn.Module], inputs: Inputs) -> None:
         """Give linears that read the same inputs what the scheme takes from these."""
@@ -238,19 +255,27 @@ class LayerSolver:
         ratio = search_inputs(readers, some(inputs()), self.ranks)
         self.clips[-1] |= {f"{name}.activations": ratio for name in names}
 
-    def _moments(self, linear: nn.Module, inputs: Iterable[Tensor], wanted: Iterable[Tensor] | None) -> Moments:
-        """Of what the linear's weight multiplies, over all tokens; None where a product has no use."""
+    def _moments(
+        self,
+        linear: nn.Module,
+        inputs: Iterable[Tensor],
+        wanted: Iterable[Tensor] | None,
+        counts: Iterable[Tensor] | None = None,
+    ) -> Moments:
+        """Of what the linear's weight multiplies, over all tokens as they count; None where a product has no use."""
         solves = self.quantizer is not None and self.settings is not None
         if not solves and self.match is None:
             return Moments(None, None)
         assert isinstance(linear, QuantizedLinear)
         hessian = self._empty_product(linear)
         cross = None if self.match is None and wanted is None else self._empty_product(linear)
-        for x, exact in zip(inputs, repeat(None) if wanted is None else wanted, strict=wanted is not None):
+        given = (repeat(None) if each is None else each for each in (wanted, counts))  # None without end.
+        for x, exact, count in zip(inputs, *given, strict=False):
             rows = linear.prepare(x).flatten(0, -2)
-            _add_product(hessian, rows, rows)
+            counted = rows if count is None else rows * count.unsqueeze(-1)
+            _add_product(hessian, rows, counted)
             if cross is not None:
-                _add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), rows)
+                _add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
         return Moments(self.ranks.sum(hessian), None if cross is None else self.ranks.sum(cross))
 
     def _empty_product(self, linear: QuantizedLinear) -> Tensor:

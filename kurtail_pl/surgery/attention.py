@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ ATTENTION = "kurtail"
 """Name of this attention in a model's configuration (`attn_implementation`)."""
 
 
+class Scored(NamedTuple):
+    """What scores are made of: queries and keys behind R3, neither centred nor quantized, the mask, and a factor."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float
+
+
 def kurtail_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -36,11 +45,11 @@ def kurtail_attention(
     A module that `equip_attention` has not seen attends as usual.
     """
     rotation, keys, values = (getattr(module, name, None) for name in ("query_key_rotation", "keys", "values"))
-    centre, see = (getattr(module, name, None) for name in ("key_centre", "see_keys"))
+    centre, see = (getattr(module, name, None) for name in ("key_centre", "see_scored"))
     if rotation is not None:
         query, key = rotation(query), rotation(key)
     if see is not None:
-        see(key)
+        see(Scored(query, key, attention_mask, kwargs["scaling"]))
     if centre is not None:
         # The same for all keys, it moves all scores of a query alike, and the softmax takes no notice.
         key = key - centre
@@ -54,8 +63,8 @@ def kurtail_attention(
     if values is not None:
         value = _cached(value, values, sinks, first)
     if getattr(module, "prefix_key", None) is not None:
-        attention_mask = _mask_behind_prefix(module, query, key, attention_mask)
-        key, value = _behind(module.prefix_key, key), _behind(module.prefix_value, value)  # type: ignore[arg-type]
+        key, attention_mask = behind_prefix(module, query, key, attention_mask)
+        value = _behind(module.prefix_value, value)  # type: ignore[arg-type]
     output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 
@@ -129,30 +138,32 @@ def put_prefix(attention: nn.Module, keys: Tensor, values: Tensor) -> None:
     attention.register_buffer("prefix_value", values)
 
 
+def behind_prefix(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys of a text behind those of the module's prefix, and the mask with columns for these, which all see."""
+    assert isinstance(module.prefix_key, Tensor)
+    keys, queries = key.shape[2], query.shape[2]
+    key = _behind(module.prefix_key, key)
+    if mask is None:
+        if queries == 1:
+            return key, None
+        # Queries and keys are then of the same tokens.
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril()
+    return key, F.pad(mask, (module.prefix_key.shape[1], 0), value=mask.dtype == torch.bool)
+
+
 def _behind(prefix: Tensor, states: Tensor) -> Tensor:
     """A prefix ``[kv_heads, p, head_dim]`` and then ``[batch, kv_heads, tokens, head_dim]``."""
     return torch.cat([prefix.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
 
 
-def _mask_behind_prefix(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask of a text ``[batch, 1, queries, keys]`` with columns for a prefix, which all queries see."""
-    if mask is None:
-        if query.shape[2] == 1:
-            return None
-        # Queries and keys are then of the same tokens.
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
-    assert isinstance(module.prefix_key, Tensor)
-    return F.pad(mask, (module.prefix_key.shape[1], 0), value=mask.dtype == torch.bool)
-
-
 @contextmanager
-def watched_keys(attention: nn.Module, see: Callable[[Tensor], object]) -> Iterator[None]:
-    """Show every batch of rotated keys, ``[batch, kv_heads, tokens, head_dim]``, to a function for a while."""
-    attention.see_keys = see  # type: ignore[assignment]
+def watched_scores(attention: nn.Module, see: Callable[[Scored], object]) -> Iterator[None]:
+    """Show what the scores of every batch are made of to a function for a while."""
+    attention.see_scored = see  # type: ignore[assignment]
     try:
         yield
     finally:
-        del attention.see_keys
+        del attention.see_scored
 
 
 AttentionInterface.register(ATTENTION, kurtail_attention)

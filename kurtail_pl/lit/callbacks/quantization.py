@@ -13,7 +13,7 @@ from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, learning_windows, quantize, require_groups
+from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, learning_windows, quantize, require_fit
 from kurtail_pl.stages.report import MODEL_CARD, REPORT
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing, sha256_of
@@ -46,7 +46,7 @@ class WeightQuantization(CheckedCallback):
         folder = self.folder(module, data)
         if not self._awaits_evaluation(folder, data):
             refuse_existing(folder, self.overwrite)
-        require_groups(data.checkpoint.config, self.quantize_spec.scheme)
+        require_fit(data.checkpoint.config, self.quantize_spec)
         calibration_windows(data.checkpoint, self.quantize_spec)
         learning_windows(data.checkpoint, self.quantize_spec)
 

@@ -25,7 +25,7 @@ from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.stages import evaluate
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.surgery.attention import watched_keys
+from kurtail_pl.surgery.attention import Scored, watched_scores
 
 MakeArtefact = Callable[..., Path]
 MakeFamily = Callable[[str], Path]
@@ -104,12 +104,12 @@ def test_a_float_cache_holds_centred_keys(centred_stories: Path, tmp_path: Path)
     decoder = Decoder(opened := Export(folder), open_session(opened.model, threads=1), batch=2)
     decoder.forward(ids.numpy(), mask.numpy())
     model, checkpoint = kurtail_pl.load(centred_stories), Checkpoint(centred_stories)
-    seen: list[torch.Tensor] = []
+    seen: list[Scored] = []
     with ExitStack() as stack:
         for layer in model.model.layers:
-            stack.enter_context(watched_keys(layer.self_attn, seen.append))
+            stack.enter_context(watched_scores(layer.self_attn, seen.append))
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    for index, keys in enumerate(seen):
+    for index, (_, keys, _, _) in enumerate(seen):
         centre = checkpoint.tensor(f"model.layers.{index}.self_attn.key_centre").float()
         expected = fake_quantize(keys - centre, CENTRED["keys"]).numpy()
         found = decoder.cache()[f"past_key_values.{index}.key"]
