@@ -1,4 +1,4 @@
-"""How much attention each token gets: what an error in its key or value counts for."""
+"""How much attention each token gets: what an error in its value counts for."""
 
 from __future__ import annotations
 

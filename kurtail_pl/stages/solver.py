@@ -260,7 +260,7 @@ class LayerSolver:
         linear: nn.Module,
         inputs: Iterable[Tensor],
         wanted: Iterable[Tensor] | None,
-        counts: Iterable[Tensor] | None = None,
+        counts: Sequence[Tensor] | None = None,
     ) -> Moments:
         """Of what the linear's weight multiplies, over all tokens as they count; None where a product has no use."""
         solves = self.quantizer is not None and self.settings is not None
@@ -269,10 +269,10 @@ class LayerSolver:
         assert isinstance(linear, QuantizedLinear)
         hessian = self._empty_product(linear)
         cross = None if self.match is None and wanted is None else self._empty_product(linear)
-        given = (repeat(None) if each is None else each for each in (wanted, counts))  # None without end.
-        for x, exact, count in zip(inputs, *given, strict=False):
+        windows = zip(inputs, repeat(None) if wanted is None else wanted, strict=wanted is not None)
+        for index, (x, exact) in enumerate(windows):
             rows = linear.prepare(x).flatten(0, -2)
-            counted = rows if count is None else rows * count.unsqueeze(-1)
+            counted = rows if counts is None else rows * counts[index].unsqueeze(-1)
             _add_product(hessian, rows, counted)
             if cross is not None:
                 _add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
