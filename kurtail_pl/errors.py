@@ -55,3 +55,14 @@ class CheckFailed(KurtailError):
 
 class HarnessMissing(KurtailError):
     """Tasks were asked for and the lm-evaluation-harness is not installed."""
+
+
+REASON_LENGTH = 120
+"""Characters of another library's message that one of ours repeats."""
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign exception says, for one of our own messages: its first line, shortened."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else type(error).__name__
+    return text if len(text) <= REASON_LENGTH else f"{text[: REASON_LENGTH - 3]}..."
