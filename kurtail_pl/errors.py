@@ -61,8 +61,13 @@ REASON_LENGTH = 120
 """Characters of another library's message that one of ours repeats."""
 
 
+def shortened(text: str, length: int) -> str:
+    """A text, or its beginning where it is longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def reason(error: BaseException) -> str:
     """What a foreign exception says, for one of our own messages: its first line, shortened."""
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
-    return text if len(text) <= REASON_LENGTH else f"{text[: REASON_LENGTH - 3]}..."
+    return shortened(text, REASON_LENGTH)

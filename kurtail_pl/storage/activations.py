@@ -13,14 +13,15 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kurtail_pl.errors import StoreMismatch
+from kurtail_pl.errors import StoreMismatch, reason
 from kurtail_pl.storage.files import claim, sha256_of, write_json
+from kurtail_pl.storage.records import fields_of, read_object, require_format
 from kurtail_pl.storage.resume import differences
 
 FORMAT = 1
@@ -134,6 +135,19 @@ def write_manifest(folder: Path, origin: Origin, shape: Shape, versions: dict[st
     write_json(folder / MANIFEST, manifest)
 
 
+AGAIN = "copy the store again, or remove it to capture again"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest holds beside its format; hashes by site."""
+
+    origin: Origin
+    shape: Shape
+    versions: dict[str, str]
+    sha256: dict[str, str]
+
+
 class ActivationStore:
     """An existing store; rows are read when asked for.
 
@@ -141,20 +155,22 @@ class ActivationStore:
         folder: where it is.
 
     Raises:
-        StoreMismatch: when there is no store or its format is unknown.
+        StoreMismatch: when there is no store, its format is unknown, or its manifest is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise StoreMismatch(f"{folder} is no activation store ({error}); run capture first") from error
-        if manifest["format"] != FORMAT:
-            raise StoreMismatch(f"store {folder} has format {manifest['format']}, expected {FORMAT}; capture again")
-        self.origin = Origin(**manifest["origin"])
-        self.shape = Shape(**manifest["shape"])
-        self._sha256: dict[str, str] = manifest["sha256"]
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise StoreMismatch(f"{folder} is no activation store: it has no {MANIFEST}; run kurtail capture first")
+        data = read_object(path, StoreMismatch, AGAIN)
+        require_format(data, FORMAT, path, StoreMismatch)
+        manifest = fields_of(data, Manifest, path, StoreMismatch, AGAIN)
+        self.origin, self.shape, self._sha256 = manifest.origin, manifest.shape, manifest.sha256
+        # Counted first: the names of a store that claims to have a billion layers would fill the memory.
+        layers = self.shape.layers
+        if len(self._sha256) != 3 * layers or {*self._sha256} != {*block_sites(layers), *value_sites(layers)}:
+            raise StoreMismatch(f"{path} lists other sites than a store of {layers} layers has; {AGAIN}")
 
     def require_origin(self, wanted: Origin) -> None:
         """Raise StoreMismatch, naming each difference, unless the store was made from what is wanted."""
@@ -174,12 +190,16 @@ class ActivationStore:
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
         """A block of one site's rows, ``[stop - start, width]``, float32."""
+        path = _file(self.folder, site)
         try:
-            with safe_open(_file(self.folder, site), framework="pt") as file:
-                rows: Tensor = file.get_slice("rows")[start:stop]
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_slice("rows")
+                if stored.get_dtype() != "BF16" or stored.get_shape() != [self.origin.rows, self.shape.width(site)]:
+                    raise StoreMismatch(f"{path} holds other rows than the manifest beside it says; {AGAIN}")
+                rows: Tensor = stored[start:stop]
                 return rows.float()
         except (SafetensorError, OSError) as error:
-            raise StoreMismatch(f"site {site} of {self.folder} cannot be read ({error}); capture again") from error
+            raise StoreMismatch(f"{path} cannot be read ({reason(error)}); {AGAIN}") from error
 
 
 def _file(folder: Path, site: str) -> Path:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kurtail_onnx.run.folder import Export, Port, present_of
+from kurtail_onnx.run.folder import PAST, Export, Port, present_of
 from kurtail_onnx.run.session import Device, import_runtime
-from kurtail_pl.errors import InputError
+from kurtail_pl.errors import ArtefactError, InputError
 
 Cache = dict[str, NDArray[Any]]
 
@@ -22,6 +22,9 @@ class Decoder:
         session: opened on its graph.
         batch: number of texts.
         device: where the session runs.
+
+    Raises:
+        ArtefactError: when the graph has another cache than its description says.
     """
 
     def __init__(self, export: Export, session: Any, batch: int = 1, device: Device = "cpu") -> None:
@@ -29,6 +32,10 @@ class Decoder:
         self._runtime = import_runtime()
         self._mask = np.zeros((batch, 0), np.int64)
         self._cache: dict[str, Any] = {}
+        inputs = {value.name: (value.type, tuple(value.shape)) for value in session.get_inputs()}
+        described = {port.name: (port.type, port.shape) for port in export.cache_ports}
+        if described != {name: value for name, value in inputs.items() if name.startswith(PAST)}:
+            raise ArtefactError(f"{export.model} has another cache than the description beside it says; export again")
         self._set({port.name: np.zeros(self._shape(port, 0), port.dtype) for port in export.cache_ports})
 
     @property

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,7 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kurtail_onnx.describe import DESCRIPTION, FORMAT, MODEL
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.storage.records import fields_of, read_object, require_format, require_inside
 
+AGAIN = "copy the folder again or export again"
+PAST = "past_key_values."
 NUMPY: dict[str, type[np.generic]] = {"int64": np.int64, "uint8": np.uint8}
 NUMPY |= {"float": np.float32, "float16": np.float16, "double": np.float64}
 
@@ -26,6 +28,38 @@ class Port:
     name: str
     dtype: type[np.generic]
     shape: tuple[int | str, ...]
+
+    @property
+    def type(self) -> str:
+        """Its type as ONNX Runtime spells it, such as ``tensor(uint8)``."""
+        return f"tensor({next(name for name, dtype in NUMPY.items() if dtype is self.dtype)})"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    positions: int
+    eos_token_ids: list[int]
+    model_type: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+    dtype: Literal["int64", "uint8", "float", "float16", "double"]
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a runner reads of a description."""
+
+    model: _Sizes
+    inputs: list[_Input]
+    sha256: dict[str, str]
 
 
 class Export:
@@ -40,20 +74,17 @@ class Export:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ArtefactError(
-                f"{folder} is no export of ours: {DESCRIPTION} cannot be read ({error}); make one with kurtail export"
-            ) from error
-        if self.description.get("format") != FORMAT:
-            raise ArtefactError(
-                f"{folder} has format {self.description.get('format')}, expected {FORMAT}; export again"
-            )
-        for name, expected in self.description["sha256"].items():
+        file = folder / DESCRIPTION
+        if not file.is_file():
+            raise ArtefactError(f"{folder} is no export of ours: it has no {DESCRIPTION}; make one with kurtail export")
+        self.description = read_object(file, ArtefactError, AGAIN)
+        require_format(self.description, FORMAT, file, ArtefactError)
+        self._fields = fields_of(self.description, _Fields, file, ArtefactError, AGAIN)
+        for name, expected in self._fields.sha256.items():
+            require_inside(name, file, ArtefactError)
             path = folder / name
             if not path.is_file() or sha256_of(path) != expected:
-                raise ArtefactError(f"{path} is missing or damaged; copy the folder again or export again")
+                raise ArtefactError(f"{path} is missing or damaged; {AGAIN}")
 
     @property
     def model(self) -> Path:
@@ -63,17 +94,18 @@ class Export:
     @property
     def positions(self) -> int:
         """The longest text, in tokens."""
-        return int(self.description["model"]["positions"])
+        return self._fields.model.positions
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a text."""
-        return frozenset(self.description["model"]["eos_token_ids"])
+        return frozenset(self._fields.model.eos_token_ids)
 
     @cached_property
     def cache_ports(self) -> list[Port]:
         """The inputs that hold the cache."""
-        return [port for port in map(_port, self.description["inputs"]) if port.name.startswith("past_key_values.")]
+        ports = (Port(i.name, NUMPY[i.dtype], tuple(i.shape)) for i in self._fields.inputs)
+        return [port for port in ports if port.name.startswith(PAST)]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
@@ -81,10 +113,6 @@ class Export:
         return tokenizer
 
 
-def _port(value: dict[str, Any]) -> Port:
-    return Port(value["name"], NUMPY[value["dtype"]], tuple(value["shape"]))
-
-
 def present_of(past: str) -> str:
     """Name of the output that a cache input's next content comes from."""
-    return past.replace("past_key_values.", "present.", 1)
+    return past.replace(PAST, "present.", 1)

@@ -1,7 +1,10 @@
 """The runner: sessions, cache, generation, perplexity, and what a user can do wrong with them."""
 
 import importlib.metadata
+import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import import_runtime, open_session
 
 import kurtail_pl
-from kurtail_pl.errors import ConfigError, InputError, RuntimeUnusable
+from kurtail_pl.errors import ArtefactError, ConfigError, InputError, RuntimeUnusable
 from kurtail_pl.stages import evaluate
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -39,13 +42,51 @@ def test_greedy_tokens_are_transformers(opened: Export, session: Any, artefact: 
     assert list(generate(Decoder(opened, session), prompt, Sampling(20))) == expected
 
 
-def test_generation_ends_with_the_text(opened: Export, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def described(export: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of an export whose description has a change."""
+    shutil.copytree(export, folder)
+    file = folder / "kurtail_export.json"
+    description = json.loads(file.read_text())
+    change(description)
+    file.write_text(json.dumps(description))
+    return folder
+
+
+def test_generation_ends_with_the_text(opened: Export, session: Any, tmp_path: Path) -> None:
     prompt = np.array([[5, 80, 7]])
     tokens = list(generate(Decoder(opened, session), prompt, Sampling(12)))
     stop = tokens[3]
-    monkeypatch.setitem(opened.description["model"], "eos_token_ids", [stop])
-    ended = list(generate(Decoder(opened, session), prompt, Sampling(12)))
+    ending = Export(described(opened.folder, tmp_path / "ending", lambda d: d["model"].update(eos_token_ids=[stop])))
+    ended = list(generate(Decoder(ending, session), prompt, Sampling(12)))
     assert ended == tokens[: tokens.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=2), "kurtail_export.json has format 2, expected 1"),
+        (lambda d: d.pop("sha256"), "sha256"),
+        (lambda d: d["model"].update(positions="256"), r"model.positions is '256': Input should be a valid integer"),
+        (lambda d: d["sha256"].update({"../outside": "0"}), r"names the file '../outside', which is not in its folder"),
+        (lambda d: d["sha256"].update({"/etc/passwd": "0"}), "'/etc/passwd', which is not in its folder"),
+        (lambda d: d["sha256"].update({"model.onnx": "0"}), "model.onnx is missing or damaged"),
+        (lambda d: d["inputs"].__setitem__(0, 7), r"inputs.0 is 7"),
+    ],
+)
+def test_descriptions_that_cannot_be_used(
+    opened: Export, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(ArtefactError, match=message) as error:
+        Export(described(opened.folder, tmp_path / "other", change))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_description_of_another_cache_is_refused(opened: Export, session: Any, tmp_path: Path) -> None:
+    def widen(description: dict[str, Any]) -> None:
+        next(i for i in description["inputs"] if i["name"].startswith("past_"))["shape"][3] = 10**12
+
+    with pytest.raises(ArtefactError, match="another cache than the description"):
+        Decoder(Export(described(opened.folder, tmp_path / "other", widen)), session)
 
 
 def test_sampling_draws_from_the_distribution() -> None:

@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kurtail_pl.errors import StoreMismatch
@@ -107,7 +108,7 @@ def test_all_differences_are_named_at_once(folder: Path) -> None:
 
 
 def test_no_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreMismatch, match=r"is no activation store.*run capture"):
+    with pytest.raises(StoreMismatch, match=r"is no activation store.*run kurtail capture"):
         ActivationStore(tmp_path / "none")
     write_site(tmp_path, SITES[0])
     with pytest.raises(StoreMismatch, match="is no activation store"):
@@ -118,11 +119,38 @@ def test_damaged_or_foreign_manifest(folder: Path) -> None:
     manifest = folder / activations.MANIFEST
     text = manifest.read_text()
     manifest.write_text(text[: len(text) // 2])
-    with pytest.raises(StoreMismatch, match="is no activation store"):
+    with pytest.raises(StoreMismatch, match=r"manifest.json is not JSON"):
         ActivationStore(folder)
     manifest.write_text(json.dumps({**json.loads(text), "format": 99}))
     with pytest.raises(StoreMismatch, match="format 99, expected 1"):
         ActivationStore(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("origin", {"rows": "12"}, r"origin.rows is '12': Input should be a valid integer"),
+        ("origin", {"colour": "red"}, r"origin.colour is 'red'"),
+        ("shape", {"layers": 10**12}, "lists other sites than a store of 1000000000000 layers has"),
+        ("sha256", {"../../outside": "0"}, "lists other sites"),
+    ],
+)
+def test_manifests_that_cannot_be_used(folder: Path, part: str, change: dict[str, Any], message: str) -> None:
+    manifest = folder / activations.MANIFEST
+    content = json.loads(manifest.read_text())
+    content[part] |= change
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(StoreMismatch, match=message):
+        ActivationStore(folder)
+
+
+def test_rows_of_another_number_or_type_are_refused(folder: Path) -> None:
+    store = ActivationStore(folder)
+    path = folder / f"{SITES[2]}.safetensors"
+    for rows in (torch.zeros(1, 1, dtype=torch.bfloat16), load_file(path)["rows"].float()):
+        save_file({"rows": rows}, path)
+        with pytest.raises(StoreMismatch, match="holds other rows than the manifest beside it says"):
+            store.read(SITES[2], 0, 1)
 
 
 @pytest.mark.parametrize("damage", ["byte", "gone"])

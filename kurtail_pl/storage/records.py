@@ -1,0 +1,78 @@
+"""JSON files, read back: what they hold is checked once, here, and nothing else of them is trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from kurtail_pl.errors import KurtailError, reason, shortened
+
+T = TypeVar("T")
+
+
+def read_object(path: Path, wrong: type[KurtailError], remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        wrong: the error of a file that cannot be read, or holds something else.
+        remedy: what to do then; the end of its message.
+    """
+    try:
+        # Text cut within a character, numbers of thousands of digits and lists in lists in lists are no JSON for us.
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise wrong(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"{path} is not JSON ({reason(error)}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise wrong(f"{path} holds no JSON object but {shortened(repr(value), 40)}; {remedy}")
+    return value
+
+
+def require_format(data: Mapping[str, Any], expected: int, path: Path, wrong: type[KurtailError]) -> None:
+    """Raise `wrong` when a file of ours is of another version's format."""
+    found = data.get("format")
+    if found != expected:
+        raise wrong(
+            f"{path} has format {shortened(repr(found), 40)}, expected {expected}; make it again with this version"
+        )
+
+
+def fields_of(data: Mapping[str, Any], kind: type[T], path: Path, wrong: type[KurtailError], remedy: str) -> T:
+    """An object's fields as a dataclass, those that are dataclasses too.
+
+    Args:
+        data: what `read_object` gave.
+        kind: the dataclass; its types are strict, and other fields are refused in what it holds, not in itself.
+        path: the file.
+        wrong: the error that names the field, its value and what was expected.
+        remedy: what to do then; the end of its message.
+    """
+    known = {name: data[name] for name in kind.__dataclass_fields__ if name in data}  # type: ignore[attr-defined]
+    try:
+        return cast(T, _adapter(cast(Hashable, kind)).validate_json(json.dumps([known]))[0])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, found = ".".join(map(str, first["loc"][1:])), shortened(repr(first["input"]), 40)
+        expected = shortened(first["msg"].removeprefix("Value error, "), 80)
+        raise wrong(f"{path}: {shortened(place, 40)} is {found}: {expected}; {remedy}") from error
+
+
+@cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    # The configuration of a tuple reaches the dataclasses in it.
+    return TypeAdapter(tuple[kind], config=ConfigDict(strict=True, extra="forbid"))  # type: ignore[valid-type]
+
+
+def require_inside(name: str, path: Path, wrong: type[KurtailError]) -> None:
+    """Raise `wrong` unless a file's name, as a file says it, stays in the folder of that file."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts or not name.isprintable() or "\\" in name:
+        shown = shortened(repr(name), 40)
+        raise wrong(f"{path} names the file {shown}, which is not in its folder; get the folder from its source")
