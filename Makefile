@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE := configs/smollm2-135m.yaml
+# A test is one thread and up to 1 GB. Each worker runs a row of neighbours, which share what their module made.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test env clean
 
@@ -16,7 +18,7 @@ test: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 env: $(VENV)/.complete
 
@@ -30,4 +32,4 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs artifacts
+	rm -rf $(VENV) runs artifacts exports comparisons

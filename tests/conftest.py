@@ -1,5 +1,6 @@
 """A tiny Llama with every odd case, its tokenizer and text; the real stories260k where it is beside the checkout."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,10 +70,10 @@ def write_tiny(folder: Path, tied: bool, shard: str = "5GB") -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads only wait for each other, and sums stay in one order."""
+def _threads() -> Iterator[None]:
+    """One, unless OMP_NUM_THREADS says otherwise: with small matrices threads only wait for each other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

@@ -93,7 +93,6 @@ if __name__ == "__main__":
     rank, size, *layers = map(int, sys.argv[3:])
     if layers and rank == size - 1:
         _die_in_gptq(layers[0])
-    torch.set_num_threads(1)
     meeting = f"file://{out}/meeting{len(layers)}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     stages(place, out, Ranks.joined())

@@ -63,7 +63,7 @@ def start() -> Callable[..., subprocess.Popen[str]]:
         folder: Path, *arguments: object, program: tuple[str, ...] = KURTAIL, process_group: int | None = None
     ) -> subprocess.Popen[str]:
         command = [sys.executable, *program, *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+        environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
             command,
             cwd=folder,

@@ -56,7 +56,7 @@ def store(tiny: Path, text: TextSpec, tmp_path_factory: pytest.TempPathFactory) 
 def kurtail_env() -> dict[str, str]:
     """Environment of a process that runs this checkout's `kurtail`."""
     root = str(Path(__file__).resolve().parents[3])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": root}
+    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": root}
 
 
 @pytest.fixture
