@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.loader import WindowLoader
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
@@ -73,9 +74,15 @@ def test_the_loss_without_quantizers_is_transformers_own(
 def test_the_loss_falls_on_a_window_seen_again_and_again(
     windows: Callable[..., WindowDataModule], make_trainer: MakeTrainer
 ) -> None:
-    record, learner = Record(), module(steps=40)
+    """Of eight bits that clip hard: what is clipped is learned away, and is far more than what rounding adds.
+
+    A step of 2^-7 of the largest moves logits, and so the loss of 7, by about a hundredth; with four bits the loss
+    goes up and down by 0.1 from step to step.
+    """
+    clipping = Scheme(None, Quantizer(8, clip="ratio:0.6"), Quantizer(8, False), Quantizer(8, False))
+    record, learner = Record(), module(clipping, steps=40)
     make_trainer(callbacks=[record]).fit(learner, windows(steps=40, count=2))
-    assert min(record.losses[-5:]) < record.losses[0] - 0.05
+    assert max(record.losses[-5:]) < record.losses[0] - 0.1
     assert max(record.errors) < 1e-5
     assert not learner.network.training
 
