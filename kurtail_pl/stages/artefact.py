@@ -45,8 +45,7 @@ def whole_model(checkpoint: Checkpoint) -> PreTrainedModel:
     architecture = architecture_of(model.config)
     layers = [f"{architecture.layers}.{index}" for index in range(len(layers_of(model, architecture)))]
     for name in (architecture.embedding, architecture.final_norm, architecture.head, *layers):
-        tied = name == architecture.head and checkpoint.config.tie_word_embeddings
-        state = checkpoint.tensors_under(architecture.embedding if tied else name)
-        tensors = {key: to_float(t, torch.float32) for key, t in module_state(state, architecture).items()}
+        state = module_state(checkpoint.tensors_under(name), architecture)
+        tensors = {key: to_float(tensor, torch.float32) for key, tensor in state.items()}
         model.get_submodule(name).load_state_dict(tensors, assign=True)
     return model

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
+from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, stored_tensors, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+CARD = "kurtail.json"
+"""The file that makes a folder one of ours; its tensors have our own names and are taken as they are."""
 
 
 class Checkpoint:
-    """Lazy view of a model folder; only the names of its tensors are read at once.
+    """Lazy view of a model folder; only the headers of its files are read at once.
 
     Args:
         folder: holds `config.json` and `model.safetensors`, or shards with an index.
 
     Raises:
-        CheckpointError: when the folder, its configuration or its weights are missing or damaged.
+        CheckpointError: when the folder, its configuration or its weights are missing or damaged, or quantized already.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,10 +35,13 @@ class Checkpoint:
             raise CheckpointError(f"model folder {folder} does not exist; give a folder with config.json and weights")
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json; give a model folder in the Hugging Face layout")
-        for path in self.files:
-            if not path.is_file():
-                raise CheckpointError(f"weight file {path} is missing; copy or download the model again")
-        self._file_of = self._open_files()
+        if not self._ours:
+            refuse_quantized(folder)
+        self._stored = stored_tensors(self.files)
+
+    @property
+    def _ours(self) -> bool:
+        return (self.folder / CARD).is_file()
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -54,51 +57,48 @@ class Checkpoint:
     @cached_property
     def files(self) -> list[Path]:
         """The weight files, sorted."""
-        if (self.folder / INDEX).is_file():
-            try:
-                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-                return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{self.folder / INDEX} is damaged ({error!r}); copy the model again") from error
-        return [self.folder / SINGLE]
+        return weight_files(self.folder)
 
-    def _open_files(self) -> dict[str, Path]:
-        """Name of each tensor -> its file; safetensors compares a file's length with its header."""
-        found: dict[str, Path] = {}
-        for path in self.files:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); copy or download the model again") from error
-        return found
+    @cached_property
+    def _places(self) -> dict[str, Stored]:
+        return self._stored if self._ours else placed(self.folder, self._stored, self.config)
+
+    def require_complete(self) -> None:
+        """Raise CheckpointError unless the folder holds all weights that its configuration asks for, as `names`."""
+        _ = self._places
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._file_of)
+        """Names of all tensors that the model needs, a tied head's included.
+
+        Raises:
+            CheckpointError: when one is missing, or does not fit the configuration.
+        """
+        return list(self._places)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor; raises CheckpointError when the folder has none of that name."""
-        with safe_open(self._file_holding(name), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        place = self._place_of(name)
+        with safe_open(place.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(place.name)
             return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """Element type of one tensor, from its file's header; raises CheckpointError as `tensor` does."""
-        with safe_open(self._file_holding(name), framework="pt") as file:
-            dtype: torch.dtype = file.get_slice(name)[:0].dtype
+        place = self._place_of(name)
+        with safe_open(place.path, framework="pt") as file:
+            dtype: torch.dtype = file.get_slice(place.name)[:0].dtype
             return dtype
 
-    def _file_holding(self, name: str) -> Path:
-        if name not in self._file_of:
+    def _place_of(self, name: str) -> Stored:
+        if name not in self._places:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}; the weights do not belong to its config.json")
-        return self._file_of[name]
+        return self._places[name]
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of a module, by their names within it."""
         start = f"{prefix}."
-        return {name.removeprefix(start): self.tensor(name) for name in self._file_of if name.startswith(start)}
+        return {name.removeprefix(start): self.tensor(name) for name in self._places if name.startswith(start)}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder; raises CheckpointError when there is none."""

@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.storage.checkpoint import INDEX, Checkpoint
+from kurtail_pl.storage.checkpoint import CARD as CARD
+from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
+from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized, set_clips
 from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
-CARD = "kurtail.json"
 FORMAT = 1
 
 

@@ -30,18 +30,25 @@ def open_model(model: str) -> Checkpoint:
         The folder, after conversion (GGUF, once, kept in the cache folder) or download.
 
     Raises:
-        CheckpointError: when nothing of that name can be had; says where it looked.
+        CheckpointError: when nothing of that name can be had, saying where it looked, or it lacks a weight.
+        UnsupportedArchitecture: when the model's family is unknown.
     """
+    checkpoint = Checkpoint(_folder_of(model))
+    checkpoint.require_complete()
+    return checkpoint
+
+
+def _folder_of(model: str) -> Path:
     path = Path(model).expanduser()
     if model in PACKAGED:
-        return Checkpoint(_from_gguf(_packaged_file(model), name=model))
+        return _from_gguf(_packaged_file(model), name=model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"GGUF file {path} does not exist; check the path")
-        return Checkpoint(_from_gguf(path, name=path.stem))
+        return _from_gguf(path, name=path.stem)
     if path.exists() or model.startswith((".", "/", "~")):
-        return Checkpoint(path)
-    return Checkpoint(_from_hub(model))
+        return path
+    return _from_hub(model)
 
 
 def config_of(model: str) -> PretrainedConfig:

@@ -75,8 +75,8 @@ class Walker:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise CheckpointError(
-                f"the weights in {self.checkpoint.folder} do not fit its config.json at {prefix}: "
-                f"{' '.join(str(error).split())}; copy or download the model again"
+                f"the weights in {self.checkpoint.folder} do not fit its config.json and card at {prefix}: "
+                f"{str(error).splitlines()[-1].strip()[:120]}; put files of one model together"
             ) from error
         # What is not part of the checkpoint, such as the factors of online Hadamards.
         return module.to(self.device)
@@ -87,12 +87,11 @@ class Walker:
         return cast(nn.Embedding, self._fill(self.model.get_submodule(name), name, dtype))
 
     def head(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Linear]:
-        """Final norm and `lm_head`, with their weights, as `embedding`; a tied head reads the embedding's."""
+        """Final norm and `lm_head`, with their weights, as `embedding`."""
         norm = self.model.get_submodule(self.architecture.final_norm)
         norm = self._fill(norm, self.architecture.final_norm, dtype)
-        tied = self.checkpoint.config.tie_word_embeddings
-        weights = self.architecture.embedding if tied else self.architecture.head
-        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(self.architecture.head), weights, dtype))
+        name = self.architecture.head
+        return norm, cast(nn.Linear, self._fill(self.model.get_submodule(name), name, dtype))
 
     def layers(self, description: str, work: Workplace | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Each decoder layer in turn, with its weights only while it is the current one; shows progress.

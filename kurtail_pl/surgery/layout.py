@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kurtail_pl.surgery.architecture import Architecture
-
-FREQUENCIES = ".rotary_emb.inv_freq"
-"""Old Llama checkpoints hold the rotary frequencies in every layer; they follow from the configuration."""
 
 
 def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
@@ -21,7 +19,7 @@ def module_state(state: Mapping[str, Tensor], architecture: Architecture) -> dic
             stacked, as transformers holds them.
         architecture: record of the family.
     """
-    named = {_ours(name, architecture): tensor for name, tensor in state.items() if not name.endswith(FREQUENCIES)}
+    named = {module_name(name, architecture): tensor for name, tensor in state.items()}
     gate_up, down = (named.pop(f"{architecture.experts}.{name}", None) for name in ("gate_up_proj", "down_proj"))
     if gate_up is not None and down is not None:
         for number, (both, last) in enumerate(zip(gate_up, down, strict=True)):
@@ -36,7 +34,23 @@ def checkpoint_state(state: Mapping[str, Tensor], architecture: Architecture) ->
     return {checkpoint_name(name, architecture): tensor for name, tensor in state.items()}
 
 
-def _ours(name: str, architecture: Architecture) -> str:
+def stacked(layer: nn.Module, architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Stacked experts of a decoder layer: name -> shape, and the weights of our modules that it holds."""
+    if architecture.experts is None:
+        return {}
+    mlps = architecture.gated_mlps(layer)
+    gate = cast(nn.Linear, layer.get_submodule(f"{mlps[0]}.{architecture.gate}"))
+    width, hidden = gate.weight.shape
+    both = tuple(f"{mlp}.{part}.weight" for mlp in mlps for part in (architecture.gate, architecture.up))
+    down = tuple(f"{mlp}.{architecture.down}.weight" for mlp in mlps)
+    return {
+        f"{architecture.experts}.gate_up_proj": ((len(mlps), 2 * width, hidden), both),
+        f"{architecture.experts}.down_proj": ((len(mlps), hidden, width), down),
+    }
+
+
+def module_name(name: str, architecture: Architecture) -> str:
+    """Name in our modules of a tensor that checkpoints on the hub call `name`."""
     for ours, theirs in architecture.on_disk:
         name = name.replace(theirs, ours)
     return name

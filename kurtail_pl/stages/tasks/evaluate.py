@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kurtail_pl.progress import track
-from kurtail_pl.stages.artefact import load
+from kurtail_pl.stages.artefact import load, whole_model
 from kurtail_pl.stages.meter import Meter, free_memory
 from kurtail_pl.stages.tasks.spec import MATHQA, MMLU, ZERO_SHOT, TaskSpec, chosen_tasks, files_of, split_of
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -123,10 +123,7 @@ def _answer(
 def _load(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model in float32; packed weights become floats once, rather than at each use, where memory allows it."""
     if not is_ours(checkpoint.folder):
-        plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=torch.float32, use_safetensors=True
-        )
-        return plain
+        return whole_model(checkpoint)
     model = load(checkpoint.folder)
     free = free_memory()
     if free is None or 2 * unpacked_bytes(model) < free:

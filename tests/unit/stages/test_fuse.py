@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoTokenizer
 from kurtail_pl.errors import ArtefactError, DiskFull, GateError, UnsupportedArchitecture
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.stages.fuse import _Fuser, fuse
-from kurtail_pl.storage.checkpoint import INDEX, Checkpoint
+from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.rotation_file import FILE
+from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import FLOAT
