@@ -28,7 +28,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.folder import is_ours
 from kurtail_pl.storage.rotation_file import read_rotations
-from kurtail_pl.storage.sources import config_of, open_model
+from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
@@ -175,7 +175,7 @@ def _eval(
         _print_perplexity(measure(onnx, text, profile, device), text)
         return
     names = [model] if isinstance(model, str) else model or []
-    checkpoints = [Checkpoint(Path(name)) if is_ours(Path(name)) else open_model(name) for name in names]
+    checkpoints = [open_any(name) for name in names]
     if tasks is not None:
         chosen_tasks(tasks)
     if text is not None:

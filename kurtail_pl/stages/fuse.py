@@ -21,6 +21,7 @@ from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
 from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, require_intact, write_card
+from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of, write_rotations
@@ -116,7 +117,7 @@ def fuse(
             gate = _Fuser(walker, rotations, work, parts, tokens).run(meter)
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings, config.dtype = False, torch.float32
-        config.save_pretrained(partial)
+        write_config(partial, config, plain=not rotations.any_online)
         copy_companions(checkpoint, partial)
         write_rotations(partial / ROTATIONS, rotations)
         card: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE, Ranks
@@ -29,6 +29,7 @@ from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
 from kurtail_pl.storage.folder import CARD, ShardWriter, named, read_card, rotations_of, write_card
+from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
@@ -188,6 +189,8 @@ def quantize(
             return folder
         ranks = ALONE
     fused_card = read_card(fused)
+    if "quantize" in fused_card:
+        raise ArtefactError(f"{fused} is quantized already; give the folder that kurtail fuse wrote")
     checkpoint = Checkpoint(fused)
     scheme, rotations = spec.scheme, rotations_of(fused)
     require_fit(checkpoint.config, spec)
@@ -230,7 +233,7 @@ def quantize(
             "versions": versions(),
         }
         if ranks.leads:
-            checkpoint.config.save_pretrained(work.folder)
+            write_config(work.folder, checkpoint.config, plain=scheme == FLOAT and not rotations.any_online)
             copy_companions(checkpoint, work.folder)
             write_rotations(work.folder / ROTATIONS, rotations)
             write_card(work.folder, card)

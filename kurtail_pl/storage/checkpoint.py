@@ -13,10 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
+from kurtail_pl.storage.mark import CARD, require_card, without_mark
 from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, stored_tensors, weight_files
-
-CARD = "kurtail.json"
-"""The file that makes a folder one of ours; its tensors have our own names and are taken as they are."""
 
 
 class Checkpoint:
@@ -27,6 +25,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: when the folder, its configuration or its weights are missing or damaged, or quantized already.
+        ArtefactError: when it is one of ours without its card.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,6 +34,7 @@ class Checkpoint:
             raise CheckpointError(f"model folder {folder} does not exist; give a folder with config.json and weights")
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json; give a model folder in the Hugging Face layout")
+        require_card(folder)
         if not self._ours:
             refuse_quantized(folder)
         self._stored = stored_tensors(self.files)
@@ -52,7 +52,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} cannot be used ({error}); copy the model again"
             ) from error
-        return config
+        return without_mark(config)
 
     @cached_property
     def files(self) -> list[Path]:

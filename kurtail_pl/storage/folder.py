@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.storage.checkpoint import CARD as CARD
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
+from kurtail_pl.storage.mark import CARD as CARD
+from kurtail_pl.storage.mark import require_card
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.weights import INDEX
@@ -89,6 +90,18 @@ def require_intact(folder: Path) -> None:
 def is_ours(folder: Path) -> bool:
     """Whether a model folder has rotations or quantized weights."""
     return (folder / CARD).is_file()
+
+
+def require_plain(folder: Path) -> None:
+    """Raise ArtefactError when a folder of ours stands where a plain model is wanted."""
+    require_card(folder)
+    if is_ours(folder):
+        card = read_card(folder)
+        kind = "a quantized artefact" if "quantize" in card else "a fused model"
+        raise ArtefactError(
+            f"{folder} is {kind} of kurtail's (method {card.get('method')}), and a plain model is wanted here; "
+            f"give the one that it was made from ({card.get('source', {}).get('model')})"
+        )
 
 
 def scheme_of(folder: Path) -> Scheme:

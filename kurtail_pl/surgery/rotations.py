@@ -33,6 +33,11 @@ class Rotations:
     mlp_hidden: HadamardFactors | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def any_online(self) -> bool:
+        """Whether one of them acts at run time."""
+        return any(r is not None for r in (self.query_key, self.attention_output, self.mlp_hidden))
+
 
 def head_dim_of(config: PretrainedConfig) -> int:
     """Size of an attention head; some configurations leave it to be derived."""
