@@ -219,7 +219,7 @@ def quantize(
                 scheme = replace(scheme, higgs_bits=allocated_bits(alphas, spec.average_bits))
             _write_weights(walker, solver, float_model, scheme, text, learning_text, spec, work, meter)
         card: dict[str, Any] = {
-            **{key: fused_card[key] for key in INHERITED},
+            **{key: fused_card.get(key) for key in INHERITED},
             "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),

@@ -47,7 +47,7 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} cannot be used ({error}); copy the model again"
@@ -103,7 +103,7 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder; raises CheckpointError when there is none."""
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder} has no usable tokenizer ({error}); add its tokenizer.json") from error
         return tokenizer

@@ -56,9 +56,16 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
+def beside(path: Path) -> Path:
+    """The temporary name of a file. What stands there is removed: a link would lead the writer out of the folder."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)
+    return temporary
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text through a temporary name."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = beside(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
@@ -69,7 +76,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
     The metadata (transformers wants ``format: pt`` for weights) has one key: several come out in a random order, and
     the file's hash would change from write to write.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = beside(path)
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
     temporary.replace(path)

@@ -6,8 +6,8 @@ folder: method, scheme, settings, seeds, versions, and hashes of the model, text
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
 from kurtail_pl.storage.mark import CARD as CARD
 from kurtail_pl.storage.mark import require_card
+from kurtail_pl.storage.records import fields_of, read_object, require_format, require_inside
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.weights import INDEX
@@ -27,6 +28,7 @@ from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 FORMAT = 1
+AGAIN = "copy the folder again or make it again"
 
 
 class ShardWriter:
@@ -62,14 +64,43 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
 
 
+@dataclass(frozen=True)
+class _Source:
+    model: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Card:
+    """What is read of a card, beside its format."""
+
+    method: str
+    scheme: Scheme
+    source: _Source
+    sha256: dict[str, str]
+    cost: dict[str, dict[str, float]]
+    rotations: dict[str, Any] = field(default_factory=dict)
+    clips: list[dict[str, float]] | None = None
+    quantize: dict[str, Any] | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    borrowers: list[str] = field(default_factory=list)
+    expert_tokens: dict[str, int] = field(default_factory=dict)
+
+
 def read_card(folder: Path) -> dict[str, Any]:
-    """Read `kurtail.json`; raises ArtefactError when the folder has none or its format is unknown."""
-    try:
-        card: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ArtefactError(f"{folder} is no folder of ours: {CARD} cannot be read ({error})") from error
-    if card.get("format") != FORMAT:
-        raise ArtefactError(f"{folder} has format {card.get('format')}, expected {FORMAT}; make it again")
+    """Read `kurtail.json`.
+
+    Raises:
+        ArtefactError: when the folder has none, its format is unknown, a field is missing or of another type, or it
+            names a file outside the folder.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise ArtefactError(f"{folder} is no folder of ours: it has no {CARD}; name one that kurtail fit or fuse made")
+    card = read_object(path, ArtefactError, AGAIN)
+    require_format(card, FORMAT, path, ArtefactError)
+    for name in fields_of(card, _Card, path, ArtefactError, AGAIN).sha256:
+        require_inside(name, path, ArtefactError)
     return card
 
 
@@ -82,9 +113,9 @@ def require_intact(folder: Path) -> None:
     for name, expected in read_card(folder)["sha256"].items():
         path = folder / name
         if not path.is_file():
-            raise ArtefactError(f"{path} is missing; copy the folder again or make it again")
+            raise ArtefactError(f"{path} is missing; {AGAIN}")
         if sha256_of(path) != expected:
-            raise ArtefactError(f"{path} is damaged (its hash changed); copy the folder again or make it again")
+            raise ArtefactError(f"{path} is damaged (its hash changed); {AGAIN}")
 
 
 def is_ours(folder: Path) -> bool:

@@ -81,7 +81,9 @@ def config_of(model: str) -> PretrainedConfig:
     if model in PACKAGED or folder.suffix == ".gguf":
         return open_model(model).config
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder if folder.is_dir() else model, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"model {model!r} has no configuration that can be read: {str(error).splitlines()[0]}; "

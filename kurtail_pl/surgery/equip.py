@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from kurtail_pl.errors import ConfigError, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Grid
+from kurtail_pl.maths.quantizers import Grid, Quantizer
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
 from kurtail_pl.surgery.experts import separate_experts
@@ -31,7 +32,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     architecture = architecture_of(config)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation="sdpa"
+            config, attn_implementation="sdpa", trust_remote_code=False
         )
     for layer in layers_of(model, architecture):
         separate_experts(layer, architecture)
@@ -104,17 +105,31 @@ def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
 
 
 def set_clips(model: PreTrainedModel, clips: Sequence[Mapping[str, float]]) -> None:
-    """Give each layer's quantizers the clip ratios that were found for them, by their places in the layer."""
-    for layer, ratios in zip(layers_of(model, architecture_of(model.config)), clips, strict=True):
+    """Give each layer's quantizers the clip ratios that were found for them, by their places in the layer.
+
+    Raises:
+        ConfigError: when there are not as many as layers, or a layer has no quantizer at a place.
+    """
+    layers = layers_of(model, architecture_of(model.config))
+    if len(clips) != len(layers):
+        raise ConfigError(f"clips are for {len(clips)} layers and the model has {len(layers)}; make the artefact again")
+    for layer, ratios in zip(layers, clips, strict=True):
         set_layer_clips(layer, ratios)
 
 
 def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
-    """Give the quantizers of one layer their clip ratios, by their places in it."""
+    """Give the quantizers of one layer their clip ratios, by their places in it.
+
+    Raises:
+        ConfigError: when there is no quantizer at a place.
+    """
+    modules = dict(layer.named_modules())
     for site, ratio in ratios.items():
         name, _, part = site.rpartition(".")
-        module = layer.get_submodule(name)
-        setattr(module, part, replace(getattr(module, part), clip=f"ratio:{ratio}"))
+        quantizer = getattr(modules.get(name), part, None)
+        if not isinstance(quantizer, Quantizer):
+            raise ConfigError(f"clips name {shortened(repr(site), 60)}, where no quantizer is; make the artefact again")
+        setattr(modules[name], part, replace(quantizer, clip=f"ratio:{ratio}"))
 
 
 def unpacked_bytes(model: PreTrainedModel) -> int:

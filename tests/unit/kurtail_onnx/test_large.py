@@ -44,7 +44,8 @@ def random_artefact(folder: Path, tokenizer: Path) -> Path:
     for number, (name, tensor) in enumerate(state.items()):
         shards.write(number, {name: drawn(name, tensor, draw)})
     shards.close()
-    write_card(folder, {"method": "random", "source": {"model": "random", "sha256": "0"}, "scheme": scheme.to_dict()})
+    source = {"model": "random", "sha256": "0"}
+    write_card(folder, {"method": "random", "source": source, "scheme": scheme.to_dict(), "cost": {}})
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,11 +89,16 @@ def test_shards_are_what_transformers_reads(tiny: Path, tmp_path: Path) -> None:
         assert torch.equal(again.get_parameter(name), parameter)
 
 
+def card_with(scheme: Scheme) -> dict[str, Any]:
+    source = {"model": "tiny", "sha256": "0" * 64}
+    return {"method": "test", "scheme": scheme.to_dict(), "source": source, "cost": {}}
+
+
 @pytest.fixture
 def carded(tmp_path: Path) -> Path:
     (tmp_path / "a.txt").write_text("alpha")
     (tmp_path / "b.bin").write_bytes(bytes(range(100)))
-    ours.write_card(tmp_path, {"method": "test", "scheme": FLOAT.to_dict()})
+    ours.write_card(tmp_path, card_with(FLOAT))
     return tmp_path
 
 
@@ -123,11 +129,32 @@ def test_missing_damaged_or_foreign_card(carded: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="is no folder of ours"):
         ours.read_card(tmp_path / "none")
     (carded / ours.CARD).write_text("{")
-    with pytest.raises(ArtefactError, match="is no folder of ours"):
+    with pytest.raises(ArtefactError, match=r"kurtail.json is not JSON"):
         ours.read_card(carded)
     (carded / ours.CARD).write_text('{"format": 7}')
     with pytest.raises(ArtefactError, match="format 7, expected 1"):
         ours.read_card(carded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheme": []}, r"scheme is \[\]: Input should be an object"),
+        ({"scheme": {"weights": {"bits": 99}}}, "scheme.weights .* bits is 99; a quantizer has 2 to 8 bits"),
+        ({"scheme": {"colour": 1}}, "scheme.colour is 1: Unexpected"),
+        ({"scheme": {"prefix": ["a"]}}, "scheme.prefix.0 is 'a': Input should be a valid integer"),
+        ({"clips": [{"self_attn.keys": "x"}]}, "clips.0.self_attn.keys is 'x'"),
+        ({"sha256": {"../../.bashrc": "0"}}, "names the file '../../.bashrc', which is not in its folder"),
+        ({"sha256": {"/etc/passwd": "0"}}, "names the file '/etc/passwd'"),
+        ({"sha256": {"a\\..\\b": "0"}}, "which is not in its folder"),
+    ],
+)
+def test_cards_that_cannot_be_used(carded: Path, change: dict[str, Any], message: str) -> None:
+    card = json.loads((carded / ours.CARD).read_text())
+    (carded / ours.CARD).write_text(json.dumps(card | change))
+    with pytest.raises(ArtefactError, match=message) as error:
+        ours.read_card(carded)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_plain_folder_is_float_and_not_rotated(tiny: Path) -> None:
@@ -139,7 +166,7 @@ def test_a_plain_folder_is_float_and_not_rotated(tiny: Path) -> None:
 
 def test_scheme_and_rotations_of_our_folder(tmp_path: Path, rotations: Rotations) -> None:
     write_rotations(tmp_path / FILE, rotations)
-    ours.write_card(tmp_path, {"scheme": Scheme().to_dict()})
+    ours.write_card(tmp_path, card_with(Scheme()))
     assert ours.is_ours(tmp_path)
     assert ours.scheme_of(tmp_path) == Scheme()
     assert torch.equal(ours.rotations_of(tmp_path).residual, rotations.residual)  # type: ignore[arg-type]
