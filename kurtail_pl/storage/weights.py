@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import CheckpointError, reason
+from kurtail_pl.storage.records import fields_of, read_object, require_inside
 from kurtail_pl.surgery.equip import empty_model, layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_name, stacked
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+AGAIN = "copy that file from its source"
 CONVERT = "convert it by transformers' from_pretrained and save_pretrained"
 WITHOUT_WEIGHTS = (
     ("adapter_*", "is an adapter; merge it into its model by peft's merge_and_unload, save that and give its folder"),
@@ -65,6 +67,13 @@ class Stored:
     dtype: str
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of an index: tensor -> file."""
+
+    weight_map: dict[str, str]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads: the single one where there is one, else those of the index.
 
@@ -78,20 +87,14 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         raise _no_weights(folder)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is no index of shards ({reason(error)}), expected a weight_map; copy that file from its source"
-        ) from error
+    weight_map = fields_of(read_object(index, CheckpointError, AGAIN), _Index, index, CheckpointError, AGAIN).weight_map
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{index} names {name!r}, outside the folder; put the shards beside it")
+        require_inside(name, index, CheckpointError)
         if not (folder / name).is_file():
             raise CheckpointError(f"weight file {folder / name} is missing, {INDEX} names it; add that file")
     if not names:
-        raise CheckpointError(f"{index} names no files; copy that file from its source")
+        raise CheckpointError(f"{index} names no files; {AGAIN}")
     return [folder / name for name in names]
 
 

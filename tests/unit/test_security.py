@@ -13,6 +13,7 @@ from kurtail_pl.storage import folder as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import write_json, write_tensors, write_text
 from kurtail_pl.storage.sources import config_of
+from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model
 from kurtail_pl.surgery.scheme import FLOAT
 
@@ -118,3 +119,16 @@ def test_a_card_reads_no_file_outside_its_folder(tmp_path: Path) -> None:
     edit(folder / ours.CARD, sha256={"../outside": "0"})
     with pytest.raises(ArtefactError, match="not in its folder"):
         ours.require_intact(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{outside}", "a/../../outside.safetensors"])
+def test_an_index_reads_no_file_outside_its_folder(tied: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tied, tmp_path / "model"))
+    index = json.loads((folder / INDEX).read_text())
+    first = next(iter(index["weight_map"]))
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(folder / index["weight_map"][first], outside)
+    index["weight_map"][first] = name.format(outside=outside)
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not in its folder"):
+        Checkpoint(folder)

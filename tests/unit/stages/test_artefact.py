@@ -172,7 +172,7 @@ def test_folders_that_are_not_ours_are_refused(tiny: Path, artefact: Path, tmp_p
         with pytest.raises(ArtefactError, match=rf"{folder.name} is not a finished folder of ours"):
             kurtail_pl.load(folder)
     (copy / "kurtail.json").write_text("{")
-    with pytest.raises(KurtailError, match=r"kurtail.json cannot be read"):
+    with pytest.raises(KurtailError, match=r"kurtail.json is not JSON"):
         kurtail_pl.load(str(copy))
 
 

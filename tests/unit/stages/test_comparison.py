@@ -31,7 +31,9 @@ def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", 
         results["tasks"] = {"mean": zero_shot}
     (folder / "results.json").write_text(json.dumps(results))
     if method != "float":
-        card = {"format": 1, "quantize": {"method": rounding}, "sha256": {}}
+        source = {"model": "m", "sha256": "1"}
+        card = {"format": 1, "method": method, "scheme": scheme.to_dict(), "source": source, "cost": {}, "sha256": {}}
+        card |= {"quantize": {"method": rounding}}
         (folder / "kurtail.json").write_text(json.dumps(card))
     return folder
 

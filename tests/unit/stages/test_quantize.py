@@ -344,7 +344,7 @@ def test_unfinished_work_with_other_settings_is_refused(
         source, difference = tmp_path / "other", "fused_sha256 is"
         shutil.copytree(fused, source)
         card = json.loads((source / "kurtail.json").read_text())
-        (source / "kurtail.json").write_text(json.dumps({**card, "cost": {"fuse": 1}}))
+        (source / "kurtail.json").write_text(json.dumps({**card, "cost": {"fuse": {"seconds": 1.0}}}))
     with pytest.raises(ResumeMismatch, match=difference):
         quantize(source, spec, tmp_path / "out")
     quantize(source, replace(spec, method="rtn"), tmp_path / "out", overwrite=True)

@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "variant": (variant, r"model.fp16.safetensors is a variant; name it model.safetensors"),
     "in a folder within": (below, r"weights/model.safetensors lies in a folder within"),
     "no index": (no_index, r"is a shard without its index; add model.safetensors.index.json"),
-    "outside": (outside, r"names '../model.safetensors', outside the folder"),
+    "outside": (outside, r"names the file '../model.safetensors', which is not in its folder"),
     "nothing": (lambda f: (f / SINGLE).unlink(), r"has no weights: model.safetensors is missing"),
     "pointer": (pointer, r"is a pointer of git-lfs, .* run: git lfs pull"),
     "gptq": (lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), "already quantized by gptq"),
