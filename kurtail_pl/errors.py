@@ -33,7 +33,11 @@ class ResumeMismatch(KurtailError):
     """Unfinished work stands where work with other settings is to be done."""
 
 
-class DiskFull(KurtailError):
+class NotWritable(KurtailError):
+    """A file cannot be written: no permission, a read-only disk, too many open files. What was finished is kept."""
+
+
+class DiskFull(NotWritable):
     """What is about to be written does not fit on the disk."""
 
 

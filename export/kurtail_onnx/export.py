@@ -18,7 +18,6 @@ from kurtail_onnx.verify.check import check, small_enough
 from kurtail_pl.stages.fuse import copy_companions
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.files import gigabytes, new_folder, refuse_existing, require_space, write_json, write_text
-from kurtail_pl.storage.resume import full_disk_is_ours
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def export(
     """
     refuse_existing(folder, overwrite)
     source = Source(artefact)
-    with Meter() as meter, full_disk_is_ours(folder), new_folder(folder, overwrite) as partial:
+    with Meter() as meter, new_folder(folder, overwrite) as partial:
         model = build_model(source, spec)
         require_space(folder, sum(tensor.nbytes for tensor in weights_of(model)))
         save(model, partial)

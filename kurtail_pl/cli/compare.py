@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -14,14 +12,20 @@ import yaml
 from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.errors import ArtefactError, ConfigError
-from kurtail_pl.lit.callbacks import Evaluation, WeightQuantization
+from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
 from kurtail_pl.stages.comparison import Row, write_comparison
-from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, read_results
+from kurtail_pl.stages.quantize import calibration_windows
+from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, measured_key, read_results
+from kurtail_pl.stages.scales import scale_windows
+from kurtail_pl.stages.signs import sign_windows
+from kurtail_pl.stages.tasks.evaluate import questions_key
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.files import write_text
-from kurtail_pl.storage.folder import is_ours
+from kurtail_pl.storage.folder import read_card
+from kurtail_pl.storage.keys import settings_key, unspelled
+from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.surgery.scheme import FLOAT
 
@@ -51,15 +55,18 @@ def _make(cli: KurtailCLI, recipe: Path, cell: Cell, overwrite: bool, learned: b
     """Run a cell's recipe unless its artefact stands there, finished; returns the artefact."""
     quantization, _ = _callbacks(cli)
     folder = quantization.folder(cli.model, cli.datamodule)
-    if overwrite and is_ours(folder):
-        shutil.rmtree(folder)
-    elif (folder / RESULTS).is_file():
-        found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).is_file() else {}
-        _require_same(folder, {**_decisive(found), **_measured(folder)}, {**_decisive(cell.settings), **_origin(cli)})
-        log.info("reusing %s", folder)
-        return folder
-    # What was learned a moment ago, for other weights, is not learned again.
-    fit(["--config", str(recipe), *(["--overwrite"] if overwrite and not learned else [])])
+    with alone_with(Path(cell.root)):
+        if (folder / RESULTS).is_file() and not overwrite:
+            found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).is_file() else {}
+            have = {**_decisive(found), **_made_from(folder), **_measured(folder)}
+            _require_same(folder, have, {**_decisive(cell.settings), **_to_be_made_from(cli), **_origin(cli)})
+            log.info("reusing %s", folder)
+            return folder
+        again = ["--overwrite"] if overwrite else []
+        last = cli.last_checkpoint()
+        if learned and last is not None:
+            again += ["--ckpt_path", str(last)]  # What was learned a moment ago, for other weights.
+        fit(["--config", str(recipe), *again])
     return folder
 
 
@@ -68,44 +75,73 @@ def _reference(cli: KurtailCLI, overwrite: bool) -> Path:
     quantization, evaluation = _callbacks(cli)
     data = cli.datamodule
     folder = quantization.artefacts / artefact_name(data.capture_spec.model, FLOAT_METHOD, FLOAT.name)
-    if not overwrite and (folder / RESULTS).is_file():
-        _require_same(folder, _measured(folder), _origin(cli))
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    store = ActivationStore(data.store_folder)
-    evaluate_folder(
-        data.checkpoint, folder, evaluation.text, store, data.validation_rows, evaluation.tasks, data.compute
-    )
+    with alone_with(folder):
+        if not overwrite and (folder / RESULTS).is_file():
+            _require_same(folder, _measured(folder), _origin(cli))
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        store = ActivationStore(data.store_folder)
+        evaluate_folder(
+            data.checkpoint, folder, evaluation.text, store, data.validation_rows, evaluation.tasks, data.compute
+        )
     return folder
 
 
 def _decisive(settings: Settings) -> Settings:
-    """The settings of a recipe that decide its numbers: not where things are put or computed."""
+    """The settings of a recipe that decide its numbers: not where things are put or computed, or how they are named."""
     if not settings:
         return {}
     data = {key: value for key, value in settings["data"]["init_args"].items() if key not in ("store", "compute")}
+    data["capture"] = {key: value for key, value in data["capture"].items() if key != "model"}
+    decisive: Settings = unspelled(
+        {
+            "model": settings["model"],
+            "data": data,
+            "dtype": settings["data"]["init_args"].get("compute", {}).get("dtype"),
+            "fusion": settings_of(settings, "Fusion"),
+            "quantize": settings_of(settings, "WeightQuantization")["quantize"],
+            "evaluation": settings_of(settings, "Evaluation"),
+            "seed_everything": settings["seed_everything"],
+        }
+    )
+    return decisive
+
+
+def _to_be_made_from(cli: KurtailCLI) -> Settings:
+    """What a recipe's artefact is made from, by content."""
+    quantization, _ = _callbacks(cli)
+    data, fusion = cli.datamodule, callback_of(cli.trainer, Fusion) or Fusion()
+    calibration = calibration_windows(data.checkpoint, quantization.quantize_spec)
+    scales = None if fusion.scales is None else scale_windows(data.checkpoint, fusion.scales)
+    signs = None if fusion.signs is None else sign_windows(data.checkpoint, fusion.signs)
+    windows = {"calibration_text_sha256": calibration, "scales_text_sha256": scales, "signs_text_sha256": signs}
     return {
-        "model": settings["model"],
-        "data": data,
-        "dtype": settings["data"]["init_args"].get("compute", {}).get("dtype"),
-        "quantize": settings_of(settings, "WeightQuantization")["quantize"],
-        "evaluation": settings_of(settings, "Evaluation"),
-        "seed_everything": settings["seed_everything"],
+        "learned_from": data.settings(),
+        **{name: None if each is None else each.text_sha256 for name, each in windows.items()},
+    }
+
+
+def _made_from(folder: Path) -> Settings:
+    """The same of an artefact that stands there."""
+    card = read_card(folder)
+    return {
+        "learned_from": card["rotations"].get("data"),
+        "calibration_text_sha256": card["calibration_text_sha256"],
+        **{name: card["fuse"].get(name) for name in ("scales_text_sha256", "signs_text_sha256")},
     }
 
 
 def _origin(cli: KurtailCLI) -> Settings:
-    """What a recipe would measure: hashes of model and text, windows and rows, tasks if it asks for them."""
+    """What a recipe would measure: model, text, windows and rows, tasks if it asks for them."""
     _, evaluation = _callbacks(cli)
     data = cli.datamodule
     text = cut_windows(data.checkpoint.tokenizer(), evaluation.text, "evaluation")
     return {
-        "model_sha256": data.checkpoint.sha256,
-        "kurtosis_rows": data.validation_rows,
+        **measured_key(data.origin, data.validation_rows),
         "dtype": data.compute.dtype,
         "text_sha256": text.text_sha256,
-        **asdict(text.spec),
-        **({} if evaluation.tasks is None else {"tasks": asdict(evaluation.tasks)}),
+        **settings_key(text.spec),
+        **({} if evaluation.tasks is None else {"tasks": questions_key(evaluation.tasks)}),
     }
 
 
@@ -113,7 +149,8 @@ def _measured(folder: Path) -> Settings:
     """The same of results that stand there."""
     results = read_results(folder)
     text = {key: results["evaluation"].get(key) for key in ("text_sha256", "dtype", *TextSpec.__dataclass_fields__)}
-    return {**results["measured"], **text, "tasks": results.get("tasks", {}).get("settings")}
+    tasks = {key: results.get("tasks", {}).get(key) for key in ("settings", "harness", "files_sha256")}
+    return {**results["measured"], **text, "tasks": tasks}
 
 
 def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:

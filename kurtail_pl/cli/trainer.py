@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.plan import plan
 from kurtail_pl.stages.plan_table import misfits
 from kurtail_pl.storage.files import free_disk
+from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +64,17 @@ class KeepConfig(SaveConfigCallback):
         if trainer.is_global_zero and quantization is not None:
             assert isinstance(pl_module, RotationModule)
             folder = quantization.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-            self.parser.save(self.config, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
+            recipe = self.config.clone()
+            recipe["ckpt_path"] = None  # Whoever runs it again wants the whole run.
+            self.parser.save(recipe, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
 
 
 class KurtailCLI(LightningCLI):
     """LightningCLI whose sizes come from the data module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._claims:
+            super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the sizes; add `--overwrite`."""
@@ -85,12 +93,17 @@ class KurtailCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run."""
+        """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run.
+
+        A run folder has one `fit` at a time: another waits here, and then finds what the first one left.
+        """
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._claims.enter_context(alone_with(Path(self.trainer.default_root_dir)))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CheckedCallback):
                 callback.check(self.trainer, self.model, self.datamodule)
         self._require_room()
-        last = self._last_checkpoint()
+        last = self.last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
             log.info("going on from %s", last)
             self.config_init["fit"]["ckpt_path"] = str(last)
@@ -110,7 +123,7 @@ class KurtailCLI(LightningCLI):
         if found:
             raise ConfigError(f"the recipe does not fit this machine: {'; '.join(found)}")
 
-    def _last_checkpoint(self) -> Path | None:
+    def last_checkpoint(self) -> Path | None:
         """What an earlier run of the recipe left, finished or not."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:

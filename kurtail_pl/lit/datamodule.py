@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import lightning as L
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit.loader import BlockLoader, WindowLoader
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.capture import CaptureSpec, capture, shape_of
+from kurtail_pl.stages.capture import CaptureSpec, capture, origin_of, shape_of
 from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
+from kurtail_pl.storage.activations import Origin
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.keys import settings_key
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -106,6 +107,15 @@ class StoredModel(L.LightningDataModule):
         self.require_rows(store.origin.rows)
 
     @property
+    def origin(self) -> Origin:
+        """What the store is made from, or will be."""
+        if hasattr(self, "store"):
+            return self.store.origin
+        spec = self.capture_spec
+        windows = cut_windows(self.checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
+        return origin_of(spec, self.checkpoint, windows, self.compute)
+
+    @property
     def training_rows(self) -> int:
         """Rows of each site to train on: all but the last ones."""
         return self.store.origin.rows - self.validation_rows
@@ -192,7 +202,7 @@ class ActivationDataModule(StoredModel):
     def settings(self) -> dict[str, Any]:
         """Store and batch."""
         rows = {"batch_rows": self.batch_rows, "validation_rows": self.validation_rows}
-        return {"activations": asdict(self.store.origin), **rows}
+        return {"activations": self.origin.key, **rows}
 
     def learning(self) -> Learning:
         """Rows of every site."""
@@ -249,7 +259,7 @@ class WindowDataModule(StoredModel):
         return {
             "model_sha256": self.checkpoint.sha256,
             "text_sha256": self.windows.text_sha256,
-            **asdict(self.text),
+            **settings_key(self.text),
             "data_seed": self.capture_spec.seed,
             "batch_windows": self.batch_windows,
         }

@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -159,13 +161,37 @@ class RotationModule(L.LightningModule):
             settings["scheduler"] = {"class": type(scheduler).__name__, **numbers}
         return settings
 
+    def trainer_settings(self) -> dict[str, Any]:
+        """What of the trainer decides the learned rotations, the number of steps apart."""
+        trainer = self.trainer
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        return {
+            "precision": trainer.precision,
+            "gradient_clip": [trainer.gradient_clip_val, trainer.gradient_clip_algorithm],
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "early_stopping": [[stop.monitor, stop.mode, stop.patience, stop.min_delta] for stop in stops],
+        }
+
+    def _require_same_training(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ResumeMismatch when a checkpoint's training was another one, or cannot end at the steps wanted."""
+        found = differences(checkpoint["trainer"], self.trainer_settings())
+        taken, wanted = checkpoint["global_step"], getattr(self.trainer.datamodule, "steps", None)  # type: ignore[attr-defined]
+        ended = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] and not checkpoint["stopped"]
+        if wanted is not None and (taken > wanted or (ended and taken < wanted)):
+            found.append(f"it has {'ended after' if ended else 'taken'} {taken} steps, and data.steps is {wanted}")
+        if found:
+            raise ResumeMismatch(
+                f"the checkpoint is of another training: {'; '.join(found)}; name another trainer.default_root_dir, or "
+                "start anew with --overwrite"
+            )
+
     def on_train_start(self) -> None:
         """Take no more steps when what is resumed had been stopped early."""
         self.trainer.should_stop = self._stopped
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the settings, for whoever resumes, and whether the training was stopped early."""
-        checkpoint["settings"] = self.settings()
+        checkpoint["settings"], checkpoint["trainer"] = self.settings(), self.trainer_settings()
         checkpoint["stopped"] = self.trainer.should_stop
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -180,4 +206,6 @@ class RotationModule(L.LightningModule):
                 f"the checkpoint was made with other settings: {'; '.join(found)}; "
                 "resume with its own, or start anew with --overwrite"
             )
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._require_same_training(checkpoint)
         self._stopped = checkpoint["stopped"]

@@ -19,8 +19,8 @@ from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import sha256_of_text
 from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.storage.keys import model_key, tokens_sha256
 from kurtail_pl.storage.resume import Workplace, resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.hidden import MappedStates
@@ -76,8 +76,7 @@ def measured_sensitivities(checkpoint: Checkpoint, windows: Tensor, seed: int, c
         ``alpha_l`` of every layer; below zero where noise helped.
     """
     windows = windows[:WINDOWS, :TOKENS]
-    tokens_sha256 = sha256_of_text(str(windows.tolist()))
-    recipe = {"model_sha256": checkpoint.sha256, "tokens_sha256": tokens_sha256, "noise": NOISE, "seed": seed}
+    recipe = {**model_key(checkpoint), "tokens_sha256": tokens_sha256(windows), "noise": NOISE, "seed": seed}
     with resumable_work({**recipe, "dtype": compute.dtype}) as work:
         walker = Walker(checkpoint, skeleton(checkpoint), compute.torch_dtype, compute.torch_device)
         # The windows as they are, then twice for every layer: with its noise, and with the negative of it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from kurtail_pl.storage.activations import (
 )
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import gigabytes, require_space, write_json
+from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -110,31 +111,39 @@ def capture(
     windows = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
     rows = spec.rows_of(len(windows.tokens))
     origin = origin_of(spec, checkpoint, windows, compute)
-    if (folder / MANIFEST).is_file():
-        store = ActivationStore(folder)
-        store.require_origin(origin)
-        if ranks.leads:
-            store.require_intact()
-        ranks.barrier()
-        log.info("reusing the activation store %s", folder)
-        return store
     shape = shape_of(checkpoint.config, spec.values)
     size = store_bytes(shape, rows)
-    log.info(
-        "capture: %d layers, %d tokens through the model%s, %d rows of each of %d sites, %s in %s",
-        shape.layers, windows.tokens.numel(), ranks.shared, rows, 3 * shape.layers, gigabytes(size), folder,
-    )  # fmt: skip
-    if dry_run:
+    plan = (
+        f"capture: {shape.layers} layers, {windows.tokens.numel()} tokens through the model{ranks.shared}, "
+        f"{rows} rows of each of {3 * shape.layers} sites, {gigabytes(size)} in {folder}"
+    )
+    if dry_run and not (folder / MANIFEST).is_file():
+        log.info(plan)
         return None
-    require_space(folder, size)
-    with resumable_folder(folder, overwrite=False, recipe=asdict(origin), ranks=ranks) as work:
-        with Meter(work.state.get("cost")) as meter:
-            draw = Draw(len(windows.tokens), spec.text.seqlen, rows, spec.seed)
-            _capture_layers(walker, windows.tokens, spec.values, draw, work, meter, ranks)
-        if ranks.leads:
-            write_manifest(work.folder, origin, shape, versions())
-            write_json(work.folder / COST, meter.to_dict())
+    with alone_with(folder, ranks):
+        if (folder / MANIFEST).is_file():
+            return _reused(folder, origin, ranks)
+        log.info(plan)
+        require_space(folder, size)
+        with resumable_folder(folder, overwrite=False, recipe=origin.key, ranks=ranks) as work:
+            with Meter(work.state.get("cost")) as meter:
+                draw = Draw(len(windows.tokens), spec.text.seqlen, rows, spec.seed)
+                _capture_layers(walker, windows.tokens, spec.values, draw, work, meter, ranks)
+            if ranks.leads:
+                write_manifest(work.folder, origin, shape, versions())
+                write_json(work.folder / COST, meter.to_dict())
     return ActivationStore(folder)
+
+
+def _reused(folder: Path, origin: Origin, ranks: Ranks) -> ActivationStore:
+    """The store that stands there, if it is what is wanted."""
+    store = ActivationStore(folder)
+    store.require_origin(origin)
+    if ranks.leads:
+        store.require_intact()
+    ranks.barrier()
+    log.info("reusing the activation store %s", folder)
+    return store
 
 
 def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows, compute: Compute = AUTO) -> Origin:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import sha256_of_text
+from kurtail_pl.storage.keys import tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
@@ -49,7 +49,7 @@ def block_effects(
 
 @torch.no_grad()
 def _measured(checkpoint: Checkpoint, windows: Tensor, seed: int, compute: Compute) -> Tensor:
-    recipe = {"model_sha256": checkpoint.sha256, "tokens_sha256": sha256_of_text(str(windows.tolist())), "seed": seed}
+    recipe = {"model_sha256": checkpoint.sha256, "tokens_sha256": tokens_sha256(windows), "seed": seed}
     with resumable_work({**recipe, "noise": NOISE, "dtype": compute.dtype}) as work:
         walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
         hidden = walker.hidden_states(windows, work)

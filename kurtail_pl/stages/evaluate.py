@@ -13,6 +13,7 @@ from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.storage.keys import model_key, tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
@@ -41,7 +42,7 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
     windows = cut_windows(checkpoint.tokenizer(), spec, "evaluation")
     spec = windows.spec
     settings = {**asdict(spec), "dtype": compute.dtype}
-    recipe = {"model_sha256": checkpoint.sha256, "text_sha256": windows.text_sha256, **settings}
+    recipe = {**model_key(checkpoint), "tokens_sha256": tokens_sha256(windows.tokens), "dtype": compute.dtype}
     with resumable_work(recipe) as work, Meter(work.state.get("cost")) as meter:
         walker = Walker(checkpoint, skeleton(checkpoint), compute.torch_dtype, compute.torch_device)
         hidden = walker.hidden_states(windows.tokens, work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
 from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, require_intact, write_card
+from kurtail_pl.storage.keys import companions_sha256, require_learned_on, settings_key
+from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
@@ -78,15 +80,17 @@ def fuse(
         signs: of R4 and R5, chosen among several draws; None takes them as they are.
 
     Raises:
-        ConfigError: when channels are to be scaled that this family cannot scale.
+        ConfigError: when channels are to be scaled that this family cannot scale, or the rotations are another model's.
         GateError: when a fold changes the output; nothing is kept.
         TextError: when the text of the scales or signs is too short.
         ArtefactError: when the folder exists.
         DiskFull: when the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
     """
+    require_learned_on(rotations, checkpoint.sha256, checkpoint.folder)
     recipe = {
         "model_sha256": checkpoint.sha256,
+        "companions_sha256": companions_sha256(checkpoint),
         "method": method,
         "rotations_sha256": hash_of(rotations),
         "versions": versions(),
@@ -95,49 +99,54 @@ def fuse(
     if scales is not None:
         windows = scale_windows(checkpoint, scales)
         tokens = windows.tokens
-        recipe |= {"scales": asdict(scales), "scales_text_sha256": windows.text_sha256}
+        recipe |= {"scales": settings_key(scales), "scales_text_sha256": windows.text_sha256}
     if signs is not None:
         held_out = sign_windows(checkpoint, signs)
-        recipe |= {"signs": asdict(signs), "signs_text_sha256": held_out.text_sha256}
-    if is_ours(folder) and read_card(folder).get("recipe") == recipe:
-        require_intact(folder)
-        log.info("reusing the fused model %s", folder)
-        return folder
+        recipe |= {"signs": settings_key(signs), "signs_text_sha256": held_out.text_sha256}
     compute, parts = Compute(device), scales.parts if scales else ()
-    walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
-    require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
-    with resumable_folder(folder, overwrite, recipe) as work:
-        partial = work.folder
-        with Meter(work.state.get("cost")) as meter:
-            if signs is not None:
-                if "signs" not in work.state:
-                    errors = sign_errors(checkpoint, rotations, signs, held_out.tokens, parts, compute)
-                    work.state["signs"] = errors
-                rotations = with_signs(rotations, signs, work.state["signs"])
-            gate = _Fuser(walker, rotations, work, parts, tokens).run(meter)
-        config = copy.deepcopy(checkpoint.config)
-        config.tie_word_embeddings, config.dtype = False, torch.float32
-        write_config(partial, config, plain=not rotations.any_online)
-        copy_companions(checkpoint, partial)
-        write_rotations(partial / ROTATIONS, rotations)
-        card: dict[str, Any] = {
-            "method": method,
-            "scheme": FLOAT.to_dict(),
-            "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
-            "tokenizer_sha256": checkpoint.tokenizer_sha256(),
-            "rotations": rotations.origin,
-            "rotations_sha256": sha256_of(partial / ROTATIONS),
-            "gate": gate,
-            "recipe": recipe,
-            "cost": {"fuse": meter.to_dict()},
-            "versions": versions(),
-        }
-        write_card(partial, card)
+    with alone_with(folder):
+        if is_ours(folder) and read_card(folder).get("recipe") == recipe:
+            require_intact(folder)
+            log.info("reusing the fused model %s", folder)
+            return folder
+        walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
+        require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
+        with resumable_folder(folder, overwrite, recipe) as work:
+            with Meter(work.state.get("cost")) as meter:
+                if signs is not None:
+                    if "signs" not in work.state:
+                        errors = sign_errors(checkpoint, rotations, signs, held_out.tokens, parts, compute)
+                        work.state["signs"] = errors
+                    rotations = with_signs(rotations, signs, work.state["signs"])
+                gate = _Fuser(walker, rotations, work, parts, tokens).run(meter)
+            _write_companions(checkpoint, rotations, work.folder)
+            card: dict[str, Any] = {
+                "method": method,
+                "scheme": FLOAT.to_dict(),
+                "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
+                "tokenizer_sha256": checkpoint.tokenizer_sha256(),
+                "rotations": rotations.origin,
+                "rotations_sha256": sha256_of(work.folder / ROTATIONS),
+                "gate": gate,
+                "recipe": recipe,
+                "cost": {"fuse": meter.to_dict()},
+                "versions": versions(),
+            }
+            write_card(work.folder, card)
     log.info(
         "fused into %s in %.0f s; logits changed by %.1e (float64) and %.1e (float32) relative",
         folder, meter.seconds, gate["float64"], gate["float32"],
     )  # fmt: skip
     return folder
+
+
+def _write_companions(checkpoint: Checkpoint, rotations: Rotations, folder: Path) -> None:
+    """Write what stands beside the weights: configuration, tokenizer, generation settings, rotations."""
+    config = copy.deepcopy(checkpoint.config)
+    config.tie_word_embeddings, config.dtype = False, torch.float32
+    write_config(folder, config, plain=not rotations.any_online)
+    copy_companions(checkpoint, folder)
+    write_rotations(folder / ROTATIONS, rotations)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:

@@ -27,8 +27,9 @@ from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import require_space, sha256_of
-from kurtail_pl.storage.folder import CARD, ShardWriter, named, read_card, rotations_of, write_card
+from kurtail_pl.storage.files import require_space
+from kurtail_pl.storage.folder import ShardWriter, named, read_card, rotations_of, write_card
+from kurtail_pl.storage.keys import folder_sha256, settings_key
 from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
@@ -207,8 +208,8 @@ def quantize(
     text, learning_text = calibration_windows(checkpoint, spec), learning_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
-        "fused_sha256": sha256_of(fused / CARD),
-        "quantize": asdict(spec),
+        "fused_sha256": folder_sha256(fused),
+        "quantize": settings_key(spec),
         "dtype": compute.dtype,
         "calibration_text_sha256": None if text is None else text.text_sha256,
     }
@@ -220,6 +221,7 @@ def quantize(
             _write_weights(walker, solver, float_model, scheme, text, learning_text, spec, work, meter)
         card: dict[str, Any] = {
             **{key: fused_card.get(key) for key in INHERITED},
+            "fuse": fused_card["recipe"],
             "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),

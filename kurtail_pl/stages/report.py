@@ -13,6 +13,7 @@ from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_tabl
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.folder import is_ours, read_card
+from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.surgery.scheme import Scheme
 
 REPORT, MODEL_CARD = "report.md", "README.md"
@@ -27,7 +28,10 @@ def siblings(folder: Path) -> list[dict[str, Any]]:
 
     def measured_on(results: dict[str, Any]) -> tuple[Any, ...]:
         evaluation = results["evaluation"]
-        return (results["model"], *(evaluation.get(key) for key in ("text_sha256", "windows", "seqlen", "dtype")))
+        return (
+            results["measured"]["model_sha256"],
+            *(evaluation.get(key) for key in ("text_sha256", "windows", "seqlen", "dtype")),
+        )
 
     found = [read_results(path.parent) for path in sorted(folder.parent.glob(f"*/{RESULTS}"))]
     rows = [results for results in found if "evaluation" in results and measured_on(results) == measured_on(own)]
@@ -84,9 +88,10 @@ def report(folder: Path) -> str:
         raise ArtefactError(f"artefact {folder} does not exist; name a folder that kurtail fit or quantize made")
     text = comparison(folder)
     exceptions = _exceptions(read_card(folder)) if is_ours(folder) else ""
-    write_text(folder / REPORT, f"# {folder.name}\n\n{text}{exceptions}")
-    if is_ours(folder):
-        write_text(folder / MODEL_CARD, _model_card(folder) + exceptions)
+    with alone_with(folder / REPORT):
+        write_text(folder / REPORT, f"# {folder.name}\n\n{text}{exceptions}")
+        if is_ours(folder):
+            write_text(folder / MODEL_CARD, _model_card(folder) + exceptions)
     return text
 
 

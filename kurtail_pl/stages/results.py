@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ArtefactError, ConfigError
+from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.tasks.evaluate import evaluate_tasks
 from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.storage.activations import ActivationStore, block_sites
+from kurtail_pl.storage.activations import ActivationStore, Origin, block_sites
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import write_json
+from kurtail_pl.storage.files import sha256_of_text, write_json
 from kurtail_pl.storage.folder import is_ours, read_card, rotations_of
+from kurtail_pl.storage.keys import model_key
+from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.scheme import FLOAT
 
@@ -66,24 +68,31 @@ def evaluate_folder(
         tasks: of the lm-evaluation-harness, if any.
         compute: device and floating-point type of the text's perplexity; tasks are answered there in float32.
     """
-    ours = is_ours(checkpoint.folder)
-    card: dict[str, Any] = (
-        read_card(checkpoint.folder) if ours else {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
-    )
-    residual = rotations_of(checkpoint.folder).residual
+    card: dict[str, Any] = {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
+    source = checkpoint.sha256
+    if is_ours(checkpoint.folder):
+        card = read_card(checkpoint.folder)
+        source = card["source"]["sha256"]
+    if store.origin.model_sha256 != source:
+        raise StoreMismatch(
+            f"the store {store.folder} holds activations of another model than {checkpoint.folder} was made from; "
+            "name the store of that model, or capture one"
+        )
     rows = store.origin.rows
     if not 0 < validation_rows <= rows:
         raise ConfigError(
             f"validation_rows is {validation_rows}; the store {store.folder} has {rows} rows: ask for fewer"
         )
+    residual = rotations_of(checkpoint.folder).residual
     per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
     measured = perplexity(checkpoint, text, compute)
+    answers = None if tasks is None else evaluate_tasks(checkpoint, tasks, compute.device)
     learned = card.get("rotations", {}).get("cost")
     cost = {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")}
     results = {
         "method": card["method"],
         "model": store.origin.model,
-        "measured": {"model_sha256": store.origin.model_sha256, "kurtosis_rows": validation_rows},
+        "measured": measured_key(store.origin, validation_rows),
         "scheme": card["scheme"],
         "evaluation": measured,
         "kurtosis": {
@@ -95,20 +104,28 @@ def evaluate_folder(
         "disk_bytes": checkpoint.size,
         "cost": cost,
     }
-    earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
-    if tasks is not None:
-        results["tasks"] = evaluate_tasks(checkpoint, tasks, compute.device)
-    elif earlier is not None and earlier["model_sha256"] == checkpoint.sha256:
-        results["tasks"] = earlier
-    # Only now: results without the tasks would pass for results of other settings.
-    write_json(folder / RESULTS, results)
+    with alone_with(folder / RESULTS):
+        earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
+        if answers is not None:
+            results["tasks"] = answers
+        elif earlier is not None and model_key(checkpoint).items() <= earlier.items():
+            results["tasks"] = earlier
+        # Only now: results without the tasks would pass for results of other settings.
+        write_json(folder / RESULTS, results)
     return results
+
+
+def measured_key(origin: Origin, validation_rows: int) -> dict[str, Any]:
+    """Of what model and on which rows a kurtosis is measured."""
+    rows_sha256 = sha256_of_text(json.dumps(origin.key, sort_keys=True))
+    return {"model_sha256": origin.model_sha256, "kurtosis_rows": validation_rows, "rows_sha256": rows_sha256}
 
 
 def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Put what `evaluate_tasks` found into a folder's `results.json`, beside what is there; returns all of it."""
-    results = {**(read_results(folder) if (folder / RESULTS).is_file() else {}), "tasks": found}
-    write_json(folder / RESULTS, results)
+    with alone_with(folder / RESULTS):
+        results = {**(read_results(folder) if (folder / RESULTS).is_file() else {}), "tasks": found}
+        write_json(folder / RESULTS, results)
     return results
 
 

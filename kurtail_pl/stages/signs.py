@@ -17,6 +17,7 @@ from kurtail_pl.stages.clips import relative
 from kurtail_pl.stages.scales import Part, channel_scales
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.keys import tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.storage.rotation_file import hash_of
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -113,7 +114,7 @@ def sign_errors(
     recipe = {
         "model_sha256": checkpoint.sha256,
         "rotations_sha256": hash_of(rotations),
-        "windows": windows.tolist(),
+        "tokens_sha256": tokens_sha256(windows),
         "signs": [signs.candidates, signs.seed],
         "scaled": list(scaled),
         "dtype": compute.dtype,

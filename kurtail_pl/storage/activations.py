@@ -48,6 +48,11 @@ class Origin:
     values: str = "projected"
     """Or attended: as the attention mixed them for each query head."""
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """What decides the rows; not how model and text were named."""
+        return {name: value for name, value in asdict(self).items() if name not in ("model", "text")}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -174,7 +179,7 @@ class ActivationStore:
 
     def require_origin(self, wanted: Origin) -> None:
         """Raise StoreMismatch, naming each difference, unless the store was made from what is wanted."""
-        found = differences(asdict(self.origin), asdict(wanted))
+        found = differences(self.origin.key, wanted.key)
         if found:
             raise StoreMismatch(
                 f"store {self.folder} was made from something else: {'; '.join(found)}; "

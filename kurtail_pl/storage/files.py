@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kurtail_pl.errors import ArtefactError, DiskFull
+from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.writing import disk_errors_are_ours
 
 
 @contextmanager
@@ -24,23 +26,54 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
     Yields a hidden folder beside the wanted one, which takes the wanted one's name when the block ends well; when it
-    does not, the hidden folder is removed and what stood there before still stands.
+    does not, the hidden folder is removed and what stood there before still stands. Another process that makes the same
+    folder is waited for.
 
     Raises:
         ArtefactError: when the folder exists and may not be overwritten.
+        NotWritable: when the operating system does not let it be written; DiskFull when the disk is full.
     """
-    refuse_existing(folder, overwrite)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    folder = folder.resolve()
+    with alone_with(folder), disk_errors_are_ours(folder):
+        put_back(folder)
+        refuse_existing(folder, overwrite)
+        partial = folder.with_name(f".{folder.name}.partial")
+        remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            remove(partial)
+            raise
+        put_in_place(partial, folder)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Let a finished folder take its name. What stood there is removed only after that."""
+    old = _old(folder)
     if folder.exists():
-        shutil.rmtree(folder)
+        remove(old)
+        folder.rename(old)
     partial.rename(folder)
+    remove(old)
+
+
+def put_back(folder: Path) -> None:
+    """Mend what a process killed in `put_in_place` left: the old folder comes back unless the new one stands."""
+    old = _old(folder)
+    if folder.exists():
+        remove(old)
+    elif old.exists():
+        old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of ours with all that is in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

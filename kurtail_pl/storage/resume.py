@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from kurtail_pl.errors import DiskFull, KurtailError, ResumeMismatch
+from kurtail_pl.errors import KurtailError, NotWritable, ResumeMismatch
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.storage.files import cache_folder, refuse_existing, sha256_of_text, write_json
+from kurtail_pl.storage.files import (
+    cache_folder,
+    put_back,
+    put_in_place,
+    refuse_existing,
+    remove,
+    sha256_of_text,
+    write_json,
+)
+from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.writing import disk_errors_are_ours
 
 log = logging.getLogger(__name__)
 
 UNFINISHED, PROGRESS = "unfinished", "progress.json"
+HASH = "_sha256"
+"""Ending of the keys that hold hashes."""
 
 
 class Workplace:
@@ -40,8 +48,7 @@ class Workplace:
         self.done: int | None = None
         self.state: dict[str, Any] = {}
         self._ranks, self._record = ranks, folder / UNFINISHED / PROGRESS
-        # Each process has the hidden states of its own windows: another number of them cannot go on.
-        self._recipe: dict[str, Any] = json.loads(json.dumps({**recipe, "processes": ranks.size}))
+        self._recipe: dict[str, Any] = json.loads(json.dumps(recipe))
 
     def resume(self) -> list[str]:
         """Take up the record in the folder, if any; returns the differences that forbid it."""
@@ -49,16 +56,27 @@ class Workplace:
             return []
         record = json.loads(self._record.read_text(encoding="utf-8"))
         found = differences(record["recipe"], self._recipe)
-        if not found:
-            self.done, self.state = record["done"], record["state"]
-            log.info("going on after %d finished parts in %s", self.done, self.folder)
-        return found
+        if found:
+            return found
+        if record["processes"] != self._ranks.size:
+            # Each process has the hidden states of its own windows: another number of them cannot go on.
+            log.info(
+                "%s was begun by %d processes, these are %d: it is begun anew",
+                self.folder,
+                record["processes"],
+                self._ranks.size,
+            )
+            return []
+        self.done, self.state = record["done"], record["state"]
+        log.info("going on after %d finished parts in %s", self.done, self.folder)
+        return []
 
     def finished(self, layers: int) -> None:
         """Record that so many layers are finished, by every process, and all their files written."""
         self._ranks.barrier()
         if self._ranks.leads:
-            write_json(self._record, {"recipe": self._recipe, "done": layers, "state": self.state})
+            record = {"recipe": self._recipe, "processes": self._ranks.size, "done": layers, "state": self.state}
+            write_json(self._record, record)
         # Nobody writes over the states before this layer while the record says that it is to be done.
         self._ranks.barrier()
         self.done = layers
@@ -71,8 +89,8 @@ def resumable_folder(
     """A folder that appears whole, and whose making can be killed and taken up again.
 
     Yields the workplace, a hidden folder beside the wanted one, which takes the wanted one's name when the block ends
-    well. A block that is killed, interrupted, or runs out of disk leaves it; the next call with the same recipe goes on
-    there. After any other error of the user's it is removed.
+    well. A block that is killed, interrupted, or cannot write leaves it; the next call with the same recipe goes on
+    there. After any other error of the user's it is removed. Another process that makes the same folder is waited for.
 
     Args:
         folder: the wanted folder.
@@ -83,19 +101,23 @@ def resumable_folder(
     Raises:
         ArtefactError: when the folder exists and may not be overwritten.
         ResumeMismatch: when unfinished work of another recipe stands there, naming the differences.
-        DiskFull: when the disk is full; what was finished is kept.
+        NotWritable: when the operating system does not let it be written, DiskFull when the disk is full; what was
+            finished is kept.
     """
-    refuse_existing(folder, overwrite)
-    partial = folder.with_name(f".{folder.name}.partial")
-    with _unfinished(partial, recipe, overwrite, ranks) as work:
-        yield work
-    ranks.barrier()
-    if ranks.leads:
-        shutil.rmtree(partial / UNFINISHED)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    ranks.barrier()
+    folder = folder.resolve()
+    with alone_with(folder, ranks):
+        if ranks.leads:
+            put_back(folder)
+        ranks.barrier()
+        refuse_existing(folder, overwrite)
+        partial = folder.with_name(f".{folder.name}.partial")
+        with _unfinished(partial, recipe, overwrite, ranks) as work:
+            yield work
+        ranks.barrier()
+        if ranks.leads:
+            with disk_errors_are_ours(folder):
+                remove(partial / UNFINISHED)
+                put_in_place(partial, folder)
 
 
 @contextmanager
@@ -106,12 +128,13 @@ def resumable_work(recipe: Mapping[str, Any]) -> Iterator[Workplace]:
         recipe: all that decides the result; work of another recipe has another place.
 
     Raises:
-        DiskFull: when the disk is full; what was finished is kept.
+        NotWritable: when the operating system does not let it be written; what was finished is kept.
     """
-    folder = cache_folder() / "work" / sha256_of_text(json.dumps(recipe, sort_keys=True))[:16]
-    with _unfinished(folder, recipe, overwrite=True) as work:
-        yield work
-    shutil.rmtree(folder)
+    folder = cache_folder() / "work" / sha256_of_text(json.dumps(recipe, sort_keys=True))[:32]
+    with alone_with(folder):
+        with _unfinished(folder, recipe, overwrite=True) as work:
+            yield work
+        remove(folder)
 
 
 @contextmanager
@@ -120,44 +143,34 @@ def _unfinished(folder: Path, recipe: Mapping[str, Any], overwrite: bool, ranks:
     found = work.resume()
     if found and not overwrite:
         raise ResumeMismatch(
-            f"{folder} holds unfinished work with other settings: {'; '.join(found)}; "
-            "run it with those, or remove that folder"
+            f"{folder} holds unfinished work of another kind: {'; '.join(found)}; finish it with its own settings, or "
+            "pass --overwrite (or remove that folder) to start anew"
         )
     ranks.barrier()  # All have read the record.
-    if work.done is None and ranks.leads:
-        shutil.rmtree(folder, ignore_errors=True)
-    ranks.barrier()
-    work.scratch.mkdir(parents=True, exist_ok=True)
     try:
-        with full_disk_is_ours(folder):
+        with disk_errors_are_ours(folder):
+            if work.done is None and ranks.leads:
+                remove(folder)
+            ranks.barrier()
+            work.scratch.mkdir(parents=True, exist_ok=True)
             yield work
-    except DiskFull:
+    except NotWritable:
         raise
     except KurtailError:
         if ranks.leads:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         raise
 
 
-@contextmanager
-def full_disk_is_ours(folder: Path) -> Iterator[None]:
-    """Turn whatever a full disk raises into DiskFull."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = error.errno == errno.ENOSPC if isinstance(error, OSError) else "No space left" in str(error)
-        if not full:
-            raise
-        raise DiskFull(f"the disk is full while writing {folder}; free some space and run it again") from error
-
-
 def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two nested settings, each as ``key is A, wanted B``."""
+    """What differs between two nested settings, each as ``key is A, wanted B``; a hash says only that it differs."""
     found = []
     for key in sorted({*have, *wanted}):
         one, other = have.get(key), wanted.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(one, other, f"{prefix}{key}.")
+        elif one != other and key.endswith(HASH):
+            found.append(f"another {prefix}{key.removesuffix(HASH).replace('_', ' ')}")
         elif one != other:
             found.append(f"{prefix}{key} is {one!r}, wanted {other!r}")
     return found

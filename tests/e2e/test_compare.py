@@ -92,3 +92,40 @@ def test_a_missing_recipe_is_named(kurtail: Kurtail, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit, match="1"):
         kurtail(tmp_path, "compare", "--config", "nowhere.yaml")
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def artefacts_of(place: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (place / "artifacts").rglob("*") if path.is_file()}
+
+
+def test_what_was_made_of_another_text_is_neither_reused_nor_lost(
+    kurtail: Kurtail, recipe: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of the calibration text has another content under the same name."""
+    place, text = recipe.parent, recipe.with_name("calibration.txt")
+    text.write_text(text_file.read_text())
+    settings = yaml.safe_load(recipe.read_text())
+    evaluation = settings["trainer"]["callbacks"][-1]["init_args"]["text"]["source"]
+    recipe.write_text(recipe.read_text().replace(f"source: {evaluation}", f"source: {text}", 2))
+    arguments = ["compare", "--config", recipe, "--weights", "gptq"]
+    kurtail(place, *arguments)
+    before = artefacts_of(place)
+    text.write_text(text_file.read_text().swapcase())
+    for overwrite, named in (([], "another learned_from.activations.text"), (["--overwrite"], "another text")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="1"):
+            kurtail(place, *arguments, *overwrite)
+        assert named in capsys.readouterr().err
+        assert artefacts_of(place) == before
+    # Only the text of GPTQ: whatever was learned stands, and the artefacts are made anew when that is asked for.
+    text.write_text(text_file.read_text())
+    other = recipe.with_name("gptq.txt")
+    other.write_text(text_file.read_text().swapcase())
+    recipe.write_text(recipe.read_text()[::-1].replace(str(text)[::-1], str(other)[::-1], 1)[::-1])
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, *arguments)
+    assert "another calibration text" in capsys.readouterr().err
+    assert artefacts_of(place) == before
+    kurtail(place, *arguments, "--overwrite")
+    changed = {path.parent.name for path, data in artefacts_of(place).items() if before.get(path) != data}
+    assert {"tied-gptq-w4a4kv4", "tied-quarot-w4a4kv4", "tied-kurtail-w4a4kv4"} <= changed

@@ -105,3 +105,42 @@ def test_the_recipe_comes_before_the_figures(kurtail: Kurtail, recipe: Path) -> 
     kurtail(recipe.parent, "fit", "--config", recipe)
     artefact = recipe.parent / "artifacts" / "tied-kurtail-w4a4kv4"
     assert (artefact / "recipe.yaml").stat().st_mtime_ns < (artefact / "results.json").stat().st_mtime_ns
+
+
+def test_what_is_learned_is_written_once(kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Learned again from the checkpoint on another number of threads, the last bits would differ: it is not."""
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    rotations = recipe.parent / "runs" / "rotations.safetensors"
+    written = rotations.stat().st_mtime_ns
+    shutil.rmtree(recipe.parent / "artifacts")
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    assert rotations.stat().st_mtime_ns == written
+    # Its last checkpoint is now that of an ended training, from which no seven steps can be reached.
+    shutil.rmtree(recipe.parent / "artifacts")
+    more = ["fit", "--config", recipe, "--data.init_args.steps", 7]
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(recipe.parent, *more)
+    assert "ended after 5 steps, and data.steps is 7" in capsys.readouterr().err
+    kurtail(recipe.parent, *more, "--overwrite")
+    assert rotations.stat().st_mtime_ns > written
+
+
+@pytest.mark.parametrize(("steps", "refusal"), [(3, "taken 4 steps, and data.steps is 3"), (7, None)])
+def test_another_number_of_steps_is_taken_or_refused(
+    kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str], steps: int, refusal: str | None
+) -> None:
+    """The last checkpoint of five steps is that of the fourth, from which seven can be reached and three cannot."""
+    kurtail(recipe.parent, "fit", "--config", recipe)
+    shutil.rmtree(recipe.parent / "artifacts")
+    other_steps = ["fit", "--config", recipe, "--data.init_args.steps", steps]
+    if refusal is not None:
+        with pytest.raises(SystemExit, match="1"):
+            kurtail(recipe.parent, *other_steps)
+        assert refusal in capsys.readouterr().err
+        other_steps.append("--overwrite")
+    kurtail(recipe.parent, *other_steps)
+    undisturbed = recipe.parent / "undisturbed"
+    undisturbed.mkdir()
+    kurtail(undisturbed, *other_steps)
+    one, other = (load_file(place / "runs" / "rotations.safetensors") for place in (recipe.parent, undisturbed))
+    assert all(torch.equal(one[name], other[name]) for name in other)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -16,8 +14,9 @@ from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, learning_windows, quantize, require_fit
 from kurtail_pl.stages.report import MODEL_CARD, REPORT
 from kurtail_pl.stages.results import RESULTS, artefact_name
-from kurtail_pl.storage.files import refuse_existing, sha256_of
-from kurtail_pl.storage.folder import CARD, is_ours, read_card
+from kurtail_pl.storage.files import refuse_existing
+from kurtail_pl.storage.folder import is_ours, read_card
+from kurtail_pl.storage.keys import folder_sha256, settings_key, unspelled
 
 
 class WeightQuantization(CheckedCallback):
@@ -34,6 +33,7 @@ class WeightQuantization(CheckedCallback):
     def __init__(self, quantize: QuantizeSpec, artefacts: str = "artifacts") -> None:
         self.quantize_spec, self.artefacts = quantize, Path(artefacts)
         self.overwrite = False
+        self._text_sha256: str | None = None
 
     def folder(self, module: RotationModule, data: StoredModel) -> Path:
         """Where the artefact of a module's method goes."""
@@ -44,10 +44,11 @@ class WeightQuantization(CheckedCallback):
         """Refuse a folder that must not be replaced, groups that fit no width, and a text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         folder = self.folder(module, data)
+        require_fit(data.checkpoint.config, self.quantize_spec)
+        text = calibration_windows(data.checkpoint, self.quantize_spec)
+        self._text_sha256 = None if text is None else text.text_sha256
         if not self._awaits_evaluation(folder, data):
             refuse_existing(folder, self.overwrite)
-        require_fit(data.checkpoint.config, self.quantize_spec)
-        calibration_windows(data.checkpoint, self.quantize_spec)
         learning_windows(data.checkpoint, self.quantize_spec)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -58,7 +59,7 @@ class WeightQuantization(CheckedCallback):
         folder, fused = self.folder(pl_module, data), Path(trainer.default_root_dir) / FUSED
         data.ranks.barrier()  # The first process fused alone.
         awaits = self._awaits_evaluation(folder, data)
-        made = awaits and read_card(folder)["fused_sha256"] == sha256_of(fused / CARD)
+        made = awaits and read_card(folder)["fused_sha256"] == folder_sha256(fused)
         data.ranks.barrier()  # All have looked before the first evaluates.
         if not made:
             quantize(fused, self.quantize_spec, folder, self.overwrite, data.compute, data.ranks)
@@ -67,6 +68,9 @@ class WeightQuantization(CheckedCallback):
         """Whether an interrupted run of the same recipe left its artefact there, not or not wholly measured."""
         if not is_ours(folder) or all((folder / name).is_file() for name in (RESULTS, REPORT, MODEL_CARD)):
             return False
-        wanted = {"quantize": asdict(self.quantize_spec), "dtype": data.compute.dtype}
         card = read_card(folder)
-        return bool({key: card.get(key) for key in wanted} == json.loads(json.dumps(wanted)))
+        return bool(
+            unspelled(card.get("quantize", {})) == settings_key(self.quantize_spec)
+            and card.get("dtype") == data.compute.dtype
+            and card.get("calibration_text_sha256") == self._text_sha256
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.storage.rotation_file import FILE, write_rotations
+from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.rotation_file import FILE, read_rotations, write_rotations
 
 
 class RotationWriter(L.Callback):
@@ -46,11 +49,31 @@ class RotationWriter(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
         assert isinstance(data, StoredModel)
+        path = Path(trainer.default_root_dir) / FILE
         origin = {
             **pl_module.settings(),
+            **pl_module.trainer_settings(),
             "steps": trainer.global_step,
             "data": data.settings(),
-            "cost": self._meter.to_dict(),
+            "versions": versions(),
         }
-        rotations = replace(pl_module.rotations(data.checkpoint.config), origin=origin)
-        write_rotations(Path(trainer.default_root_dir) / FILE, rotations)
+        if not _stands(path, origin):
+            rotations = replace(
+                pl_module.rotations(data.checkpoint.config), origin={**origin, "cost": self._meter.to_dict()}
+            )
+            write_rotations(path, rotations)
+
+
+def _stands(path: Path, origin: dict[str, Any]) -> bool:
+    """Whether rotations that were learned so were written already.
+
+    On another number of threads their last bits would come out differently, and what was made of them would not fit.
+    """
+    if not path.is_file():
+        return False
+    try:
+        found = read_rotations(path).origin
+    except CheckpointError:
+        return False
+    wanted: dict[str, Any] = json.loads(json.dumps(origin))
+    return {name: value for name, value in found.items() if name != "cost"} == wanted

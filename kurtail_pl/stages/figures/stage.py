@@ -23,6 +23,7 @@ from kurtail_pl.stages.figures.style import HADAMARD, VANILLA
 from kurtail_pl.stages.figures.surface import draw_surfaces, patches
 from kurtail_pl.storage.activations import ActivationStore, block_sites
 from kurtail_pl.storage.files import new_folder, write_json, write_text
+from kurtail_pl.storage.keys import require_learned_on
 from kurtail_pl.surgery.rotations import Rotations
 
 PAPER_LAYERS = (1, 15)
@@ -70,6 +71,7 @@ def figures(
         ArtefactError: when the folder exists and may not be replaced.
         ConfigError: when the rotations are not this model's, or rows or layers are asked for that there are not.
     """
+    require_learned_on(rotations, store.origin.model_sha256, store.folder)
     method = rotations.origin.get("method", "kurtail")
     bases = {VANILLA: None, HADAMARD: _basis(store, hadamard), method: _basis(store, rotations)}
     chosen = chosen_layers(store.shape.layers, layers)

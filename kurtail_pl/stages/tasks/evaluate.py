@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import groupby
 from math import sqrt
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +19,8 @@ from kurtail_pl.stages.meter import Meter, free_memory
 from kurtail_pl.stages.tasks.spec import MATHQA, MMLU, ZERO_SHOT, TaskSpec, chosen_tasks, files_of, split_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
-from kurtail_pl.storage.folder import CARD, is_ours
+from kurtail_pl.storage.folder import is_ours
+from kurtail_pl.storage.keys import model_key, settings_key
 from kurtail_pl.storage.resume import Workplace, resumable_work
 from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.surgery.equip import unpack_weights, unpacked_bytes
@@ -81,15 +80,16 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec, device: Device = "aut
 
 def _recipe(checkpoint: Checkpoint, spec: TaskSpec) -> dict[str, Any]:
     """All that decides the numbers."""
+    return {**questions_key(spec), **model_key(checkpoint), "tokenizer_sha256": checkpoint.tokenizer_sha256()}
+
+
+def questions_key(spec: TaskSpec) -> dict[str, Any]:
+    """What is asked: settings, the harness's version, the content of local rows."""
     names, _ = chosen_tasks(spec)
     files = [] if spec.folder is None else [path for name in names for path in files_of(name, spec)]
-    card = checkpoint.folder / CARD
     return {
-        "settings": json.loads(json.dumps(asdict(spec))),
+        "settings": settings_key(spec),
         "harness": importlib.metadata.version("lm_eval"),
-        "model_sha256": checkpoint.sha256,
-        "card_sha256": sha256_of(card) if is_ours(checkpoint.folder) else None,
-        "tokenizer_sha256": checkpoint.tokenizer_sha256(),
         "files_sha256": {f"{path.parent.name}/{path.name}": sha256_of(path) for path in files},
     }
 

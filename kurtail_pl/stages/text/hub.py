@@ -11,6 +11,7 @@ from typing import Literal
 
 from kurtail_pl.errors import TextError
 from kurtail_pl.storage.files import cache_folder, write_text
+from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,14 @@ def from_hub(name: str, split: Split) -> Path:
     """
     text = HUB[name]
     file = cache_folder() / "text" / f"{name}-{text.splits[split]}.jsonl"
-    if file.is_file():
-        return file
+    with alone_with(file):
+        if not file.is_file():
+            _download(name, split, file)
+    return file
+
+
+def _download(name: str, split: Split, file: Path) -> None:
+    text = HUB[name]
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -99,6 +106,4 @@ def from_hub(name: str, split: Split) -> Path:
             f"text {name!r} cannot be had from the Hugging Face hub ({text.path}: {str(error).splitlines()[0]}); "
             f"set KURTAIL_TEXT to a folder with a folder {name}, or name a file"
         ) from error
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "\n".join(lines) + "\n")
-    return file

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shards import tensors_of
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, ResumeMismatch, TextError
@@ -326,7 +326,7 @@ def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
 
 @pytest.mark.parametrize("change", ["percdamp", "windows", "fused model"])
 def test_unfinished_work_with_other_settings_is_refused(
-    fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    tiny: Path, fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -341,10 +341,9 @@ def test_unfinished_work_with_other_settings_is_refused(
     elif change == "windows":
         spec, difference = replace(spec, text=replace(text, windows=5)), "quantize.text.windows is 6, wanted 5"
     else:
-        source, difference = tmp_path / "other", "fused_sha256 is"
-        shutil.copytree(fused, source)
-        card = json.loads((source / "kurtail.json").read_text())
-        (source / "kurtail.json").write_text(json.dumps({**card, "cost": {"fuse": {"seconds": 1.0}}}))
+        source, difference = tmp_path / "other", "another fused"
+        rotations = random_rotations(AutoConfig.from_pretrained(fused), 1)
+        fuse(Checkpoint(tiny), rotations, "quarot", source)
     with pytest.raises(ResumeMismatch, match=difference):
         quantize(source, spec, tmp_path / "out")
     quantize(source, replace(spec, method="rtn"), tmp_path / "out", overwrite=True)

@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 
 import kurtail_pl
-from kurtail_pl.errors import ArtefactError
+from kurtail_pl.errors import ArtefactError, StoreMismatch
+from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.report import COLUMNS, report, row, siblings
@@ -105,6 +106,7 @@ def results_of(method: str, **changes: Any) -> dict[str, Any]:
     return {
         "method": method,
         "model": "tiny",
+        "measured": {"model_sha256": "c" * 64},
         "scheme": (FLOAT if method == "float" else Scheme()).to_dict(),
         "evaluation": evaluation,
         "kurtosis": {"mean": 1.914, "max": 2.086, "rows": 20, "sites": dict.fromkeys(block_sites(4), 2.0)},
@@ -127,7 +129,7 @@ def artefacts(tmp_path: Path) -> Path:
         "other-text": results_of("rtn", evaluation={"text_sha256": "b" * 64}),
         "other-windows": results_of("rtn", evaluation={"windows": 7}),
         "other-length": results_of("rtn", evaluation={"seqlen": 49}),
-        "other-model": results_of("rtn", model="huge"),
+        "other-model": results_of("rtn", measured={"model_sha256": "d" * 64}),
     }
     for name, results in folders.items():
         (tmp_path / name).mkdir()
@@ -209,3 +211,10 @@ def test_report_without_folder_or_results(tmp_path: Path) -> None:
         report(tmp_path / "none")
     with pytest.raises(ArtefactError, match="has no results"):
         report(tmp_path)
+
+
+def test_a_store_of_another_model_is_refused(artefact: Path, tied: Path, text: TextSpec, tmp_path: Path) -> None:
+    other = capture(CaptureSpec(str(tied), text, rows=50), tmp_path / "store")
+    assert other is not None
+    with pytest.raises(StoreMismatch, match="activations of another model"):
+        evaluate_folder(Checkpoint(artefact), artefact, text, other, 20)

@@ -77,12 +77,8 @@ def test_bytes_are_those_of_the_tensors_on_disk(folder: Path) -> None:
     assert activations.store_bytes(SHAPE, 20) == payload == 2 * 20 * (4 * 12 + 2 * 10)
 
 
-CHANGES = {
-    "model": "other",
-    "model_sha256": "n" * 64,
-    "tokenizer_sha256": "u" * 64,
-    "text": "c4",
-    "text_sha256": "y" * 64,
+HASHES = {"model_sha256": "n" * 64, "tokenizer_sha256": "u" * 64, "text_sha256": "y" * 64}
+NUMBERS = {
     "windows": 4,
     "seqlen": 8,
     "rows": 21,
@@ -90,21 +86,31 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("key", CHANGES)
+@pytest.mark.parametrize("key", NUMBERS)
 def test_each_difference_is_named(folder: Path, key: str) -> None:
-    wanted = replace(ORIGIN, **{key: CHANGES[key]})
+    wanted = replace(ORIGIN, **{key: NUMBERS[key]})
     with pytest.raises(StoreMismatch) as error:
         ActivationStore(folder).require_origin(wanted)
     message = str(error.value)
-    assert f"{key} is {getattr(ORIGIN, key)!r}, wanted {CHANGES[key]!r}" in message
+    assert f"{key} is {getattr(ORIGIN, key)!r}, wanted {NUMBERS[key]!r}" in message
     assert str(folder) in message
     assert message.count("wanted") == 1
 
 
+@pytest.mark.parametrize("key", HASHES)
+def test_of_a_hash_only_its_subject_is_named(folder: Path, key: str) -> None:
+    with pytest.raises(StoreMismatch, match=f"something else: another {key.removesuffix('_sha256')};"):
+        ActivationStore(folder).require_origin(replace(ORIGIN, **{key: HASHES[key]}))
+
+
+def test_the_names_of_model_and_text_are_no_difference(folder: Path) -> None:
+    ActivationStore(folder).require_origin(replace(ORIGIN, model="./model/", text="/elsewhere/text"))
+
+
 def test_all_differences_are_named_at_once(folder: Path) -> None:
     with pytest.raises(StoreMismatch) as error:
-        ActivationStore(folder).require_origin(Origin(**CHANGES))  # type: ignore[arg-type]
-    assert str(error.value).count("wanted") == 9
+        ActivationStore(folder).require_origin(replace(ORIGIN, **HASHES, **NUMBERS))  # type: ignore[arg-type]
+    assert (str(error.value).count("wanted"), str(error.value).count("another ")) == (4, 4)  # one names the folder
 
 
 def test_no_store(tmp_path: Path) -> None:

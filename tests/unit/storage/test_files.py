@@ -161,3 +161,16 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files.cache_folder() == tmp_path / "xdg" / "kurtail"
     monkeypatch.setenv("KURTAIL_CACHE", str(tmp_path / "own"))
     assert files.cache_folder() == tmp_path / "own"
+
+
+@pytest.mark.parametrize("stands", ["new", "old"])
+def test_what_a_process_killed_between_two_renames_left_is_mended(tmp_path: Path, stands: str) -> None:
+    """It was killed before the new folder had the name, or before the old one was removed."""
+    (tmp_path / ".artefact.old").mkdir()
+    (tmp_path / ".artefact.old" / "file").write_text("old")
+    if stands == "new":
+        (tmp_path / "artefact").mkdir()
+        (tmp_path / "artefact" / "file").write_text("new")
+    with pytest.raises(ArtefactError, match="exists"):
+        write_new(tmp_path / "artefact", overwrite=False, text="all")
+    assert content(tmp_path) == {"artefact/file": stands}
