@@ -125,9 +125,9 @@ def _made_from(folder: Path) -> Settings:
     """The same of an artefact that stands there."""
     card = read_card(folder)
     return {
-        "learned_from": card["rotations"].get("data"),
-        "calibration_text_sha256": card["calibration_text_sha256"],
-        **{name: card["fuse"].get(name) for name in ("scales_text_sha256", "signs_text_sha256")},
+        "learned_from": card.get("rotations", {}).get("data"),
+        "calibration_text_sha256": card.get("calibration_text_sha256"),
+        **{name: card.get("fuse", {}).get(name) for name in ("scales_text_sha256", "signs_text_sha256")},
     }
 
 

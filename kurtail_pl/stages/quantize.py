@@ -221,7 +221,7 @@ def quantize(
             _write_weights(walker, solver, float_model, scheme, text, learning_text, spec, work, meter)
         card: dict[str, Any] = {
             **{key: fused_card.get(key) for key in INHERITED},
-            "fuse": fused_card["recipe"],
+            "fuse": fused_card.get("recipe", {}),
             "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
             "quantize": asdict(spec),
