@@ -82,6 +82,9 @@ class KurtailCLI(LightningCLI):
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint: Lightning would import the class that it names."""
+
     def before_instantiate_classes(self) -> None:
         """Say so when a size was given by hand: the link would replace it without a word."""
         given = self._get(self.config, "model").get("init_args", {})

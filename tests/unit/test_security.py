@@ -1,14 +1,23 @@
 """What SECURITY.md promises: nothing that a folder names is run, and nothing outside it is read or written."""
 
 import json
+import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+import torch
+from kurtail_onnx.run.session import open_session
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from onnx import TensorProto, helper
 from transformers import AutoTokenizer
 
-from kurtail_pl.errors import ArtefactError, CheckpointError
+from kurtail_pl.cli.trainer import RecipeCLI, command_line
+from kurtail_pl.errors import ArtefactError, CheckpointError, RuntimeUnusable
+from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.storage import folder as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import write_json, write_tensors, write_text
@@ -17,6 +26,7 @@ from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model
 from kurtail_pl.surgery.scheme import FLOAT
 
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "smollm2-135m.yaml"
 CODE = """
 from pathlib import Path
 
@@ -76,6 +86,38 @@ def test_code_of_a_tokenizer_is_not_run(model: Path, ran: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's calls.
+def test_a_checkpoint_names_no_class_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text(CODE.format(ran=tmp_path / "ran"))
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"_class_path": "evil.EvilModel", "rotation_seed": 7, "_instantiator": "evil.make"}
+    parts = ("state_dict", "loops", "optimizer_states", "lr_schedulers", "global_step", "epoch", "settings", "stopped")
+    torch.save({**dict.fromkeys(parts), "hyper_parameters": named}, tmp_path / "last.ckpt")
+    monkeypatch.setattr(sys, "argv", [])
+
+    class Parsed(RecipeCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Parsing is all."""
+
+    arguments = ["fit", "--config", str(RECIPE), "--ckpt_path", str(tmp_path / "last.ckpt")]
+    parsed = command_line(Parsed, "kurtail", arguments).config["fit"]
+    assert parsed["model"]["class_path"] == "kurtail_pl.lit.KurTailModule"
+    assert parsed["model"]["init_args"]["rotation_seed"] == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save({"state_dict": Evil()}, tmp_path / "last.ckpt")
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    with pytest.raises(pickle.UnpicklingError):
+        strategy.load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_chat_template_is_rendered_in_a_sandbox_alone(model: Path, ran: Path) -> None:
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (model / "chat_template.jinja").write_text(template)
@@ -108,6 +150,42 @@ def test_a_name_that_stands_as_a_link_is_replaced_not_written_through(tmp_path: 
         write(folder / "file", content)
         assert kept.read_text() == "mine"
         assert not (folder / "file").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["../outside.data", "{outside}", "link.data"])
+def test_a_graph_reads_no_file_outside_its_folder(tmp_path: Path, place: str) -> None:
+    """What ONNX Runtime does for us: a location outside is refused, and so is a link that leads there."""
+    numbers = helper.make_tensor("w", TensorProto.FLOAT, [4], bytes(16), raw=True)
+    outputs = [helper.make_tensor_value_info("w", TensorProto.FLOAT, [4])]
+    model = helper.make_model(helper.make_graph([], "graph", [], outputs, [numbers]), ir_version=10)
+    folder, outside = tmp_path / "export", tmp_path / "outside.data"
+    folder.mkdir()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    open_session(folder / "model.onnx", threads=1)
+    (folder / "model.onnx.data").rename(outside)
+    (folder / "link.data").symlink_to(outside)
+    stored = onnx.load(folder / "model.onnx", load_external_data=False)
+    for entry in stored.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = place.format(outside=outside)
+    (folder / "model.onnx").write_bytes(stored.SerializeToString())
+    with pytest.raises(RuntimeUnusable, match="External data path") as error:
+        open_session(folder / "model.onnx", threads=1)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "boolq", "hellaswag", "winogrande"])
+def test_rows_of_tasks_are_no_templates(task_rows: Path, tmp_path: Path, name: str) -> None:
+    from kurtail_pl.stages.tasks.harness import parts_of
+
+    folder = Path(shutil.copytree(task_rows / name, tmp_path / name))
+    evil = "{{ ''.__class__ }}{% for a in b %}"
+    for file in folder.iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        changed = [{k: evil if isinstance(v, str) and len(v) > 1 else v for k, v in row.items()} for row in rows]
+        file.write_text("\n".join(map(json.dumps, changed)))
+    asked = parts_of(name, TaskSpec((name,), str(tmp_path)))[0].requests()
+    assert all("__class__" in "".join(map(str, request.args)) for request in asked)
 
 
 def test_a_card_reads_no_file_outside_its_folder(tmp_path: Path) -> None:

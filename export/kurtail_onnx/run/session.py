@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from kurtail_onnx.run.profiles import PROFILES, Profile
-from kurtail_pl.errors import RuntimeUnusable
+from kurtail_pl.errors import RuntimeUnusable, reason
 
 Device = Literal["cpu", "cuda"]
 PROVIDERS: dict[Device, list[Any]] = {
@@ -83,8 +83,7 @@ def open_session(
         session = runtime.InferenceSession(str(model), options, providers=PROVIDERS[device])
     except Exception as error:  # its exceptions have no common base below Exception
         raise RuntimeUnusable(
-            f"onnxruntime {runtime.__version__} cannot load {model}: {str(error).splitlines()[0]}; "
-            f"{OLDEST} or newer is needed"
+            f"onnxruntime {runtime.__version__} cannot load {model}: {reason(error)}; {OLDEST} or newer is needed"
         ) from error
     # A build that knows CUDA but cannot start it falls back to the CPU without an error.
     _require_provider(device, session.get_providers())
