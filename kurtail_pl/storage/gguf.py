@@ -23,6 +23,7 @@ from kurtail_pl.errors import CheckpointError, reason
 from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of
 from kurtail_pl.storage.gguf_config import ELSEWHERE, ROPE_TENSORS, config_of
 from kurtail_pl.storage.gguf_header import GgufHeader, read_header
+from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +49,17 @@ def from_gguf(path: Path, name: str) -> Path:
     header = read_header(path)
     _require_whole(header)
     folder = cache_folder() / "models" / f"{name}-{sha256_of(path)[:12]}-{CONVERSION}"
-    if (folder / "config.json").is_file():
-        return folder
-    config = config_of(header)
-    places = _places(header, config)
-    log.info("converting %s to %s", path.name, folder)
-    with new_folder(folder, overwrite=True) as partial:
-        model = _model(header, config)
-        _compare(header, model, places)
-        model.save_pretrained(partial)
-        _save_tokenizer(header, partial)
+    with alone_with(folder):
+        if (folder / "config.json").is_file():
+            return folder
+        config = config_of(header)
+        places = _places(header, config)
+        log.info("converting %s to %s", path.name, folder)
+        with new_folder(folder, overwrite=True) as partial:
+            model = _model(header, config)
+            _compare(header, model, places)
+            model.save_pretrained(partial)
+            _save_tokenizer(header, partial)
     return folder
 
 
