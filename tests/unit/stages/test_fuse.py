@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoTokenizer
 from kurtail_pl.errors import ArtefactError, DiskFull, GateError, UnsupportedArchitecture
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.stages.fuse import _Fuser, fuse
+from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.rotation_file import FILE
@@ -225,3 +227,28 @@ def test_an_unknown_family_is_refused(tiny: Path, rotations: Rotations, tmp_path
     with pytest.raises(UnsupportedArchitecture, match="bert"):
         fuse(Checkpoint(copy), rotations, "test", tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("other", ["nothing", "chat_template.jinja", "scales"])
+def test_a_model_is_fused_anew_when_anything_that_decides_it_has_changed(
+    tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path, other: str
+) -> None:
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    fuse(Checkpoint(model), rotations, "quarot", tmp_path / "fused")
+    written = (tmp_path / "fused" / "kurtail.json").stat().st_mtime_ns
+    scales = ScaleSpec(["values"], text) if other == "scales" else None
+    if other == "chat_template.jinja":
+        (model / other).write_text("{{ messages }}")
+    if other == "nothing":
+        # Another cost, another place.
+        rotations = replace(rotations, origin={**rotations.origin, "cost": {"seconds": 9.0}})
+        model = model.rename(tmp_path / "renamed")
+        fuse(Checkpoint(model), rotations, "quarot", tmp_path / "fused")
+        assert (tmp_path / "fused" / "kurtail.json").stat().st_mtime_ns == written
+        return
+    with pytest.raises(ArtefactError, match="exists"):
+        fuse(Checkpoint(model), rotations, "quarot", tmp_path / "fused", scales=scales)
+    fuse(Checkpoint(model), rotations, "quarot", tmp_path / "fused", overwrite=True, scales=scales)
+    assert (tmp_path / "fused" / "kurtail.json").stat().st_mtime_ns > written
+    if other != "scales":
+        assert (tmp_path / "fused" / other).read_text() == "{{ messages }}"

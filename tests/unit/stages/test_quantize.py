@@ -27,6 +27,7 @@ from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import Scheme
@@ -324,10 +325,14 @@ def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "undisturbed"}
 
 
-@pytest.mark.parametrize("change", ["percdamp", "windows", "fused model"])
+@pytest.mark.parametrize("change", ["percdamp", "windows", "content", "dtype", "fused model"])
 def test_unfinished_work_with_other_settings_is_refused(
     tiny: Path, fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text(Path(text.source).read_text())
+    text, compute = replace(text, source=str(own)), AUTO
+
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -340,14 +345,42 @@ def test_unfinished_work_with_other_settings_is_refused(
         spec, difference = replace(spec, gptq=GPTQ(percdamp=0.02)), "quantize.gptq.percdamp is 0.01, wanted 0.02"
     elif change == "windows":
         spec, difference = replace(spec, text=replace(text, windows=5)), "quantize.text.windows is 6, wanted 5"
+    elif change == "content":
+        difference = "another calibration text"
+        own.write_text(own.read_text().swapcase())
+    elif change == "dtype":
+        compute, difference = Compute(dtype="bfloat16"), "dtype is 'float32', wanted 'bfloat16'"
     else:
         source, difference = tmp_path / "other", "another fused"
         rotations = random_rotations(AutoConfig.from_pretrained(fused), 1)
         fuse(Checkpoint(tiny), rotations, "quarot", source)
     with pytest.raises(ResumeMismatch, match=difference):
-        quantize(source, spec, tmp_path / "out")
+        quantize(source, spec, tmp_path / "out", compute=compute)
     quantize(source, replace(spec, method="rtn"), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "kurtail.json").is_file()
+
+
+def test_the_same_text_and_model_elsewhere_go_on(
+    fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    solve, calls = LayerSolver.solve_layer, 0
+
+    def interrupted(self: LayerSolver, *rest: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        solve(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerSolver, "solve_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(fused, QuantizeSpec(text=text), tmp_path / "out")
+    copy = shutil.copytree(fused, tmp_path / "elsewhere")
+    spelled = shutil.copy(text.source, tmp_path / "spelled.txt")
+    caplog.set_level("INFO")
+    quantize(copy, QuantizeSpec(text=replace(text, source=str(spelled))), tmp_path / "out")
+    assert "going on after 2 finished parts" in caplog.text
 
 
 @pytest.mark.parametrize(
