@@ -2,50 +2,158 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from kurtail_pl.errors import ArtefactError, ConfigError
+from kurtail_pl.stages.placement import Place, device_of, dtype_of, place, spread
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.storage.files import new_folder
 from kurtail_pl.storage.folder import require_intact, skeleton
+from kurtail_pl.storage.resume import full_disk_is_ours
+from kurtail_pl.storage.sources import folder_of
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
 
+CPU = torch.device("cpu")
 
-def load(folder: str | Path) -> PreTrainedModel:
+
+def load(
+    folder: str | Path,
+    *,
+    device: Place | None = None,
+    dtype: str | torch.dtype = "float32",
+    device_map: Place | Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Give back the quantized model of an artefact folder, ready for `forward` and `generate`.
 
     Weights stay packed in memory and are dequantized when used; activations, keys and values are quantized on the fly.
-    The logits of a window equal those that were evaluated, bit for bit, on the same machine.
+    As it comes, in float32 on the CPU, the logits of a window equal those that were evaluated, bit for bit, on the same
+    machine. `save_pretrained` of an unchanged model copies its folder; of a changed one it raises ArtefactError.
 
     Args:
-        folder: what `kurtail fit`, `quantize` or `fuse` wrote.
+        folder: what `kurtail fit`, `quantize` or `fuse` wrote; a string may be a name on the Hugging Face hub too.
+        device: where the model goes; the CPU by default.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of what is no code. Rotary frequencies, the factors of online
+            Hadamards and the scales of weights keep their type, then and in a later `model.to(dtype)`.
+        device_map: instead of a device, ``auto`` or a map from modules to devices, for `accelerate`.
 
     Returns:
-        A model in evaluation mode, float32, on the CPU. The tokenizer loads from the same folder with
-        `transformers.AutoTokenizer`.
+        A model in evaluation mode. The tokenizer loads from the same folder with `transformers.AutoTokenizer`.
 
     Raises:
         ArtefactError: when the folder is not ours, incomplete or damaged.
-        CheckpointError: when a file is missing.
+        CheckpointError: when a file is missing, or the hub has none of that name.
+        ConfigError: when the type or device cannot be had, or the type does not hold the weights.
     """
-    folder = Path(folder)
-    require_intact(folder)
-    model = whole_model(Checkpoint(folder))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if device is not None and device_map is not None:
+        raise ConfigError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
+    kind, where = dtype_of(dtype), CPU if device is None else device_of(device)
+    path = folder.expanduser() if isinstance(folder, Path) else folder_of(folder)
+    require_intact(path)
+    model = whole_model(Checkpoint(path), kind, where)
+    model.config.dtype = kind
+    model.__class__ = type(type(model).__name__, (Loaded, type(model)), {"folder": path.resolve()})
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    if device_map is not None:
+        spread(model, device_map)
     return model
 
 
-def whole_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of any folder, plain or ours, with all its weights in memory: float32, on the CPU, evaluation mode."""
+def whole_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> PreTrainedModel:
+    """The model of any folder, plain or ours, with all its weights in memory, in evaluation mode.
+
+    Raises:
+        ConfigError: when the type does not hold the weights.
+    """
     model = skeleton(checkpoint)
+    for name, tensors in _parts(checkpoint, model):
+        part = model.get_submodule(name)
+        part.load_state_dict(tensors, assign=True)
+        place(part, name, dtype, device)
+    model.get_submodule(architecture_of(model.config).rotary).to(device)
+    return model
+
+
+def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each module of a model that is read at once, by name, and its tensors, floats as float32."""
     architecture = architecture_of(model.config)
     layers = [f"{architecture.layers}.{index}" for index in range(len(layers_of(model, architecture)))]
     for name in (architecture.embedding, architecture.final_norm, architecture.head, *layers):
         state = module_state(checkpoint.tensors_under(name), architecture)
-        tensors = {key: to_float(tensor, torch.float32) for key, tensor in state.items()}
-        model.get_submodule(name).load_state_dict(tensors, assign=True)
-    return model
+        yield name, {key: to_float(tensor, torch.float32) for key, tensor in state.items()}
+
+
+class Loaded(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What `load` adds to the class of a model.
+
+    Attributes:
+        folder: where it came from.
+    """
+
+    folder: ClassVar[Path]
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
+        """Copy the folder that the model came from, tokenizer, card and all, to a new one.
+
+        transformers' own method would write what nothing loads. Its other options have no meaning here.
+
+        Raises:
+            ArtefactError: when the model is no longer what the folder holds, or the new folder is not empty.
+        """
+        target = Path(save_directory)
+        if options.get("state_dict") is not None or options.get("push_to_hub"):
+            raise ArtefactError(
+                "save_pretrained copies the model's folder; upload it with huggingface_hub's upload_folder"
+            )
+        if not is_main_process or target.resolve() == self.folder:
+            return
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ArtefactError(f"{target} is not empty; name a new folder, and save the tokenizer after the model")
+        require_intact(self.folder)
+        if changed := _changed(self):
+            raise ArtefactError(
+                f"{changed} is not what {self.folder} holds, and only an unchanged model can be saved; load it again"
+            )
+        with full_disk_is_ours(target), new_folder(target, overwrite=False) as partial:
+            shutil.copytree(self.folder, partial, dirs_exist_ok=True)
+
+
+def _changed(model: Loaded) -> str | None:
+    """Name of the first module or tensor that differs from what `load` made of its folder; None for none."""
+    checkpoint = Checkpoint(model.folder)
+    fresh = skeleton(checkpoint)
+    wanted, found = (dict[str, nn.Module](m.named_modules()) for m in (fresh, model))
+    name: str
+    for name in {**wanted, **found}:
+        module, other = wanted.get(name), found.get(name)
+        if module is None or other is None or _settings(module) != _settings(other):
+            return name
+    for name, tensors in _parts(checkpoint, fresh):
+        state = model.get_submodule(name).state_dict()
+        for key in {**tensors, **state}:
+            if key not in tensors or key not in state or not _equal(tensors[key], state[key]):
+                return f"{name}.{key}"
+    return None
+
+
+def _settings(module: nn.Module) -> list[object]:
+    """What modules of ours have beside tensors."""
+    return [getattr(module, name, None) for name in ("activations", "weights", "keys", "values", "sinks")]
+
+
+def _equal(stored: Tensor, loaded: Tensor) -> bool:
+    return stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded.cpu())

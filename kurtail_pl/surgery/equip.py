@@ -14,6 +14,7 @@ from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Grid, Quantizer
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
+from kurtail_pl.surgery.exact import exact_class
 from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -38,7 +39,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         separate_experts(layer, architecture)
         check_layer(layer, architecture)
     rotary = model.get_submodule(architecture.rotary)
-    model.set_submodule(architecture.rotary, type(rotary)(config=config))
+    model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=config))
     model.train(False).requires_grad_(False)
     return model
 

@@ -10,10 +10,11 @@ from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.normal_grid import NormalQuantizer, dequantize_normal
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize, fake_quantize
 from kurtail_pl.maths.weights import pack_codes, unpack_codes
+from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.rotations import OnlineHadamard
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Exact):
     """``y = Q_a(x H - c) W^T + b`` with an optional online rotation H, activation quantizer Q_a and packed weight W.
 
     The centre c, ``[in]``, is there after `subtract`: the mean of the rotated inputs, whose product with the weight the
@@ -30,6 +31,8 @@ class QuantizedLinear(nn.Module):
         rotation: factors of H; the inverse must be fused in the weight.
         activations: quantizer of the input.
     """
+
+    exact = ("scale", "input_scale")
 
     centre: Tensor | None
     input_scale: Tensor | None

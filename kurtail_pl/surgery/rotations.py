@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
+from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.families import architecture_of
 
 
@@ -80,7 +81,7 @@ def random_fused(
     return residual, value if kv_heads is None else value.view(layers, kv_heads, head_dim, head_dim)
 
 
-class OnlineHadamard(nn.Module):
+class OnlineHadamard(Exact):
     """A Hadamard rotation of the last dimension at run time; its two factors are not part of the state dict."""
 
     left: Tensor

@@ -1,0 +1,33 @@
+"""Buffers that a cast leaves as they are: rounded to half precision they would be another model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+from torch import Tensor, nn
+
+
+class Exact(nn.Module):
+    """A module with buffers that `.to(dtype)`, `.half()` and the like move and do not cast.
+
+    Attributes:
+        exact: names of these buffers; None for all that the module itself has.
+    """
+
+    exact: ClassVar[tuple[str, ...] | None] = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What every cast and move of a module comes down to."""
+        before = {name: buffer for name, buffer in self._buffers.items() if self.exact is None or name in self.exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+def exact_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module of transformers, all of whose buffers are exact."""
+    return type(kind.__name__, (Exact, kind), {"__module__": kind.__module__})
