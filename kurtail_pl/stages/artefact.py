@@ -17,7 +17,6 @@ from kurtail_pl.stages.placement import Place, device_of, dtype_of, place, sprea
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.storage.files import new_folder
 from kurtail_pl.storage.folder import require_intact, skeleton
-from kurtail_pl.storage.resume import full_disk_is_ours
 from kurtail_pl.storage.sources import folder_of
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
@@ -128,7 +127,7 @@ class Loaded(PreTrainedModel):  # type: ignore[no-untyped-call]
             raise ArtefactError(
                 f"{changed} is not what {self.folder} holds, and only an unchanged model can be saved; load it again"
             )
-        with full_disk_is_ours(target), new_folder(target, overwrite=False) as partial:
+        with new_folder(target, overwrite=False) as partial:
             shutil.copytree(self.folder, partial, dirs_exist_ok=True)
 
 
