@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import with_config
 from torch import Tensor
 
 from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
@@ -21,11 +23,13 @@ from kurtail_pl.storage.files import sha256_of_text, write_json
 from kurtail_pl.storage.folder import is_ours, read_card, rotations_of
 from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
 from kurtail_pl.streaming.compute import AUTO, Compute
-from kurtail_pl.surgery.scheme import FLOAT
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 RESULTS = "results.json"
 FLOAT_METHOD = "float"
+MEASURE = "remove that file and measure again with kurtail eval"
 
 LABELS = {
     "float": "float", "none": "none", "rtn": "RTN", "gptq": "GPTQ", "higgs": "HIGGS", "quarot": "QuaRot",
@@ -129,10 +133,89 @@ def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Cost:
+    seconds: float
+    peak_bytes: float
+    cpu_seconds: float = 0.0
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Evaluation:
+    perplexity: float
+    source: str
+    windows: int
+    seqlen: int
+    tokens: int
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Kurtosis:
+    mean: float
+    max: float
+    rows: int
+    sites: dict[str, float]
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Measured:
+    model_sha256: str
+
+
+@dataclass(frozen=True)
+class _Perplexity:
+    """What is read of results with a perplexity."""
+
+    method: str
+    model: str
+    measured: _Measured
+    scheme: Scheme
+    evaluation: _Evaluation
+    kurtosis: _Kurtosis
+    cost: dict[str, _Cost]
+    disk_bytes: int
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Task:
+    value: float
+    stderr: float | None
+    rows: int
+    groups: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """What is read of results with tasks."""
+
+    settings: dict[str, Any]
+    harness: str
+    files_sha256: dict[str, str]
+    tasks: dict[str, _Task]
+    skipped: dict[str, str]
+    mean: float | None
+    mean_stderr: float | None
+    mmlu: float | None
+    mathqa: float | None
+
+
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read `results.json`; raises ArtefactError when there is none."""
-    try:
-        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ArtefactError(f"{folder} has no results ({error}); run kurtail eval on it") from error
+    """Read `results.json`.
+
+    Raises:
+        ArtefactError: when there is none, or a field is missing or of another type.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise ArtefactError(f"{folder} has no {RESULTS}; run kurtail eval on it with --text and --store")
+    results = read_object(path, ArtefactError, MEASURE)
+    if "evaluation" in results:
+        fields_of(results, _Perplexity, path, ArtefactError, MEASURE)
+    if "tasks" in results:
+        fields_of(results["tasks"], _Tasks, path, ArtefactError, MEASURE)
     return results

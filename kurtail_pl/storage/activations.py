@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kurtail_pl.errors import StoreMismatch, reason
+from kurtail_pl.errors import StoreMismatch, listed, reason
 from kurtail_pl.storage.files import claim, sha256_of, write_json
 from kurtail_pl.storage.records import fields_of, read_object, require_format
 from kurtail_pl.storage.resume import differences
@@ -182,7 +182,7 @@ class ActivationStore:
         found = differences(self.origin.key, wanted.key)
         if found:
             raise StoreMismatch(
-                f"store {self.folder} was made from something else: {'; '.join(found)}; "
+                f"store {self.folder} was made from something else: {listed(found)}; "
                 "name another store folder, or remove this one to capture again"
             )
 

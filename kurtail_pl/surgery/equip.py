@@ -81,8 +81,15 @@ def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Ro
 
 
 def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
-    """Make every equipped module expect what quantization adds to a checkpoint: prefix, centres, grids and codes."""
+    """Make every equipped module expect what quantization adds to a checkpoint: prefix, centres, grids and codes.
+
+    Raises:
+        ConfigError: when `higgs_bits` are not as many as layers.
+    """
     architecture = architecture_of(model.config)
+    layers = len(layers_of(model, architecture))
+    if scheme.higgs_bits is not None and len(scheme.higgs_bits) != layers:
+        raise ConfigError(f"higgs_bits are {len(scheme.higgs_bits)} numbers and the model has {layers} layers")
     heads, head_dim = model.config.num_key_value_heads, head_dim_of(model.config)
     for index, layer in enumerate(layers_of(model, architecture)):
         attention = layer.get_submodule(architecture.attention)

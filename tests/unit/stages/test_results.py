@@ -76,7 +76,7 @@ def test_results_of_a_folder(
 def test_no_results(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / RESULTS).write_text(content)
-    with pytest.raises(ArtefactError, match=r"has no results.*kurtail eval"):
+    with pytest.raises(ArtefactError, match=r"results.json.*kurtail eval"):
         read_results(tmp_path)
 
 
