@@ -71,8 +71,9 @@ def mixtral() -> PretrainedConfig:
 
 
 def qwen3_moe() -> PretrainedConfig:
+    """A dense layer, wider than the experts, between two mixtures."""
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": False}
-    return Qwen3MoeConfig(**sizes(attention_bias=True), **experts)
+    return Qwen3MoeConfig(**sizes(attention_bias=True), **experts, mlp_only_layers=[1])
 
 
 def smollm3() -> PretrainedConfig:

@@ -26,6 +26,7 @@ ROTATIONS = {
     "query_key": ("R3", "node query_key_R3/Hadamard on all heads of queries and keys after the rotary embedding"),
     "attention_output": ("R4", "node attention_output_R4/Hadamard on the input of the output projection"),
     "mlp_hidden": ("R5", "node mlp_hidden_R5/Hadamard on the input of the down projection"),
+    "dense_hidden": ("R5", "node dense_hidden_R5/Hadamard on the input of a mixture's dense layers' down projection"),
 }
 
 CENTRE = {

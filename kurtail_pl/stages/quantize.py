@@ -38,7 +38,7 @@ from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.attention import put_prefix
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import architecture_of, mlp_widths
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.scheme import FLOAT, Scheme, require_normal
@@ -264,8 +264,7 @@ def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
     if bits is not None and len(bits) != layers:
         raise ConfigError(f"higgs_bits are {len(bits)} numbers and this model has {layers} layers; give one for each")
     head_dim = head_dim_of(config)
-    mlp_width: int = getattr(config, architecture.mlp_width)
-    inputs = (config.hidden_size, config.num_attention_heads * head_dim, mlp_width)
+    inputs = (config.hidden_size, config.num_attention_heads * head_dim, *mlp_widths(config))
     widths = {"weights": inputs, "activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
     for name, sizes in widths.items():
         quantizer: Quantizer | None = getattr(scheme, name)

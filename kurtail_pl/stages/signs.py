@@ -26,7 +26,7 @@ from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.rotations import Rotations
 
-ONLINE = ("attention_output", "mlp_hidden")
+ONLINE = ("attention_output", "mlp_hidden", "dense_hidden")
 """R4 and R5. The signs of R3 are not chosen: its keys may be centred before they are rounded, which fusion does not
 know, and their offsets would decide."""
 ROUNDING = Quantizer(4, symmetric=False)
@@ -145,7 +145,13 @@ def sign_errors(
 @contextmanager
 def _rounded(layer: nn.Module, architecture: Architecture, draws: Draws) -> Iterator[dict[str, Tensor]]:
     """While a layer runs; afterwards, the mean error of what is read behind each candidate, ``[candidates]``."""
-    readers = {"attention_output": (architecture.output,), "mlp_hidden": architecture.mlp_writers(layer)}
+    readers = {"attention_output": [architecture.output]}
+    for name in ("mlp_hidden", "dense_hidden"):
+        readers[name] = [
+            writer
+            for writer in architecture.mlp_writers(layer)
+            if name in draws and folding.linear_of(layer, writer).in_features == draws[name][0].size
+        ]
     sums = {name: torch.zeros(len(candidates) + 1, dtype=torch.float64) for name, candidates in draws.items()}
 
     def see(name: str, rows: Tensor) -> None:

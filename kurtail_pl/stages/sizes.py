@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import architecture_of, is_dense, mlp_widths
 from kurtail_pl.surgery.rotations import head_dim_of
 
 
@@ -20,8 +20,8 @@ class Sizes:
         hidden: width of the residual stream.
         widest: width of the widest linear's input, which decides the largest Hessian.
         wide: parameters of that linear.
-        layer: parameters of one decoder layer.
-        active: of these, the ones that one token meets (fewer, in a mixture).
+        layer: parameters of one decoder layer, the largest.
+        active: parameters that one token meets in a layer (fewer, in a mixture), the mean over layers.
         attention: query heads times their width.
         embedding: parameters of the embedding; the head has as many.
         stored: bytes of a parameter on disk.
@@ -45,20 +45,22 @@ class Sizes:
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """Sizes from a configuration; raises UnsupportedArchitecture for an unknown family."""
     architecture = architecture_of(config)
-    hidden, head_dim, width = config.hidden_size, head_dim_of(config), getattr(config, architecture.mlp_width)
+    hidden, head_dim, widths = config.hidden_size, head_dim_of(config), mlp_widths(config)
     attention, cache = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    mlp = 3 * hidden * width
     experts = (getattr(config, "num_local_experts", None) or config.num_experts) if architecture.experts else 1
     chosen = config.num_experts_per_tok if architecture.experts else 1
     heads = 2 * hidden * (attention + cache)
+    # Channels of each layer's MLP, all of them and those that a token meets.
+    kinds = ((experts * widths[0], chosen * widths[0]), (widths[-1], widths[-1]))
+    channels = [kinds[is_dense(config, layer)] for layer in range(config.num_hidden_layers)]
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return Sizes(
         layers=config.num_hidden_layers,
         hidden=hidden,
-        widest=max(width, attention, hidden),
-        wide=max(width, attention, hidden) * hidden,
-        layer=heads + experts * mlp,
-        active=heads + chosen * mlp,
+        widest=max(*widths, attention, hidden),
+        wide=max(*widths, attention, hidden) * hidden,
+        layer=heads + 3 * hidden * max(size for size, _ in channels),
+        active=heads + 3 * hidden * sum(met for _, met in channels) // len(channels),
         attention=attention,
         embedding=config.vocab_size * hidden,
         stored=dtype.itemsize,

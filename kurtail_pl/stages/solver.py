@@ -118,7 +118,7 @@ class LayerSolver:
         def normed() -> Iterator[Tensor]:
             yield from map(norm, states)
 
-        if architecture.router is not None:
+        if architecture.has_experts(layer):
             self._experts(layer, prefix, normed)
             block = layer.get_submodule(architecture.mlp)
             states.fill(h + block(norm(h)) for h in states)

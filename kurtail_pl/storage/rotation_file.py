@@ -18,7 +18,7 @@ from kurtail_pl.surgery.rotations import Rotations
 FILE = "rotations.safetensors"
 METADATA = "rotations"
 FUSED = ("residual", "value")
-ONLINE = ("query_key", "attention_output", "mlp_hidden")
+ONLINE = ("query_key", "attention_output", "mlp_hidden", "dense_hidden")
 
 
 def write_rotations(path: Path, rotations: Rotations) -> None:

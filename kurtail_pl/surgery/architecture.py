@@ -36,7 +36,7 @@ class Architecture:
         down: see `gate`.
         mlp_width: key of the configuration that holds the width `down` reads.
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
-        experts: list of experts; None for a dense model.
+        experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
         on_disk: (module name, name in checkpoints), parts of names that differ within a decoder layer.
     """
 
@@ -71,9 +71,17 @@ class Architecture:
         """Linears of a layer that read the attention norm."""
         return tuple(dict.fromkeys((self.query, self.key, self.value)))
 
+    def has_experts(self, layer: nn.Module) -> bool:
+        """Whether a layer is a mixture; a mixture model may have dense layers in between."""
+        return self.experts is not None and any(name == self.experts for name, _ in layer.named_modules())
+
+    def router_of(self, layer: nn.Module) -> str | None:
+        """What chooses a layer's experts; None for a dense layer."""
+        return self.router if self.has_experts(layer) else None
+
     def gated_mlps(self, layer: nn.Module) -> tuple[str, ...]:
         """The gated MLPs of a layer: its only one, or every expert."""
-        if self.experts is None:
+        if self.experts is None or not self.has_experts(layer):
             return (self.mlp,)
         return tuple(f"{self.experts}.{name}" for name, _ in layer.get_submodule(self.experts).named_children())
 
@@ -103,9 +111,9 @@ def check_layer(layer: nn.Module, architecture: Architecture) -> None:
     """
     modules = dict(layer.named_modules())
     expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms}
-    expected |= {name for name in (architecture.router, architecture.experts) if name is not None}
-    if architecture.experts is None or architecture.experts in modules:
-        expected |= set(architecture.linears(layer))
+    if architecture.has_experts(layer):
+        expected |= {name for name in (architecture.router, architecture.experts) if name is not None}
+    expected |= set(architecture.linears(layer))
     missing = sorted(expected - set(modules))
     weighted = {name or "(the layer itself)" for name, m in modules.items() if list(m.parameters(recurse=False))}
     unknown = sorted(weighted - expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -76,7 +77,8 @@ def equip_layer(
 def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> dict[str, HadamardFactors]:
     """The linears of a decoder layer whose input is rotated at run time, and by what: R4 and R5."""
     online = {architecture.output: rotations.attention_output}
-    online |= dict.fromkeys(architecture.mlp_writers(layer), rotations.mlp_hidden)
+    for name in architecture.mlp_writers(layer):
+        online[name] = rotations.hidden(cast(nn.Linear, layer.get_submodule(name)).in_features)
     return {name: factors for name, factors in online.items() if factors is not None}
 
 

@@ -59,7 +59,7 @@ class Experts(nn.ModuleList):
 def separate_experts(layer: nn.Module, architecture: Architecture) -> None:
     """Put `Experts` in the place of a decoder layer's fused experts; a layer without any is left as it is."""
     name = architecture.experts
-    if name is not None and name in dict(layer.named_modules()):
+    if name is not None and architecture.has_experts(layer):
         with torch.device("meta"):
             layer.set_submodule(name, Experts(layer.get_submodule(name)))
 

@@ -84,6 +84,22 @@ REFUSED: dict[str, str] = {
 """Families that cannot be rotated exactly as they are, and why."""
 
 
+def is_dense(config: PretrainedConfig, layer: int) -> bool:
+    """Whether a decoder layer, by its number, has one gated MLP, in a mixture too."""
+    if architecture_of(config).experts is None:
+        return True
+    dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    return layer in dense or getattr(config, "num_experts", 1) == 0 or (layer + 1) % step != 0
+
+
+def mlp_widths(config: PretrainedConfig) -> tuple[int, ...]:
+    """Widths that down projections read: of the model's gated MLPs or experts, and of a mixture's dense layers."""
+    widths: list[int] = [getattr(config, architecture_of(config).mlp_width)]
+    if any(is_dense(config, layer) for layer in range(config.num_hidden_layers)):
+        widths.append(config.intermediate_size)
+    return tuple(dict.fromkeys(widths))
+
+
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Record of a model's family.
 

@@ -45,8 +45,8 @@ def norm_readers(layer: nn.Module, architecture: Architecture, norm: str) -> lis
 
 def mlp_norm_readers(layer: nn.Module, architecture: Architecture) -> tuple[str, ...]:
     """All that reads the MLP norm: linears and, in a mixture, the router."""
-    router = () if architecture.router is None else (architecture.router,)
-    return (*router, *architecture.mlp_readers(layer))
+    router = architecture.router_of(layer)
+    return (*(() if router is None else (router,)), *architecture.mlp_readers(layer))
 
 
 def rotate_input(reader: nn.Module, rotation: Tensor) -> None:

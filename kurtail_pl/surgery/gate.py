@@ -91,5 +91,6 @@ def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) ->
     """Make a decoder layer's norms and router compute in their input's dtype."""
     for norm in (architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms):
         use_exact_norm(layer, norm, eps)
-    if architecture.router is not None:
-        layer.set_submodule(architecture.router, ExactRouter(layer.get_submodule(architecture.router)))
+    router = architecture.router_of(layer)
+    if router is not None:
+        layer.set_submodule(router, ExactRouter(layer.get_submodule(router)))

@@ -36,7 +36,7 @@ def checkpoint_state(state: Mapping[str, Tensor], architecture: Architecture) ->
 
 def stacked(layer: nn.Module, architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Stacked experts of a decoder layer: name -> shape, and the weights of our modules that it holds."""
-    if architecture.experts is None:
+    if not architecture.has_experts(layer):
         return {}
     mlps = architecture.gated_mlps(layer)
     gate = cast(nn.Linear, layer.get_submodule(f"{mlps[0]}.{architecture.gate}"))

@@ -68,9 +68,11 @@ def _turn_layer(
 ) -> None:
     folding.fold_layer_norms(layer, architecture)
     writers = architecture.mlp_writers(layer)
-    if online.mlp_hidden is not None:
-        for name in writers:
-            folding.absorb_online(folding.linear_of(layer, name), online.mlp_hidden)
+    for name in writers:
+        linear = folding.linear_of(layer, name)
+        factors = online.hidden(linear.in_features)
+        if factors is not None:
+            folding.absorb_online(linear, factors)
     equip_layer(layer.float(), architecture, scheme, online, value.shape[-1])
 
     def per_head() -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
 from kurtail_pl.surgery.exact import Exact
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import mlp_widths
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Rotations:
         query_key: R3, queries and keys after RoPE, size head_dim; online, scores are unchanged.
         attention_output: R4, input of `o_proj`, size heads * head_dim; online, inverse fused.
         mlp_hidden: R5, input of `down_proj` (of every expert), size of the MLP's width; online, inverse fused.
+        dense_hidden: the same for the dense layers of a mixture, where they are of another width than its experts.
         origin: how they came about (seed, settings, cost), as plain data for JSON.
     """
 
@@ -32,7 +34,23 @@ class Rotations:
     query_key: HadamardFactors | None = None
     attention_output: HadamardFactors | None = None
     mlp_hidden: HadamardFactors | None = None
+    dense_hidden: HadamardFactors | None = None
     origin: dict[str, Any] = field(default_factory=dict)
+
+    def hidden(self, width: int) -> HadamardFactors | None:
+        """R5 of the gated MLPs of a width.
+
+        Raises:
+            CheckpointError: when there is an R5, and none of that width.
+        """
+        found = [factors for factors in (self.mlp_hidden, self.dense_hidden) if factors is not None]
+        fits = next((factors for factors in found if factors.size == width), None)
+        if found and fits is None:
+            raise CheckpointError(
+                f"R5 is of size {' and '.join(str(factors.size) for factors in found)} and an MLP of this model has "
+                f"{width} channels; give the rotations of this model"
+            )
+        return fits
 
     @property
     def any_online(self) -> bool:
@@ -53,7 +71,7 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
     R1 with the same seed are compared with the same online rotations.
     """
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
-    mlp_width: int = getattr(config, architecture_of(config).mlp_width)
+    width, *dense = mlp_widths(config)
     online = torch.Generator().manual_seed(seed)
     residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed)
     return Rotations(
@@ -61,7 +79,8 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
         value=value,
         query_key=random_hadamard_factors(head_dim, online),
         attention_output=random_hadamard_factors(heads * head_dim, online),
-        mlp_hidden=random_hadamard_factors(mlp_width, online),
+        mlp_hidden=random_hadamard_factors(width, online),
+        dense_hidden=random_hadamard_factors(dense[0], online) if dense else None,
         origin={"seed": seed},
     )
 

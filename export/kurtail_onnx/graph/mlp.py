@@ -34,7 +34,9 @@ def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, some: bool = 
         states = g.ops("Split", states[0], outputs=2, axis=-1, num_outputs=2)
     gate, up = states
     hidden = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-    if source.rotations.mlp_hidden is not None:
-        hidden = hadamard(g, hidden, source.rotations.mlp_hidden, "mlp_hidden_R5")
     down = f"{name}.{names.down}"
+    rotation = source.rotations.hidden(source.linear(down).in_features)
+    if rotation is not None:
+        kind = "mlp_hidden" if rotation is source.rotations.mlp_hidden else "dense_hidden"
+        hidden = hadamard(g, hidden, rotation, f"{kind}_R5")
     return step.linear(down, step.read(hidden, down, "down_in", some))

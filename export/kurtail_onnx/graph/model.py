@@ -60,7 +60,7 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
         normed = rms_norm(step, f"{prefix}.{names.attention_norm}", hidden)
         hidden = g.op("Add", hidden, attention(step, index, normed), name="attention_residual")
         normed = rms_norm(step, f"{prefix}.{names.mlp_norm}", hidden)
-        block = mlp if names.experts is None else mixture
+        block = mixture if names.has_experts(source.layers[index]) else mlp
         return g.op("Add", hidden, block(step, index, normed), name="mlp_residual")
 
 

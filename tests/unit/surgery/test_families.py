@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,13 @@ from transformers import (
 )
 from walks import embed
 
-from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, online_rotations
-from kurtail_pl.surgery.families import LLAMA, architecture_of
+from kurtail_pl.surgery.families import LLAMA, architecture_of, is_dense
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
@@ -124,7 +126,7 @@ def test_folding_and_rotating_changes_nothing(name: str, per_head: bool) -> None
     if per_head:
         sizes = config.num_hidden_layers, config.hidden_size, head_dim_of(config)
         residual, value = random_fused(*sizes, 2, config.num_key_value_heads)
-        rotations = Rotations(residual, value, rotations.query_key, rotations.attention_output, rotations.mlp_hidden)
+        rotations = replace(rotations, residual=residual, value=value)
     ours = make_exact(rotated(plain, rotations))
     in_float32 = rotated(plain, rotations).float()
     for run in (prefill, decode):
@@ -186,11 +188,38 @@ def test_what_cannot_be_rotated_is_refused_with_the_reason(config: GPT2Config, r
         empty_model(config)
 
 
-def test_a_dense_layer_among_experts_is_refused() -> None:
+DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
+    "one": ({"mlp_only_layers": [0]}, [True, False, False]),
+    "every other": ({"mlp_only_layers": [], "decoder_sparse_step": 2}, [True, False, True]),
+    "both": ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, [True, True, True]),
+    "as wide as an expert": ({"mlp_only_layers": [1], "intermediate_size": 20}, [False, True, False]),
+    "none": ({"mlp_only_layers": []}, [False, False, False]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", DENSE)
+def test_dense_layers_among_experts(case: str) -> None:
+    changes, dense = DENSE[case]
+    plain, exact = (tiny_family("qwen3_moe", **changes) for _ in range(2))
+    config = plain.config
+    assert [not hasattr(layer.mlp, "experts") for layer in plain.model.layers] == dense
+    assert [is_dense(config, layer) for layer in range(3)] == dense
+    widths = {20} if not all(dense) else set()
+    widths |= {config.intermediate_size} if any(dense) else set()
+    found = random_rotations(config, 1)
+    sizes = {factors.size for factors in (found.mlp_hidden, found.dense_hidden) if factors is not None}
+    assert widths <= sizes <= widths | {20}
+    ours = make_exact(rotated(plain, found))
+    for run in (prefill, decode):
+        assert change(run(make_exact(exact)), run(ours)) < 1e-8, run
+
+
+def test_an_online_rotation_of_no_mlps_width_is_refused() -> None:
     config = FAMILIES["qwen3_moe"]()
-    config.mlp_only_layers = [1]
-    with pytest.raises(UnsupportedArchitecture, match=r"missing modules \['mlp.experts', 'mlp.gate'\]"):
-        empty_model(config)
+    rotations = replace(random_rotations(config, 1), dense_hidden=None)
+    with pytest.raises(CheckpointError, match=r"R5 is of size 20 and an MLP of this model has 172 channels"):
+        equip_model(empty_model(config), FLOAT, rotations)
 
 
 def test_weights_that_a_record_does_not_know_are_named() -> None:
