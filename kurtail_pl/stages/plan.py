@@ -189,9 +189,9 @@ def _learn(run: _Run, learning: Learning) -> StagePlan:
         return StagePlan("learn", memory, disk, products + cayley, 0.0, knob, device)
     tokens = learning.batch_windows * learning.seqlen
     # Weights as they are and as rotated, two steps of them; and what the backward pass needs of every layer.
-    weights = 3 * s.layers * s.layer + 2 * s.embedding
+    weights = 3 * s.stack + 2 * s.embedding
     kept = s.layers * tokens * (KEPT_HIDDEN * s.hidden + KEPT_WIDE * s.widest) + 4 * tokens * run.vocabulary
-    turned = 2.0 * s.layers * s.layer * s.hidden
+    turned = 2.0 * s.stack * s.hidden
     forward = s.forward(tokens, learning.seqlen) + 2.0 * tokens * s.embedding + turned
     taken = (weights + kept) * FLOAT32 + 12 * square * FLOAT32
     return StagePlan(
@@ -214,7 +214,7 @@ def _fuse(run: _Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StageP
     rows = s.embedding * FLOAT32 + 4 * ROWS * s.hidden * FLOAT64
     turned = s.layer * FLOAT64 + 3 * s.wide * FLOAT64
     # Float64 products take twice as long.
-    flops, states, passes = 2 * 2.0 * s.hidden * (s.layers * s.layer + 2 * s.embedding), 0, 0.0
+    flops, states, passes = 2 * 2.0 * s.hidden * (s.stack + 2 * s.embedding), 0, 0.0
     if scales is not None:
         measured = _tokens(scales.text)
         states = 2 * measured * s.hidden * FLOAT64
@@ -232,7 +232,7 @@ def _fuse(run: _Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StageP
         states,
         square + max(ends, rows, layer, turned),
         3 * square + max(rows, turned),
-        (s.layers * s.layer + 2 * s.embedding) * FLOAT32 + states,
+        (s.stack + 2 * s.embedding) * FLOAT32 + states,
         flops,
         passes,
         "a disk or machine with more room: fusion holds one layer in float64",
@@ -266,9 +266,9 @@ def _quantize(run: _Run, spec: QuantizeSpec) -> StagePlan:
         kept,
         max(embedding + s.embedding * FLOAT16, solved, noisy + 2 * s.layer * value if copies else 0),
         max(embedding, solved + run.window(spec.text)) + SEARCH_BYTES,
-        s.layers * s.layer // 2 + 2 * s.embedding * FLOAT16 + kept + noisy,
+        s.stack // 2 + 2 * s.embedding * FLOAT16 + kept + noisy,
         flops,
-        SEARCH_PASSES * float(s.layers * s.layer) if searched else 0.0,
+        SEARCH_PASSES * float(s.stack) if searched else 0.0,
         "fewer calibration windows (quantize.text.windows)",
     )
 

@@ -20,6 +20,7 @@ class Sizes:
         hidden: width of the residual stream.
         widest: width of the widest linear's input, which decides the largest Hessian.
         wide: parameters of that linear.
+        stack: parameters of all decoder layers.
         layer: parameters of one decoder layer, the largest.
         active: parameters that one token meets in a layer (fewer, in a mixture), the mean over layers.
         attention: query heads times their width.
@@ -31,6 +32,7 @@ class Sizes:
     hidden: int
     widest: int
     wide: int
+    stack: int
     layer: int
     active: int
     attention: int
@@ -59,6 +61,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
         hidden=hidden,
         widest=max(*widths, attention, hidden),
         wide=max(*widths, attention, hidden) * hidden,
+        stack=sum(heads + 3 * hidden * size for size, _ in channels),
         layer=heads + 3 * hidden * max(size for size, _ in channels),
         active=heads + 3 * hidden * sum(met for _, met in channels) // len(channels),
         attention=attention,

@@ -119,4 +119,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"model type {config.model_type!r} has no architecture record (known: {known}); "
             "use one of those, or add a record as CONTRIBUTING.md describes"
         )
+    step = getattr(config, "decoder_sparse_step", 1)
+    if record.experts is not None and (not isinstance(step, int) or step < 1):
+        raise UnsupportedArchitecture(f"decoder_sparse_step is {step!r}; expected 1 or more; mend config.json")
     return record

@@ -51,13 +51,15 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     model = tiny_family(name)
     weights = {n: p.numel() for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n}
     router = {n for n in weights if n.endswith("mlp.gate.weight")}
-    layer = sum(count for n, count in weights.items() if n.startswith("model.layers.0.") and n not in router)
+    layers, active = [], 0
+    for i in range(3):
+        own = {n: count for n, count in weights.items() if n.startswith(f"model.layers.{i}.") and n not in router}
+        layers.append(sum(own.values()))
+        experts = {n: p for n, p in model.named_parameters() if n.startswith(f"model.layers.{i}.mlp.experts")}
+        active += layers[-1] - sum(p.numel() * (len(p) - 2) // len(p) for p in experts.values())
     sizes = sizes_of(model.config)
-    assert sizes.layer == layer
+    assert (sizes.stack, sizes.layer, sizes.active) == (sum(layers), max(layers), active // 3)
     assert sizes.embedding == weights["model.embed_tokens.weight"]
-    experts = {n: p for n, p in model.named_parameters() if n.startswith("model.layers.0.mlp.experts")}
-    idle = sum(p.numel() * (len(p) - 2) // len(p) for p in experts.values())
-    assert sizes.active == layer - idle
 
 
 def test_flops_of_a_forward_pass_by_hand() -> None:

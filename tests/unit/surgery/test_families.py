@@ -215,6 +215,13 @@ def test_dense_layers_among_experts(case: str) -> None:
         assert change(run(make_exact(exact)), run(ours)) < 1e-8, run
 
 
+def test_every_zeroth_layer_is_no_mixture() -> None:
+    config = FAMILIES["qwen3_moe"]()
+    config.decoder_sparse_step = 0
+    with pytest.raises(UnsupportedArchitecture, match=r"decoder_sparse_step is 0; expected 1 or more"):
+        empty_model(config)
+
+
 def test_an_online_rotation_of_no_mlps_width_is_refused() -> None:
     config = FAMILIES["qwen3_moe"]()
     rotations = replace(random_rotations(config, 1), dense_hidden=None)
