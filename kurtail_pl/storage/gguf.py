@@ -69,17 +69,14 @@ def _require_whole(header: GgufHeader) -> None:
     if not isinstance(count, int) or count < 2:
         return
     path, found = header.path, PART.search(header.path.name)
-    number = header.metadata.get("split.no", 0) + 1
-    if found is None:
+    if found is None or int(found[2]) != count:
         raise CheckpointError(f"{path} is one of the {count} parts of a model; give a file that holds all of it")
     parts = [path.with_name(f"{path.name[: found.start()]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
-    first = (
-        f"{', '.join(missing[:2])} {'and others are' if len(missing) > 2 else 'is'} missing beside it; get all parts, "
-    )
+    others = f"{', '.join(missing[:2])} {'and others are' if len(missing) > 2 else 'is'} missing beside it; get all, "
     raise CheckpointError(
-        f"{path} is part {number} of {count} of a model; {first if missing else ''}join them and give the whole: "
-        f"llama-gguf-split --merge {parts[0].name} WHOLE.gguf"
+        f"{path} is part {int(found[1])} of {count} of a model; {others if missing else ''}join them and give the "
+        f"whole: llama-gguf-split --merge {parts[0].name} WHOLE.gguf"
     )
 
 
@@ -89,8 +86,13 @@ def _places(header: GgufHeader, config: PretrainedConfig) -> dict[str, tuple[str
     Raises:
         CheckpointError: naming a tensor that is missing, has no place or another shape.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # Of the family's modules, for sizes that they cannot have.
+        raise CheckpointError(
+            f"{header.path} describes no {config.model_type}: {reason(error)}; {ELSEWHERE}"
+        ) from error
     architecture = header.metadata["general.architecture"]
     kind = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -181,9 +183,11 @@ def _save_tokenizer(header: GgufHeader, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # As above.
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {reason(error)}; {ELSEWHERE}") from error
-    named = {
-        key.removeprefix(f"{TEMPLATE}."): value for key, value in metadata.items() if key.startswith(f"{TEMPLATE}.")
-    }
+    named = {key.removeprefix(f"{TEMPLATE}."): text for key, text in metadata.items() if key.startswith(f"{TEMPLATE}.")}
+    for name, text in {"default": metadata.get(TEMPLATE, ""), **named}.items():
+        # A name becomes a file's.
+        if not isinstance(text, str) or not re.fullmatch(r"\w[\w-]*", name):
+            raise CheckpointError(f"{path}: chat template {name[:40]!r} is no text with a plain name; {ELSEWHERE}")
     if TEMPLATE in metadata:
         tokenizer.chat_template = {"default": metadata[TEMPLATE], **named} if named else metadata[TEMPLATE]
     elif named:

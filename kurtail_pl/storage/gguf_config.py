@@ -130,11 +130,14 @@ def _sizes(keys: _Keys, header: GgufHeader, architecture: str) -> dict[str, Any]
     if EMBEDDING not in header.tensors:
         raise CheckpointError(f"{header.path} has no tensor {EMBEDDING}; give the file of a whole model")
     rope = _rope(keys, header, positions, rotary)
+    layers = keys.count("block_count")
+    if layers > len(header.tensors):
+        keys.refuse("block_count", layers, f"a number that {len(header.tensors)} tensors are enough for")
     settings: dict[str, Any] = {
         "vocab_size": header.tensors[EMBEDDING].shape[0],
         "max_position_embeddings": positions,
         "hidden_size": hidden,
-        "num_hidden_layers": keys.count("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
