@@ -55,7 +55,8 @@ class Rotations:
     @property
     def any_online(self) -> bool:
         """Whether one of them acts at run time."""
-        return any(r is not None for r in (self.query_key, self.attention_output, self.mlp_hidden))
+        hidden = self.mlp_hidden, self.dense_hidden
+        return any(r is not None for r in (self.query_key, self.attention_output, *hidden))
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
