@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
 
 ROTATIONS = {"r1r2-gptq": ["R1", "R2"], "r1r2r4-gptq": ["R1", "R2", "R4"]}
 METHODS = ("float", "rtn", "gptq", "awq", *ROTATIONS)
@@ -77,8 +78,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration = cut_windows(tokenizer, TextSpec(args.calibration, 16, 1024), "calibration", seed=args.seed).tokens
-    evaluation = cut_windows(tokenizer, TextSpec(args.evaluation, 6, 2048), "evaluation").tokens
+    checkpoint = Checkpoint(args.model)
+    calibration = cut_windows(checkpoint, TextSpec(args.calibration, 16, 1024), "calibration", seed=args.seed).tokens
+    evaluation = cut_windows(checkpoint, TextSpec(args.evaluation, 6, 2048), "evaluation").tokens
     mask = torch.ones_like(calibration)
     data = Dataset.from_dict({"input_ids": calibration.tolist(), "attention_mask": mask.tolist()})
     for method in args.methods:

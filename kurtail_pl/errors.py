@@ -45,6 +45,10 @@ class GateError(KurtailError):
     """A fold changed the model's output by more than its tolerance."""
 
 
+class NotFinite(KurtailError):
+    """A computation gave values that are not numbers, or too large for their type."""
+
+
 class RuntimeUnusable(KurtailError):
     """ONNX Runtime is missing, installed twice, too old, or lacks the device that was asked for."""
 

@@ -17,6 +17,7 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.folder import read_card
+from kurtail_pl.surgery.positions import positions_of, rotary_border
 
 FORMAT = 1
 MODEL, DATA, DESCRIPTION = "model.onnx", "model.onnx.data", "kurtail_export.json"
@@ -53,6 +54,12 @@ PREFIX = {
 }
 """Where keys and values are that stand before those of every text."""
 
+LONGROPE = (
+    "texts of more tokens than border have other angles, from their first token on, which the graph takes where "
+    "position_ids go beyond: before a text grows over the border, make its cache anew from all of its tokens at once"
+)
+"""What a runner has to do where a text crosses the border of longrope, as transformers does for Phi-3."""
+
 STATIC_GRIDS = {
     "where": "nodes act_q/QuantizeLinear, act_q/DequantizeLinear and act_q/Mul on the input of the linears, after the "
     "centre is subtracted, with constants; with --weights integer act_q/Div to act_q/Cast",
@@ -75,6 +82,7 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
     parts = {"weights": scheme.weights, "activations": spec.activations(scheme)}
     parts |= {"attention_output": spec.output_activations(scheme, source.head_dim)}
     parts |= {"keys": scheme.keys, "values": scheme.values}
+    border = rotary_border(source.config)
     stored = {"weights", "activations", "attention_output"} if scheme.static else {"weights"}
     return {
         "format": FORMAT,
@@ -88,7 +96,7 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
             "kv_heads": source.kv_heads,
             "head_dim": source.head_dim,
             "vocab_size": source.config.vocab_size,
-            "positions": source.config.max_position_embeddings,
+            "positions": positions_of(source.config),
             "eos_token_ids": eos_of(source),
         },
         "inputs": [_value(value) for value in model.graph.inputs],
@@ -97,6 +105,7 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
         "centre": CENTRE if scheme.centre else None,
         "key_centre": KEY_CENTRE if scheme.centre_keys else None,
         "prefix": None if scheme.prefix is None else {"tokens": scheme.prefix, **PREFIX},
+        "longrope": None if border is None else {"border": border, "where": LONGROPE},
         "static_grids": STATIC_GRIDS if scheme.static else None,
         "quantizers": {name: _quantizer(quantizer, name not in stored) for name, quantizer in parts.items()},
         "clips": source.clips,

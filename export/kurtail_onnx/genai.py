@@ -8,13 +8,15 @@ from kurtail_onnx.describe import MODEL, eos_of
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.profiles import PROFILES
+from kurtail_pl.surgery.positions import steady_positions
 
 GENAI = "genai_config.json"
 
 
 def genai_config(source: Source) -> dict[str, Any]:
     """Configuration for onnxruntime-genai; it feeds no scales, so a packed cache has none."""
-    config, positions = source.config, source.config.max_position_embeddings
+    # Beyond them a cache has to be made anew, which genai does not do.
+    config, positions = source.config, steady_positions(source.config)
     eos = eos_of(source)
     pad = config.pad_token_id
     return {

@@ -135,7 +135,7 @@ def _origin(cli: KurtailCLI) -> Settings:
     """What a recipe would measure: model, text, windows and rows, tasks if it asks for them."""
     _, evaluation = _callbacks(cli)
     data = cli.datamodule
-    text = cut_windows(data.checkpoint.tokenizer(), evaluation.text, "evaluation")
+    text = cut_windows(data.checkpoint, evaluation.text, "evaluation")
     return {
         **measured_key(data.origin, data.validation_rows),
         "dtype": data.compute.dtype,

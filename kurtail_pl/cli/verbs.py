@@ -30,6 +30,7 @@ from kurtail_pl.storage.folder import is_ours
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
+from kurtail_pl.surgery.positions import require_positions
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 FLAGS = ("dry_run", "overwrite", "check")
@@ -179,6 +180,8 @@ def _eval(
     if tasks is not None:
         chosen_tasks(tasks)
     if text is not None:
+        for checkpoint in checkpoints:  # Of none a number, if not of all.
+            require_positions(text.seqlen, checkpoint.positions)
         for checkpoint in checkpoints:
             _measure_text(checkpoint, text, store, validation_rows, compute)
     if tasks is not None:

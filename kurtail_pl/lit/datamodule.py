@@ -21,6 +21,7 @@ from kurtail_pl.storage.keys import settings_key
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.compute import AUTO, Compute
+from kurtail_pl.surgery.positions import require_positions
 
 VALIDATION_BATCH = 512
 """Rows of each site that are measured at a time."""
@@ -249,10 +250,15 @@ class WindowDataModule(StoredModel):
                 "choose a divisor"
             )
 
+    def setup(self, stage: str) -> None:
+        """Capture as all do, but refuse windows that are too long for the model first."""
+        require_positions(self.text.seqlen, self.checkpoint.positions)
+        super().setup(stage)
+
     @cached_property
     def windows(self) -> Windows:
         """The windows of tokens."""
-        return cut_windows(self.checkpoint.tokenizer(), self.text, "calibration", seed=self.capture_spec.seed)
+        return cut_windows(self.checkpoint, self.text, "calibration", seed=self.capture_spec.seed)
 
     def settings(self) -> dict[str, Any]:
         """Model, text and batch."""

@@ -115,7 +115,7 @@ class KurTailModule(RotationModule):
             self.residual.data = (axes @ self.residual.double()).float()
         if self.site_weights == "effect":
             spec = data.capture_spec
-            windows = cut_windows(data.checkpoint.tokenizer(), spec.text, "calibration", spec.seed)
+            windows = cut_windows(data.checkpoint, spec.text, "calibration", spec.seed)
             effects = block_effects(data.checkpoint, windows.tokens, spec.seed, data.compute, data.ranks)
             self.counts = (effects / effects.mean()).float()
         if self.weight_term:

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import ConfigError, ResumeMismatch, listed
+from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch, listed
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.maths.kurtosis import Mean, rms_norm
 from kurtail_pl.maths.objectives import rounding_error
 from kurtail_pl.maths.orthogonal import nearest_orthogonal, orthogonality_error
@@ -89,6 +90,15 @@ class RotationModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of the method."""
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop at once where the loss is no number: all steps after it would be lost."""
+        loss = (outputs or {}).get("loss")  # Fixed rotations have none.
+        if loss is not None and not is_finite(loss.detach()):
+            raise NotFinite(
+                f"the loss is {loss.item()} in step {self.trainer.global_step}; learn with a smaller step size, "
+                "optimizer.lr, or look for values in the model that are far too large"
+            )
+
     def orthogonality(self) -> dict[str, Tensor]:
         """Scalars for the log: the largest entry of ``|R^T R - I|``."""
         return {
@@ -138,7 +148,9 @@ class RotationModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def learned(self) -> tuple[Tensor, Tensor]:
-        """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU."""
+        """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU; raises NotFinite when one diverged."""
+        if not (is_finite(self.residual.detach()) and is_finite(self.value.detach())):
+            raise NotFinite("the learned rotations are nan or infinite; learn with a smaller step size, optimizer.lr")
         return nearest_orthogonal(self.residual.detach().cpu()), nearest_orthogonal(self.value.detach().cpu())
 
     def rotations(self, config: PretrainedConfig) -> Rotations:

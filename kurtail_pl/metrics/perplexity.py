@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from kurtail_pl.errors import NotFinite
+from kurtail_pl.maths.finite import is_finite
+
 
 class Perplexity(Metric):
     """Perplexity over all predicted tokens of all windows seen.
@@ -41,5 +44,11 @@ class Perplexity(Metric):
         self.tokens += input_ids[:, 1:].numel()
 
     def compute(self) -> Tensor:
-        """Perplexity, a float64 scalar."""
-        return (self.nll / self.tokens).exp()
+        """Perplexity, a float64 scalar; raises NotFinite when it is infinite or not a number."""
+        perplexity = (self.nll / self.tokens).exp()
+        if not is_finite(perplexity):
+            raise NotFinite(
+                f"perplexity is {perplexity.item()}: the mean negative log-likelihood of a token is "
+                f"{(self.nll / self.tokens).item():.4g} nats; the model's values are too large: use another copy of it"
+            )
+        return perplexity

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from kurtail_pl.maths.finite import half_or_float
 from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.maths.received import attention_received
@@ -17,9 +18,14 @@ from kurtail_pl.surgery.attention import Scored, behind_prefix, subtract_from_ke
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import head_dim_of
 
-FLOAT_DTYPE = torch.float16
-"""Of what an artefact keeps unquantized, scales apart: rotated weights are small, and float16 rounds them eight times
-finer than bfloat16."""
+
+def as_stored(tensor: Tensor) -> Tensor:
+    """A tensor as an artefact keeps it: codes as they are, floats in float16 where that holds them.
+
+    Rotated weights are small, and float16 rounds them eight times finer than bfloat16. Scales are not asked: they stay
+    float32.
+    """
+    return half_or_float(tensor) if tensor.is_floating_point() else tensor
 
 
 def centre_inputs(
@@ -34,7 +40,7 @@ def centre_inputs(
     total = ranks.sum(total)
     for linear in readers:
         # As it will be stored: the bias then makes up for just what is subtracted.
-        linear.subtract((total[:-1] / total[-1].clamp(min=1)).to(FLOAT_DTYPE))
+        linear.subtract(as_stored(total[:-1] / total[-1].clamp(min=1)))
 
 
 def centre_keys(attention: nn.Module, attended: Iterable[Tensor], ranks: Ranks, walker: Walker) -> None:
@@ -44,7 +50,7 @@ def centre_keys(attention: nn.Module, attended: Iterable[Tensor], ranks: Ranks, 
     with watched_scores(attention, lambda seen: total.add_(seen.key[0].double().mean(1, keepdim=True))):
         windows = sum(1 for _ in attended)
     mean = ranks.sum(total) / sum(ranks.each(windows))
-    subtract_from_keys(attention, mean.to(FLOAT_DTYPE).to(dtype))
+    subtract_from_keys(attention, as_stored(mean).to(dtype))
 
 
 def received_by(attention: nn.Module, attended: Iterable[Tensor]) -> list[Tensor]:

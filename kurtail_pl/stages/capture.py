@@ -108,7 +108,7 @@ def capture(
     """
     checkpoint = open_model(spec.model)
     walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
-    windows = cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
+    windows = cut_windows(checkpoint, spec.text, "calibration", seed=spec.seed)
     rows = spec.rows_of(len(windows.tokens))
     origin = origin_of(spec, checkpoint, windows, compute)
     shape = shape_of(checkpoint.config, spec.values)

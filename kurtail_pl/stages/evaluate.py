@@ -12,7 +12,7 @@ from kurtail_pl.metrics import Perplexity
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import skeleton
+from kurtail_pl.storage.folder import require_sound, skeleton
 from kurtail_pl.storage.keys import model_key, tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -37,9 +37,13 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
         ``perplexity`` with text, windows, seqlen, dtype, predicted tokens, the text's hash and the cost.
 
     Raises:
+        ArtefactError: when the folder is ours and a file of it is missing or damaged.
+        ConfigError: when the windows are longer than the model's positions.
+        NotFinite: when the perplexity, or what leads to it, is infinite or not a number.
         TextError: when the text is too short.
     """
-    windows = cut_windows(checkpoint.tokenizer(), spec, "evaluation")
+    require_sound(checkpoint.folder)
+    windows = cut_windows(checkpoint, spec, "evaluation")
     spec = windows.spec
     settings = {**asdict(spec), "dtype": compute.dtype}
     recipe = {**model_key(checkpoint), "tokens_sha256": tokens_sha256(windows.tokens), "dtype": compute.dtype}

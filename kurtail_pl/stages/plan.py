@@ -18,6 +18,7 @@ from kurtail_pl.stages.solver import FLOAT64_WIDTH
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import store_bytes
 from kurtail_pl.streaming.compute import AUTO, Compute
+from kurtail_pl.surgery.positions import positions_of, require_positions
 
 TOKENIZER = 50_000_000
 """Bytes that a tokenizer takes once it is read, about."""
@@ -105,7 +106,16 @@ def plan(
         compute: device and floating-point type of the layers.
         scales: channels that are scaled when the rotations are fused.
         signs: how those of the online rotations are chosen then.
+
+    Raises:
+        ConfigError: when any windows are longer than the model's positions.
     """
+    texts = [capture.text, evaluation, *(spec.text for spec in (scales, signs) if spec is not None)]
+    texts += [quantize.text] if quantize.needs_text else []
+    windowed = [*texts, learning if isinstance(learning, WholeModelLearning) else None, quantize.learn_clips]
+    for windows in windowed:
+        if windows is not None:
+            require_positions(windows.seqlen, positions_of(config))
     run = _Run(sizes_of(config), config.vocab_size, program + TOKENIZER, compute)
     store = store_bytes(shape_of(config, capture.values), capture.known_rows or WHOLE_TEXT)
     return [
@@ -161,12 +171,10 @@ def _tokens(text: TextSpec) -> int:
 
 def _capture(run: _Run, text: TextSpec, store: int) -> StagePlan:
     s, value = run.sizes, run.value
-    # Of an embedding that is used where it is mapped, only the text's own rows are read.
-    ends = run.read(s.embedding, s.stored, value) if s.stored != value else 0
     return run.stage(
         "capture",
         run.states(text),
-        max(ends, run.read(s.layer, s.stored, value) + run.window(text)),
+        max(run.read(s.embedding, s.stored, value), run.read(s.layer, s.stored, value) + run.window(text)),
         max(s.embedding, s.layer) * value + s.wide * s.stored + run.window(text),
         store + run.states(text),
         s.forward(_tokens(text), text.seqlen),

@@ -16,7 +16,7 @@ from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.allocation import WIDTHS, allocated_bits, sensitivities
-from kurtail_pl.stages.calibration import FLOAT_DTYPE
+from kurtail_pl.stages.calibration import as_stored
 from kurtail_pl.stages.clips import Part
 from kurtail_pl.stages.float_layer import FloatLayer
 from kurtail_pl.stages.fuse import UNROTATED, copy_companions
@@ -28,7 +28,7 @@ from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space
-from kurtail_pl.storage.folder import ShardWriter, named, read_card, rotations_of, write_card
+from kurtail_pl.storage.folder import ShardWriter, named, read_card, require_intact, rotations_of, write_card
 from kurtail_pl.storage.keys import folder_sha256, settings_key
 from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
@@ -181,7 +181,7 @@ def quantize(
 
     Raises:
         ConfigError: when a group size does not divide the model's widths, or it does not know a token of the prefix.
-        ArtefactError: when `fused` is not a fused model, or the folder exists.
+        ArtefactError: when `fused` is not a fused model or is damaged, or the folder exists.
         TextError: when the calibration text is too short.
         DiskFull: when the artefact does not fit.
     """
@@ -190,6 +190,8 @@ def quantize(
             return folder
         ranks = ALONE
     fused_card = read_card(fused)
+    if ranks.leads:
+        require_intact(fused)
     if "quantize" in fused_card:
         raise ArtefactError(f"{fused} is quantized already; give the folder that kurtail fuse wrote")
     checkpoint = Checkpoint(fused)
@@ -282,7 +284,7 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
     """Windows that GPTQ's Hessians are made from, and sensitivities measured on; None where no text is needed."""
     if not spec.needs_text:
         return None
-    return cut_windows(checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
+    return cut_windows(checkpoint, spec.text, "calibration", seed=spec.seed)
 
 
 def learning_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
@@ -290,7 +292,7 @@ def learning_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | No
     if spec.learn_clips is None:
         return None
     text = replace(spec.text, windows=spec.learn_clips.windows, seqlen=spec.learn_clips.seqlen)
-    return cut_windows(checkpoint.tokenizer(), text, "calibration", seed=spec.seed + 1)
+    return cut_windows(checkpoint, text, "calibration", seed=spec.seed + 1)
 
 
 @torch.no_grad()
@@ -311,7 +313,7 @@ def _write_weights(
     def state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
         tensors = checkpoint_state(module.state_dict(), architecture)
         # Scales stay float32: there is one for thousands of weights.
-        return named(prefix, {k: v if k.endswith("scale") else _half(v) for k, v in tensors.items()})
+        return named(prefix, {k: v if k.endswith("scale") else as_stored(v) for k, v in tensors.items()})
 
     solver.notes.update(work.state.get("notes", {}))
     solver.clips.extend(work.state.get("clips", []))
@@ -351,7 +353,3 @@ def _write_weights(
     norm, head = walker.head(torch.float32)
     shards.write(walker.n_layers + 1, {**state(architecture.final_norm, norm), **state(architecture.head, head)})
     shards.close()
-
-
-def _half(tensor: Tensor) -> Tensor:
-    return tensor.to(FLOAT_DTYPE) if tensor.is_floating_point() else tensor

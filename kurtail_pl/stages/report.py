@@ -12,7 +12,7 @@ from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_table
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes, write_text
-from kurtail_pl.storage.folder import is_ours, read_card
+from kurtail_pl.storage.folder import is_ours, read_card, require_sound
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.surgery.scheme import Scheme
 
@@ -82,10 +82,11 @@ def report(folder: Path) -> str:
     """Write `report.md` and the model card of an artefact and return the comparison.
 
     Raises:
-        ArtefactError: when the folder has no results.
+        ArtefactError: when the folder has no results, or a file of the artefact is missing or damaged.
     """
     if not folder.is_dir():
         raise ArtefactError(f"artefact {folder} does not exist; name a folder that kurtail fit or quantize made")
+    require_sound(folder)
     text = comparison(folder)
     exceptions = _exceptions(read_card(folder)) if is_ours(folder) else ""
     with alone_with(folder / REPORT):

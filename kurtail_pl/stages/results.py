@@ -20,7 +20,7 @@ from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore, Origin, block_sites
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text, write_json
-from kurtail_pl.storage.folder import is_ours, read_card, rotations_of
+from kurtail_pl.storage.folder import is_ours, read_card, require_sound, rotations_of
 from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
@@ -71,7 +71,13 @@ def evaluate_folder(
         validation_rows: its last rows, on which the kurtosis of the block inputs is measured.
         tasks: of the lm-evaluation-harness, if any.
         compute: device and floating-point type of the text's perplexity; tasks are answered there in float32.
+
+    Raises:
+        ArtefactError: when a file of the model's folder is missing or damaged.
+        StoreMismatch: when one of the store is.
     """
+    store.require_intact()
+    require_sound(checkpoint.folder)
     card: dict[str, Any] = {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
     source = checkpoint.sha256
     if is_ours(checkpoint.folder):

@@ -68,7 +68,7 @@ def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
             f"scales.parts is {scales.parts} and {checkpoint.config.model_type} has norms behind q_proj and k_proj, "
             "which undo the scales of keys; leave keys out"
         )
-    return cut_windows(checkpoint.tokenizer(), scales.text, "calibration", seed=scales.seed)
+    return cut_windows(checkpoint, scales.text, "calibration", seed=scales.seed)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class SignSpec:
 
 def sign_windows(checkpoint: Checkpoint, signs: SignSpec) -> Windows:
     """Windows that signs are chosen on; raises TextError when the text is too short."""
-    return cut_windows(checkpoint.tokenizer(), signs.text, "calibration", seed=signs.seed)
+    return cut_windows(checkpoint, signs.text, "calibration", seed=signs.seed)
 
 
 def drawn(rotations: Rotations, signs: SignSpec) -> Draws:
@@ -126,7 +126,7 @@ def sign_errors(
         walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
         scales = channel_scales(walker, [part for part in SCALED if part in scaled])
         sums: dict[str, list[float]] = work.state.setdefault("sums", {name: [0.0] * signs.candidates for name in draws})
-        hidden = walker.hidden_states(windows[:, : checkpoint.config.max_position_embeddings], work)
+        hidden = walker.hidden_states(windows, work)
         for index, layer in walker.layers("signs of R4 and R5", work):
             with scales.measured(layer, lambda states: states) as channels:
                 hidden.after.fill(walker.advance(layer, states) for states in hidden.before)

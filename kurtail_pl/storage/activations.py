@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kurtail_pl.errors import StoreMismatch, listed, reason
+from kurtail_pl.errors import NotFinite, StoreMismatch, listed, reason
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import claim, sha256_of, write_json
 from kurtail_pl.storage.records import fields_of, read_object, require_format
 from kurtail_pl.storage.resume import differences
@@ -121,7 +122,12 @@ class SiteWriter:
         self._handle.close()
 
     def write(self, places: Tensor, rows: Tensor) -> None:
-        """Put rows, ``[n, width]`` bfloat16, to their places, ``[n]``."""
+        """Put rows, ``[n, width]`` bfloat16, to their places, ``[n]``; raises NotFinite when a value is none."""
+        if not is_finite(rows):
+            raise NotFinite(
+                f"rows of {self._handle.name} would be nan or infinite; the model's values are too large: use another "
+                "copy of it"
+            )
         for place, row in zip(places.tolist(), rows.view(torch.uint16).numpy(), strict=True):
             if os.pwrite(self._handle.fileno(), row, self._start + place * self._bytes) < self._bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._handle.name)

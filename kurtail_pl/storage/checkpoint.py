@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from kurtail_pl.errors import REASON_LENGTH, CheckpointError, shortened
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
 from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, stored_tensors, weight_files
+from kurtail_pl.surgery.positions import positions_of
 
 
 class Checkpoint:
@@ -64,6 +66,11 @@ class Checkpoint:
     def _places(self) -> dict[str, Stored]:
         return self._stored if self._ours else placed(self.folder, self._stored, self.config)
 
+    @property
+    def positions(self) -> int:
+        """The longest text that the model is made for, in tokens."""
+        return positions_of(self.config)
+
     def require_complete(self) -> None:
         """Raise CheckpointError unless the folder holds all weights that its configuration asks for, as `names`."""
         _ = self._places
@@ -78,11 +85,17 @@ class Checkpoint:
         return list(self._places)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor; raises CheckpointError when the folder has none of that name."""
+        """Read one tensor; raises CheckpointError when the folder has none of that name, or values are no numbers."""
         place = self._place_of(name)
         with safe_open(place.path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(place.name)
-            return tensor
+        if not is_finite(tensor):
+            bad = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"{place.path} has {bad} of {tensor.numel()} values of {place.name} that are nan or infinite; a "
+                "training that diverged or a bad conversion gives such weights: use another copy of the model"
+            )
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """Element type of one tensor, from its file's header; raises CheckpointError as `tensor` does."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +19,13 @@ from typing import Any, BinaryIO
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kurtail_pl.errors import ArtefactError, DiskFull
+from kurtail_pl.errors import ArtefactError, DiskFull, NotFinite
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.writing import disk_errors_are_ours
+
+RECENT_NS = 2_000_000_000
+"""A file that was written this short ago might be written again within one tick of the clock that stamps it."""
 
 
 @contextmanager
@@ -85,8 +92,20 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write indented JSON through a temporary name."""
+    """Write indented JSON through a temporary name; raises NotFinite, naming the entry, for a number that is none."""
+    entry = next(_not_finite(data), None)
+    if entry is not None:
+        raise NotFinite(f"{entry} of {path} would be nan or infinite; nothing was written")
     write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def _not_finite(data: Any, name: str = "") -> Iterator[str]:
+    """Names of the numbers in nested data that are infinite or none."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield name
+    if isinstance(data, Mapping | list | tuple):
+        for key, value in data.items() if isinstance(data, Mapping) else enumerate(data):
+            yield from _not_finite(value, f"{name}.{key}" if name else str(key))
 
 
 def beside(path: Path) -> Path:
@@ -108,7 +127,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
 
     The metadata (transformers wants ``format: pt`` for weights) has one key: several come out in a random order, and
     the file's hash would change from write to write.
+
+    Raises:
+        NotFinite: before anything is written, naming a tensor with a value that is infinite or not a number.
     """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NotFinite(
+                f"{name} of {path} would be nan or infinite; nothing was written: the model's values are too large "
+                "for the computation, use another copy of it"
+            )
     temporary = beside(path)
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
@@ -131,7 +159,22 @@ def tensor_bytes(path: Path) -> dict[str, int]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Hexadecimal SHA-256 of a file; one that is asked for again and has not changed is not read again.
+
+    Reading takes about a second for each gigabyte.
+    """
+    stat = path.stat()
+    if time.time_ns() - stat.st_mtime_ns < RECENT_NS:
+        return _digest(path)
+    return _remembered_digest(path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=1 << 16)
+def _remembered_digest(path: Path, *state: int) -> str:
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -134,6 +134,12 @@ def require_intact(folder: Path) -> None:
             raise ArtefactError(f"{path} is damaged (its hash changed); {AGAIN}")
 
 
+def require_sound(folder: Path) -> None:
+    """`require_intact` of a model folder that is ours; of a plain one nothing is known."""
+    if is_ours(folder):
+        require_intact(folder)
+
+
 def is_ours(folder: Path) -> bool:
     """Whether a model folder has rotations or quantized weights."""
     return (folder / CARD).is_file()
@@ -162,7 +168,12 @@ def rotations_of(folder: Path) -> Rotations:
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The modules that a folder's weights belong in, without the weights (device ``meta``)."""
+    """The modules that a folder's weights belong in, without the weights (device ``meta``).
+
+    Raises:
+        ArtefactError: when the folder is ours, and a file is missing or not the one that was written.
+    """
+    require_sound(checkpoint.folder)
     model = empty_model(checkpoint.config)
     if is_ours(checkpoint.folder):
         scheme = scheme_of(checkpoint.folder)

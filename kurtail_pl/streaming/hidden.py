@@ -5,12 +5,14 @@ The files outlive a killed process, so that the work can be taken up after the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kurtail_pl.errors import NotFinite
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import claim
 from kurtail_pl.storage.resume import Workplace
 
@@ -25,14 +27,22 @@ class MappedStates:
         shape: windows, tokens and width.
         dtype: of the states.
         device: where the states of a window are put when they are asked for; the file is the CPU's.
+        place: says where in the model the states are that are being written.
 
     Raises:
         OSError: when the disk has no room (the whole file is claimed at once: a full disk would otherwise kill the
             process later, on a write to memory).
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device = CPU) -> None:
-        self._count, self._device = shape[0], device
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        place: Callable[[], str] = lambda: "the model",
+    ) -> None:
+        self._count, self._device, self._place = shape[0], device, place
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         if size == 0:
             return
@@ -52,7 +62,13 @@ class MappedStates:
         return (self[window] for window in range(len(self)))
 
     def __setitem__(self, window: int, states: Tensor) -> None:
+        """Write the states of a window; raises NotFinite when a value is infinite or not a number."""
         self._states[window] = states[0]
+        if not is_finite(self._states[window]):
+            raise NotFinite(
+                f"window {window} has hidden states in {self._place()} that are nan or infinite; the model's values "
+                f"are too large for {str(self._states.dtype).removeprefix('torch.')}: use another copy of the model"
+            )
 
     def fill(self, states: Iterable[Tensor]) -> None:
         """Write the states of every window, in order, as they come."""
@@ -81,7 +97,10 @@ class HiddenStates:
     ) -> None:
         self._work, self._shape, self._dtype, self._device = work, shape, dtype, device
         paths = [work.scratch / f"{name}.{turn}" for turn in range(2)]
-        self._files = [MappedStates(path, shape, dtype, device) for path in paths]
+        self._files = [MappedStates(path, shape, dtype, device, self._place) for path in paths]
+
+    def _place(self) -> str:
+        return "the embedding" if self._work.done is None else f"decoder layer {self._work.done}"
 
     @property
     def before(self) -> MappedStates:
@@ -103,4 +122,4 @@ class HiddenStates:
     def scratch(self, width: int) -> MappedStates:
         """A third file for states of another width within a layer."""
         path = self._work.scratch / "hidden.inner"
-        return MappedStates(path, (*self._shape[:2], width), self._dtype, self._device)
+        return MappedStates(path, (*self._shape[:2], width), self._dtype, self._device, self._place)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kurtail_pl.errors import GateError
+from kurtail_pl.errors import GateError, NotFinite
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.surgery.architecture import Architecture
 
 FLOAT64_TOLERANCE = 1e-8
@@ -35,7 +36,17 @@ class LargestChange:
 
 
 def check(fold: str, reference: Tensor, value: Tensor, tolerance: float) -> float:
-    """Pass, returning the relative change of a tensor, or fail loudly, as `require`."""
+    """Pass, returning the relative change of a tensor, or fail loudly, as `require`.
+
+    Raises:
+        GateError: as `require`.
+        NotFinite: when the original's output is not finite: no fold is to blame.
+    """
+    if not is_finite(reference):
+        raise NotFinite(
+            f"the original model's output is nan or infinite before {fold}; its values are too large even for float64: "
+            "use another copy of the model"
+        )
     change = LargestChange()
     change.update(reference, value)
     return require(fold, change.relative, tolerance)

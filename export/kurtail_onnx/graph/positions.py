@@ -13,14 +13,13 @@ from transformers import PretrainedConfig
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.step import Step
 from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.surgery.positions import LONGROPE, positions_of, rotary_border
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic")
 """Rotary types whose angles depend on a token's position alone, up to the model's positions.
 
 Those of the type dynamic are scaled in longer texts only, which the runner refuses.
 """
-LONGROPE = "longrope"
-"""Rotary type with angles of its own for texts longer than the original positions."""
 
 
 def rope(step: Step, x: ir.Value) -> ir.Value:
@@ -30,8 +29,10 @@ def rope(step: Step, x: ir.Value) -> ir.Value:
         g.constant(table.numpy().astype(g.dtype.numpy()), f"rotary.{name}")
         for name, table in zip(("cos", "sin"), step.rotary, strict=True)
     )
-    long = rope_type(step.source) == LONGROPE
-    rows = step.shared("rotary_rows", lambda: _longrope_rows(step)) if long else step.position_ids
+    border = rotary_border(step.source.config)
+    rows = step.position_ids
+    if border is not None:
+        rows = step.shared("rotary_rows", lambda: _longrope_rows(step, border))
     half: int = step.rotary[0].shape[-1]
     if g.double:
         return _rope_in_double(step, x, [g.op("Gather", table, rows) for table in (cos, sin)], half)
@@ -60,9 +61,8 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     module, kind = source.model.get_submodule(source.architecture.rotary), rope_type(source)
     if kind not in (*STATIC_ROPE, LONGROPE):
         raise UnsupportedArchitecture(f"rotary type is {kind!r}; exported are {', '.join((*STATIC_ROPE, LONGROPE))}")
-    lengths = [source.config.max_position_embeddings]
-    if kind == LONGROPE:
-        lengths.insert(0, _original_positions(source))
+    border = rotary_border(source.config)
+    lengths = [*([] if border is None else [border]), positions_of(source.config)]
     pairs = [module(torch.zeros(1), torch.arange(length)[None]) for length in lengths]
     cos, sin = (torch.cat([pair[part][0] for pair in pairs]) for part in (0, 1))
     half = cos.shape[-1] // 2
@@ -75,20 +75,12 @@ def rope_type(source: Source) -> str:
     return kind
 
 
-def steady_positions(source: Source) -> int:
-    """Longest text whose tokens have the same angles fed at once and one by one."""
-    positions: int = source.config.max_position_embeddings
-    return _original_positions(source) if rope_type(source) == LONGROPE else positions
+def _longrope_rows(step: Step, border: int) -> ir.Value:
+    """Rows of the tables, ``[batch, tokens]``: those of long texts when any position is beyond the border.
 
-
-def _original_positions(source: Source) -> int:
-    positions: int = source.config.rope_parameters["original_max_position_embeddings"]
-    return positions
-
-
-def _longrope_rows(step: Step) -> ir.Value:
-    """Rows of the tables, ``[batch, tokens]``: those of long texts when any position is beyond the original ones."""
-    g, original = step.g, step.g.index(_original_positions(step.source))
+    What the cache holds keeps its angles: the runner makes it anew when a text crosses the border.
+    """
+    g, original = step.g, step.g.index(border)
     last = g.op("ReduceMax", step.position_ids, keepdims=0)
     shift = g.op("Where", g.op("Greater", original, last), g.index(0), original)
     return g.op("Add", step.position_ids, shift)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kurtail_onnx.graph.builder import Array, GraphBuilder
 from kurtail_onnx.graph.source import Source
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.finite import half_or_float
 
 
 def float_weight(
@@ -63,15 +65,30 @@ def initializer(
         dtype: in the file; floats are cast, 4-bit types take codes of 8 bits and are packed.
         shape: in the file.
         read: gives the tensor.
+
+    Raises:
+        ConfigError: when it is written, and float16 does not hold it.
     """
 
     def load() -> ir.TensorProtocol:
-        array = np.ascontiguousarray(read().numpy()).reshape(shape)
+        tensor = read()
+        if dtype == ir.DataType.FLOAT16:
+            _require_half(name, tensor)
+        array = np.ascontiguousarray(tensor.numpy()).reshape(shape)
         if dtype.bitwidth == 4:
             return ir.PackedTensor(pack_neighbours(array), dtype, shape=tuple(shape))
         return ir.Tensor(array.astype(dtype.numpy(), copy=False))
 
     return g.weight(name, dtype, shape, load)
+
+
+def _require_half(name: str, tensor: Tensor) -> None:
+    if half_or_float(tensor).dtype != torch.float16:
+        ends = torch.aminmax(tensor.abs())
+        raise ConfigError(
+            f"{name} has values of {ends.min:.3g} to {ends.max:.3g} in size, which float16 does not hold; "
+            "export with --dtype fp32"
+        )
 
 
 def pack_neighbours(codes: Array) -> Array:

@@ -54,10 +54,17 @@ class _Input:
 
 
 @dataclass(frozen=True)
+class _LongRope:
+    border: int
+    where: str
+
+
+@dataclass(frozen=True)
 class _Fields:
     """What a runner reads of a description."""
 
     model: _Sizes
+    longrope: _LongRope | None
     inputs: list[_Input]
     sha256: dict[str, str]
 
@@ -95,6 +102,12 @@ class Export:
     def positions(self) -> int:
         """The longest text, in tokens."""
         return self._fields.model.positions
+
+    @property
+    def rotary_border(self) -> int | None:
+        """The longest text with the angles of short ones; None where all texts have the same angles."""
+        longrope = self._fields.longrope
+        return None if longrope is None else longrope.border
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kurtail_onnx.run.decoder import Decoder
-from kurtail_pl.errors import ConfigError, InputError
+from kurtail_pl.errors import ConfigError, InputError, NotFinite
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,12 @@ def generate(decoder: Decoder, prompt: NDArray[np.int64], sampling: Sampling) ->
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, draw: np.random.Generator) -> int:
-    """One token from logits ``[vocabulary]``."""
+    """One token from logits ``[vocabulary]``; raises NotFinite when one of them is not a number."""
+    if np.isnan(logits).any():
+        raise NotFinite(
+            "the export gives logits that are nan: the model's values are too large for its floating-point type; "
+            "export again with --dtype fp32"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature

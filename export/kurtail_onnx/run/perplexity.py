@@ -8,7 +8,6 @@ from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.run.session import Device, open_session
-from kurtail_pl.errors import InputError
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.stages.text import TextSpec, cut_windows
@@ -24,14 +23,11 @@ def perplexity(export: Export, spec: TextSpec, profile: Profile = "exact", devic
         device: where.
 
     Raises:
-        InputError: when a window is longer than the model's positions.
+        ConfigError: when a window is longer than the model's positions.
         TextError: when the text is too short.
+        NotFinite: when the perplexity is infinite or not a number.
     """
-    if spec.seqlen > export.positions:
-        raise InputError(
-            f"seqlen is {spec.seqlen}; the model has {export.positions} positions: ask for shorter windows"
-        )
-    windows = cut_windows(export.tokenizer(), spec, "evaluation")
+    windows = cut_windows(export, spec, "evaluation")
     session = open_session(export.model, profile, device)
     metric = Perplexity()
     for window in track(list(windows.tokens), "evaluate windows"):

@@ -8,6 +8,7 @@ model must share is each layer's function, so each layer is compared alone, on e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
+from kurtail_pl.errors import CheckFailed
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.positions import steady_positions
 
 BATCH, STEPS = 2, (9, 1, 1, 1, 6, 1, 1, 1)
-"""Texts, and tokens of each step: prefill, decoding, a chunk, decoding."""
-
+"""Texts, and tokens of each step: prefill, decoding, a chunk, decoding; fewer where the model has fewer positions."""
 
 ROUNDING: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2}
 """A token's hidden states that differ by less than this, relative to the layer's largest, differ by float rounding."""
@@ -73,10 +75,14 @@ def compare_layers(
     Returns:
         The agreement of each layer, and the largest difference, relative to the largest logit, of what both heads make
         of the same hidden states.
+
+    Raises:
+        CheckFailed: when a layer of the export gives what is no number.
     """
     walker = Walker(source.checkpoint, empty_reference(source, spec))
     pieces = Pieces(folder, FLOATS[spec.dtype], profile)
-    ids = torch.randint(source.config.vocab_size, (BATCH, sum(STEPS)), generator=torch.Generator().manual_seed(0))
+    steps = steps_within(steady_positions(source.config))
+    ids = torch.randint(source.config.vocab_size, (BATCH, sum(steps)), generator=torch.Generator().manual_seed(0))
     embedding = walker.embedding()
     hidden = [embedding(text.unsqueeze(0)) for text in ids]
     embedding.to("meta")
@@ -88,7 +94,12 @@ def compare_layers(
             for states, cache in zip(hidden, caches, strict=True)
         ]
         with pieces.layer(index) as session:
-            found, cache = run_layer(session, index, torch.cat(hidden).numpy(), FLOATS[spec.dtype].numpy())
+            found, cache = run_layer(session, index, torch.cat(hidden).numpy(), FLOATS[spec.dtype].numpy(), steps)
+        if not np.isfinite(found).all():
+            raise CheckFailed(
+                f"decoder layer {index} of the export gives values that are nan or infinite in {spec.dtype}, where "
+                "torch's are numbers; export with --dtype fp32"
+            )
         attention = layer.get_submodule(source.architecture.attention)
         by_text = [cached_codes(attention, torch_cache, index) for torch_cache in caches]
         codes = {name: torch.cat([text[name] for text in by_text]).numpy() for name in by_text[0]}
@@ -104,8 +115,17 @@ def compare_layers(
     return agreements, float(np.abs(expected - logits).max() / np.abs(expected).max())
 
 
+def steps_within(positions: int) -> tuple[int, ...]:
+    """`STEPS`, the first cut short and the last ones left out where all are more tokens than positions."""
+    steps = [min(STEPS[0], positions)]
+    for count in STEPS[1:]:
+        if sum(steps) + count <= positions:
+            steps.append(count)
+    return tuple(steps)
+
+
 def run_layer(
-    session: Any, index: int, hidden: NDArray[Any], dtype: np.dtype[Any]
+    session: Any, index: int, hidden: NDArray[Any], dtype: np.dtype[Any], steps: Sequence[int] = STEPS
 ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
     """Feed hidden states ``[batch, tokens, hidden]`` through a layer in several steps; its output and its cache."""
     batch, shapes = len(hidden), {value.name: (value.shape, value.type) for value in session.get_inputs()}
@@ -115,7 +135,7 @@ def run_layer(
         if name.startswith("past_key_values.")
     }
     outputs, done = [], 0
-    for count in STEPS:
+    for count in steps:
         now = slice(done, done + count)
         feed = {
             INPUT_IDS: np.zeros((batch, count), np.int64),

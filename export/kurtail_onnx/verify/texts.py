@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
-from kurtail_onnx.graph.positions import steady_positions
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
@@ -30,10 +29,10 @@ from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.equip import layers_of
+from kurtail_pl.surgery.positions import steady_positions
 
 TOKENS = 24
-STEPS: dict[str, tuple[int, ...]] = {"prefill": (24,), "decode": (12, *[1] * 12), "chunk": (8, 8, 8)}
-"""Tokens of each step."""
+"""Of a text, at most."""
 PADDING = 5
 """Padded tokens of the second text of the batch."""
 WINDOWS = TextSpec(windows=2, seqlen=512)
@@ -79,19 +78,25 @@ class Scenario:
         return zip(*(torch.split(x, list(self.steps), dim=1) for x in (self.ids, self.mask)), strict=True)
 
 
-def scenarios(vocabulary: int) -> dict[str, Scenario]:
-    """Every way of feeding one text, and a batch of two, one padded, in one prefill."""
-    ids = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+def scenarios(config: PretrainedConfig) -> dict[str, Scenario]:
+    """Every way of feeding one text, and a batch of two, one padded, in one prefill.
+
+    No text is longer than one whose tokens have the same angles however it is fed.
+    """
+    tokens = min(TOKENS, steady_positions(config))
+    half, third = tokens // 2, tokens // 3
+    steps = {"prefill": (tokens,), "decode": (tokens - half, *[1] * half), "chunk": (third, third, tokens - 2 * third)}
+    ids = torch.randint(config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, :PADDING] = 0
-    single = {name: Scenario(ids[:1], mask[:1], steps) for name, steps in STEPS.items()}
-    return {**single, "batch": Scenario(ids, mask, (TOKENS,))}
+    mask[1, : min(PADDING, half)] = 0
+    single = {name: Scenario(ids[:1], mask[:1], counts) for name, counts in steps.items()}
+    return {**single, "batch": Scenario(ids, mask, (tokens,))}
 
 
 def windows(export: Export, source: Source) -> dict[str, Scenario]:
     """Windows of real text, no longer than the model's positions, at once, and the first one token by token."""
-    length = min(WINDOWS.seqlen, steady_positions(source))
-    ids = cut_windows(export.tokenizer(), replace(WINDOWS, seqlen=length), "evaluation").tokens
+    length = min(WINDOWS.seqlen, steady_positions(source.config))
+    ids = cut_windows(export, replace(WINDOWS, seqlen=length), "evaluation").tokens
     first, second = ids[:1], ids[1:]
     mask = torch.ones_like(first)
     return {

@@ -40,7 +40,7 @@ class Evaluation(CheckedCallback):
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse what would fail after hours of work."""
         require_before(trainer, self, WeightQuantization)
-        cut_windows(data.checkpoint.tokenizer(), self.text, "evaluation")
+        cut_windows(data.checkpoint, self.text, "evaluation")
         if self.tasks is not None:
             chosen_tasks(self.tasks)
 

@@ -70,8 +70,10 @@ def figures(
     Raises:
         ArtefactError: when the folder exists and may not be replaced.
         ConfigError: when the rotations are not this model's, or rows or layers are asked for that there are not.
+        StoreMismatch: when a file of the store is missing or damaged.
     """
     require_learned_on(rotations, store.origin.model_sha256, store.folder)
+    store.require_intact()
     method = rotations.origin.get("method", "kurtail")
     bases = {VANILLA: None, HADAMARD: _basis(store, hadamard), method: _basis(store, rotations)}
     chosen = chosen_layers(store.shape.layers, layers)

@@ -19,7 +19,7 @@ from kurtail_pl.stages.meter import Meter, free_memory
 from kurtail_pl.stages.tasks.spec import MATHQA, MMLU, ZERO_SHOT, TaskSpec, chosen_tasks, files_of, split_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
-from kurtail_pl.storage.folder import is_ours
+from kurtail_pl.storage.folder import is_ours, require_sound
 from kurtail_pl.storage.keys import model_key, settings_key
 from kurtail_pl.storage.resume import Workplace, resumable_work
 from kurtail_pl.streaming.compute import Compute, Device
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 def evaluate_models(checkpoints: Sequence[Checkpoint], spec: TaskSpec, device: Device = "auto") -> list[dict[str, Any]]:
     """`evaluate_tasks` of several models; killed and run again, those that were finished are not repeated."""
+    for checkpoint in checkpoints:
+        require_sound(checkpoint.folder)
     recipes = [_recipe(checkpoint, spec) for checkpoint in checkpoints]
     with resumable_work({"models": recipes}) as work:
         finished: list[dict[str, Any]] = work.state.setdefault("finished", [])
@@ -61,10 +63,12 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec, device: Device = "aut
         ``skipped`` and why; the settings, the version of the ``harness`` and the ``cost``.
 
     Raises:
+        ArtefactError: when the folder is ours and a file of it is missing or damaged.
         HarnessMissing: when the harness is not installed.
         TextError: when a local file is missing or not in the harness's format.
         ConfigError: when MMLU has fewer examples than asked for.
     """
+    require_sound(checkpoint.folder)
     names, skipped = chosen_tasks(spec)
     for name, why in skipped.items():
         log.info("skipping %s: %s", name, why)

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kurtail_pl.progress import track
 from kurtail_pl.stages.tasks.harness import quiet
+from kurtail_pl.surgery.positions import rotary_border
 
 BATCH_TOKENS = 1024
 """Tokens of a batch; more is no faster on a CPU and takes more memory for logits."""
@@ -76,9 +77,12 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         Args:
             longest: input -> tokens of its longest answer, which are not part of the beginning.
         """
+        border = rotary_border(self.model.config)
         beginning = shared_beginning(list(longest))[: min(len(tokens) - own for tokens, own in longest.items())]
         if len(beginning) <= SHARED_TOKENS or len(longest) == 1:
             return 0, None
+        if border is not None and len(beginning) <= border < max(map(len, longest)):
+            return 0, None  # Longer inputs have other angles from the first token on.
         ids = torch.tensor([beginning], device=self.device)
         return len(beginning), self.model(input_ids=ids, logits_to_keep=1, use_cache=True).past_key_values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from kurtail_pl.errors import ConfigError, TextError
 from kurtail_pl.stages.text.hub import Split
 from kurtail_pl.stages.text.sources import EMBEDDED, parts_of, read_text
 from kurtail_pl.storage.files import sha256_of_text
+from kurtail_pl.surgery.positions import require_positions
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,36 @@ class Windows:
     text_sha256: str
 
 
-def cut_windows(tokenizer: PreTrainedTokenizerBase, spec: TextSpec, split: Split, seed: int | None = None) -> Windows:
+class Reader(Protocol):
+    """Whatever reads windows: a model's folder, or an export's."""
+
+    @property
+    def positions(self) -> int:
+        """The longest text that it takes, in tokens."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+
+
+def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = None) -> Windows:
     """Tokenise each text of a source once, without special tokens, and take non-overlapping windows.
 
     Of k texts each gives the k-th part of the windows, in their order; where k does not divide their number, the first
     ones give one more. All windows of several texts are as many of each as the shortest has.
 
     Args:
-        tokenizer: of the model.
+        model: what will read the windows.
         spec: source, number and length of the windows.
         split: which part of a text by name.
         seed: windows of each text drawn without replacement by this seed; None takes the first ones (the perplexity
             protocol).
 
     Raises:
+        ConfigError: when the windows are longer than the model's positions.
         TextError: when a text has fewer windows than asked for.
     """
-    parts = parts_of(spec.source)
+    require_positions(spec.seqlen, model.positions)
+    tokenizer, parts = model.tokenizer(), parts_of(spec.source)
     texts = [read_text(part, split) for part in parts]
     tokens = [_tokens(tokenizer, text) for text in texts]
     available = [len(ids) // spec.seqlen for ids in tokens]

@@ -10,11 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from exports import has_torchs_logits
 from families import tiny_family
 from kurtail_onnx.export import export
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.spec import ExportSpec
+from safetensors.torch import load_file, save_file
 
+import kurtail_pl
 from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, KurtailError, UnsupportedArchitecture
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages.fuse import fuse
@@ -165,6 +168,26 @@ def test_what_onnx_cannot_say_is_refused(case: str, tiny: Path, make_artefact: M
     with pytest.raises(ConfigError, match=message):
         export(make_artefact(tiny, **quantizers), tmp_path / "onnx", spec)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("model.embed_tokens", 3e5), ("model.embed_tokens", 1e-7), ("model.layers.1.mlp.down_proj", 1e-6)],
+)
+def test_what_float16_does_not_hold_is_exported_in_float32_alone(
+    name: str, factor: float, tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    """An embedding beyond float16, one that vanishes in it, and a linear whose scales do."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{name}.weight"] *= factor
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    artefact = make_artefact(model, activations=None, keys=None, values=None)
+    with pytest.raises(ConfigError, match=rf"{name}\.(weight|scale) has values of .* --dtype fp32"):
+        export(artefact, tmp_path / "half", ExportSpec("fp16"))
+    assert not (tmp_path / "half").exists()
+    folder = export(artefact, tmp_path / "single", ExportSpec(), checked=True)
+    assert has_torchs_logits(kurtail_pl.load(artefact), folder)
 
 
 @pytest.mark.parametrize(

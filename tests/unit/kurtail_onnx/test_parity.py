@@ -142,7 +142,7 @@ def test_half_precision_has_torchs_mean_likelihood(
     made = request.getfixturevalue(artefact)
     opened = Export(export(made, tmp_path / "onnx", ExportSpec("fp16"), checked=True))
     model, session = kurtail_pl.load(made), open_session(opened.model, threads=1)
-    windows = cut_windows(opened.tokenizer(), TextSpec(windows=16, seqlen=128), "evaluation").tokens
+    windows = cut_windows(opened, TextSpec(windows=16, seqlen=128), "evaluation").tokens
     change = []
     for window in windows:
         half = torch.from_numpy(Decoder(opened, session).forward(window[None].numpy())[0])

@@ -167,7 +167,7 @@ def test_perplexity_is_the_stages(opened: Export, artefact: Path, text_file: Pat
     text = TextSpec(str(text_file), windows=3, seqlen=48)
     expected = evaluate.perplexity(Checkpoint(artefact), text)["perplexity"]
     assert perplexity(opened, text) == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(InputError, match="seqlen is 300"):
+    with pytest.raises(ConfigError, match="seqlen is 300 and the model has 256 positions"):
         perplexity(opened, TextSpec(str(text_file), windows=1, seqlen=300))
 
 

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ConfigError, ResumeMismatch
+from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.optim import CayleyAdam, CayleySGD
@@ -302,7 +302,7 @@ def first_step(
 def test_sites_count_by_their_effect(tiny: Path, text_file: Path, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     text = TextSpec(str(text_file), windows=4, seqlen=32)
     data, record, r1 = first_step(tiny, text, make_trainer, tmp_path / "store", site_weights="effect")
-    windows = cut_windows(data.checkpoint.tokenizer(), text, "calibration", seed=2)
+    windows = cut_windows(data.checkpoint, text, "calibration", seed=2)
     effects = block_effects(data.checkpoint, windows.tokens, seed=2).numpy()
     rows = data.train_dataloader().batch(0)["residual"].double().numpy()
     normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + data.rms_norm_eps)
@@ -339,6 +339,15 @@ def test_other_precisions_learn_nearly_the_same(known: Any, make_trainer: MakeTr
     train(make_trainer, other, loader_of(known), precision=precision)
     torch.testing.assert_close(other.residual.detach().float(), usual.residual.detach(), rtol=0, atol=1e-4)
     torch.testing.assert_close(other.value.detach().float(), usual.value.detach(), rtol=0, atol=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(known: Any, make_trainer: MakeTrainer) -> None:
+    module = module_of()
+    module.value.data[1, 2, 3] = float("nan")
+    with pytest.raises(NotFinite, match=r"the loss is nan in step 1; .*optimizer\.lr"):
+        train(make_trainer, module, loader_of(known))
+    with pytest.raises(NotFinite, match="the learned rotations are nan"):
+        module.learned()
 
 
 def test_learned_rotations_are_orthogonal_in_float64(known: Any, make_trainer: MakeTrainer) -> None:

@@ -7,6 +7,7 @@ import torch
 import torchmetrics.text
 from torch import Tensor
 
+from kurtail_pl.errors import NotFinite
 from kurtail_pl.metrics import Perplexity
 
 VOCAB = 37
@@ -128,3 +129,14 @@ def test_sizes_that_do_not_match_raise() -> None:
         Perplexity().update(logits, ids[:1])
     with pytest.raises(ValueError, match="batch_size"):
         Perplexity().update(logits, ids[:, :-1])
+
+
+@pytest.mark.parametrize(("logit", "found"), [(float("nan"), "perplexity is nan"), (-1e5, "perplexity is inf")])
+def test_no_number_is_no_perplexity(logit: float, found: str) -> None:
+    """exp(1e5) is beyond float64, too."""
+    logits, ids = torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.int64)
+    logits[..., 1] = logit
+    metric = Perplexity()
+    metric.update(logits, ids)
+    with pytest.raises(NotFinite, match=found):
+        metric.compute()

@@ -176,7 +176,7 @@ def test_perplexity_grows_as_the_linearity_theorem_says(stories: Path, tmp_path:
     turned = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
     folder = quantize(turned, QuantizeSpec(WEIGHTS_ONLY, "higgs"), tmp_path / "four")
     before, after = (math.log(perplexity(Checkpoint(f), text)["perplexity"]) for f in (turned, folder))
-    windows = cut_windows(checkpoint.tokenizer(), text, "evaluation").tokens
+    windows = cut_windows(checkpoint, text, "evaluation").tokens
     halves = [measured_sensitivities(Checkpoint(turned), half, seed=0) for half in windows.split(4)]
     predicted = sum(map(sum, halves)) / 2 * normal_error(4)
     assert after - before == pytest.approx(predicted, rel=0.3)

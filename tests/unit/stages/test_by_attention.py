@@ -68,7 +68,7 @@ def saved(model: PreTrainedModel, tied: Path, folder: Path) -> Checkpoint:
 @torch.no_grad()
 def rows_and_counts(tiny: Path, fused: Path, text: TextSpec) -> tuple[Tensor, Tensor]:
     """What `v_proj` of the first fused layer reads, float64 ``[tokens, in]``, and what each token counts for."""
-    windows = cut_windows(Checkpoint(fused).tokenizer(), text, "calibration", seed=0).tokens
+    windows = cut_windows(Checkpoint(fused), text, "calibration", seed=0).tokens
     model, rows = kurtail_pl.load(fused), []
     model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0][0].double()))
     eager = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager")

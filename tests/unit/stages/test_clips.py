@@ -68,7 +68,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 def test_each_input_has_the_ratio_of_the_least_output_error(fused: Path, text: TextSpec, tmp_path: Path) -> None:
     """Of the first layer, whose attention reads what the float model's does; nothing is rounded before it."""
     clips = clips_of(quantize(fused, searching(text, "activations"), tmp_path / "searched"))
-    windows = cut_windows(Checkpoint(fused).tokenizer(), replace(text, windows=9), "calibration", seed=0).tokens
+    windows = cut_windows(Checkpoint(fused), replace(text, windows=9), "calibration", seed=0).tokens
     model = kurtail_pl.load(fused).double()
     linears = [model.model.layers[0].get_submodule(f"self_attn.{name}_proj") for name in "qkv"]
     x, _ = outputs(model, windows, "self_attn.q_proj")
@@ -91,7 +91,7 @@ def test_the_cache_has_the_ratio_of_the_least_output_error(
     spec = searching(text, part)
     spec = replace(spec, scheme=replace(QUANTIZED, activations=None))
     clips = clips_of(quantize(fused, spec, tmp_path / "searched"))
-    windows = cut_windows(Checkpoint(fused).tokenizer(), replace(text, windows=9), "calibration", seed=0).tokens
+    windows = cut_windows(Checkpoint(fused), replace(text, windows=9), "calibration", seed=0).tokens
     model = kurtail_pl.load(fused).double()
     _, exact = outputs(model, windows, "self_attn.o_proj")
     errors = {}

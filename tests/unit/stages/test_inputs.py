@@ -29,7 +29,7 @@ LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("
 
 
 def calibration(folder: Path, text: TextSpec) -> Tensor:
-    return cut_windows(Checkpoint(folder).tokenizer(), text, "calibration", seed=0).tokens
+    return cut_windows(Checkpoint(folder), text, "calibration", seed=0).tokens
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class FirstLayer:
     """What the first decoder layer writes in float64, by transformers' own calls, and how far it is from the float."""
 
     def __init__(self, fused: Path, text: TextSpec) -> None:
-        self.windows = cut_windows(Checkpoint(fused).tokenizer(), text, "calibration", seed=1).tokens
+        self.windows = cut_windows(Checkpoint(fused), text, "calibration", seed=1).tokens
         self.exact = self.written(kurtail_pl.load(fused))
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.storage.folder import CARD
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
@@ -266,7 +267,7 @@ def test_an_existing_folder_is_refused(fused: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["tensor gone", "wrong shape"])
 def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, damage: str) -> None:
-    """Layers 0 and 1 have been written when layer 2 cannot be read."""
+    """Layers 0 and 1 have been written when layer 2 cannot be read; the card was written for what is there."""
     copy = shutil.copytree(fused, tmp_path / "fused")
     shard = copy / "model-00004-of-00006.safetensors"
     tensors = load_file(shard)
@@ -275,6 +276,9 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
     if damage == "wrong shape":
         tensors[name] = weight[:-1].contiguous()
     save_file(tensors, shard, metadata={"format": "pt"})
+    card = json.loads((copy / CARD).read_text())
+    card["sha256"][shard.name] = sha256_of(shard)
+    (copy / CARD).write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match=r"model.layers.2.*up_proj"):
         quantize(copy, QuantizeSpec(method="rtn"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]

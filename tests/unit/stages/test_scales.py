@@ -46,7 +46,7 @@ def test_scales_balance_what_channels_hold_and_what_reads_them(tiny: Path, text:
     """Against the inputs of transformers' own linears; without rotations the scales can be seen in the weights."""
     fused = Checkpoint(fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused", scales=scaling(text)))
     before = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
-    windows = cut_windows(Checkpoint(tiny).tokenizer(), scaling(text).text, "calibration", seed=0).tokens
+    windows = cut_windows(Checkpoint(tiny), scaling(text).text, "calibration", seed=0).tokens
     for index, layer in enumerate(before.model.layers):
         read: dict[str, list[Tensor]] = {"self_attn.o_proj": [], "mlp.down_proj": []}
         for name, seen in read.items():
@@ -78,7 +78,7 @@ def test_scales_of_norms(tiny: Path, rotations: Rotations, text: TextSpec, tmp_p
     spec = scaling(text, "attention_input", "mlp_input")
     plain = Checkpoint(fuse(Checkpoint(tiny), rotations, "test", tmp_path / "plain"))
     fused = Checkpoint(fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=spec))
-    windows = cut_windows(plain.tokenizer(), spec.text, "calibration", seed=0).tokens
+    windows = cut_windows(plain, spec.text, "calibration", seed=0).tokens
     model, seen = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64), []
     readers = {"input_layernorm": ("self_attn", "qkv"), "post_attention_layernorm": ("mlp", ("gate", "up"))}
     for layer in model.model.layers:
@@ -108,7 +108,7 @@ def test_scales_of_keys(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     """Against transformers' own queries and keys after RoPE; three query heads read each of two KV heads."""
     fused = Checkpoint(fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "f", scales=scaling(text, "keys")))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="eager")
-    windows = cut_windows(fused.tokenizer(), scaling(text).text, "calibration", seed=0).tokens
+    windows = cut_windows(fused, scaling(text).text, "calibration", seed=0).tokens
     cache = model(windows).past_key_values
     for index, layer in enumerate(model.model.layers):
         states: list[Tensor] = []

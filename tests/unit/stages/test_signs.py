@@ -57,7 +57,7 @@ def rounding_error(rows: np.ndarray) -> float:
 
 
 def test_errors_are_those_of_dense_matrices(tiny: Path, rotations: Rotations, spec: SignSpec) -> None:
-    windows = cut_windows(Checkpoint(tiny).tokenizer(), spec.text, "calibration", seed=spec.seed).tokens
+    windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=spec.seed).tokens
     found = sign_errors(Checkpoint(tiny), rotations, spec, windows)
     model, draws = AutoModelForCausalLM.from_pretrained(tiny), drawn(rotations, spec)
     assert rotations.value is not None
@@ -72,7 +72,7 @@ def test_errors_are_those_of_dense_matrices(tiny: Path, rotations: Rotations, sp
 
 
 def test_channels_are_scaled_before(tiny: Path, spec: SignSpec, tmp_path: Path) -> None:
-    windows = cut_windows(Checkpoint(tiny).tokenizer(), spec.text, "calibration", seed=spec.seed).tokens
+    windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=spec.seed).tokens
     online = random_rotations(Checkpoint(tiny).config, 1)
     rotations = Rotations(attention_output=online.attention_output, mlp_hidden=online.mlp_hidden)
     scales = ScaleSpec(["values", "mlp_hidden"], spec.text, seed=spec.seed)
@@ -90,7 +90,7 @@ def test_the_best_are_chosen_and_kept(tiny: Path, rotations: Rotations, spec: Si
     """In the fused folder and in the artefact; the output of the float model stays."""
     fused = fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", signs=spec)
     artefact = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "artefact")
-    windows = cut_windows(Checkpoint(tiny).tokenizer(), spec.text, "calibration", seed=spec.seed).tokens
+    windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=spec.seed).tokens
     errors = sign_errors(Checkpoint(tiny), rotations, spec, windows)
     draws = drawn(rotations, spec)
     for folder in (fused, artefact):

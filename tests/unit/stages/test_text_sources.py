@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import sentences
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kurtail_pl.errors import TextError
 from kurtail_pl.stages.evaluate import perplexity
@@ -155,9 +155,8 @@ def test_without_the_hub_the_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny)
-    return tokenizer
+def model(tiny: Path) -> Checkpoint:
+    return Checkpoint(tiny)
 
 
 @pytest.fixture
@@ -170,7 +169,9 @@ Windows = Callable[[Path, int], list[list[int]]]
 
 
 @pytest.fixture
-def windows_of(tokenizer: PreTrainedTokenizerBase) -> Windows:
+def windows_of(tiny: Path) -> Windows:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+
     def windows_of(path: Path, seqlen: int) -> list[list[int]]:
         ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
         return [ids[i : i + seqlen] for i in range(0, len(ids) - seqlen + 1, seqlen)]
@@ -178,20 +179,18 @@ def windows_of(tokenizer: PreTrainedTokenizerBase) -> Windows:
     return windows_of
 
 
-def test_texts_in_equal_parts(tokenizer: PreTrainedTokenizerBase, three: list[Path], windows_of: Windows) -> None:
+def test_texts_in_equal_parts(model: Checkpoint, three: list[Path], windows_of: Windows) -> None:
     """Eleven of three: 4, 4 and 3; and the hash is that of all their text."""
     source = "+".join(map(str, three))
-    cut = cut_windows(tokenizer, TextSpec(source, 11, 16), "evaluation")
+    cut = cut_windows(model, TextSpec(source, 11, 16), "evaluation")
     first, second, third = (windows_of(path, 16) for path in three)
     assert cut.tokens.tolist() == [*first[:4], *second[:4], *third[:3]]
     assert cut.text_sha256 == sha256_of_text("\n\n".join(path.read_text() for path in three))
 
 
-def test_texts_in_equal_parts_are_drawn_by_the_seed(
-    tokenizer: PreTrainedTokenizerBase, three: list[Path], windows_of: Windows
-) -> None:
+def test_texts_in_equal_parts_are_drawn_by_the_seed(model: Checkpoint, three: list[Path], windows_of: Windows) -> None:
     spec = TextSpec("+".join(map(str, three)), 12, 16)
-    drawn, again, other = (cut_windows(tokenizer, spec, "calibration", seed=s).tokens.tolist() for s in (1, 1, 2))
+    drawn, again, other = (cut_windows(model, spec, "calibration", seed=s).tokens.tolist() for s in (1, 1, 2))
     assert drawn == again != other
     for part, path in enumerate(three):
         own = drawn[4 * part : 4 * part + 4]
@@ -199,50 +198,47 @@ def test_texts_in_equal_parts_are_drawn_by_the_seed(
         assert len({tuple(window) for window in own}) == 4
 
 
-def test_all_windows(tokenizer: PreTrainedTokenizerBase, three: list[Path], windows_of: Windows) -> None:
+def test_all_windows(model: Checkpoint, three: list[Path], windows_of: Windows) -> None:
     """One text: every window. Several: as many of each as the shortest has."""
-    cut = cut_windows(tokenizer, TextSpec(str(three[2]), None, 16), "evaluation")
+    cut = cut_windows(model, TextSpec(str(three[2]), None, 16), "evaluation")
     assert cut.tokens.tolist() == windows_of(three[2], 16)
     assert cut.spec.windows == len(windows_of(three[2], 16))
-    cut = cut_windows(tokenizer, TextSpec("+".join(map(str, three)), None, 16), "evaluation")
+    cut = cut_windows(model, TextSpec("+".join(map(str, three)), None, 16), "evaluation")
     shortest = len(windows_of(three[0], 16))
     assert cut.tokens.tolist() == [window for path in three for window in windows_of(path, 16)[:shortest]]
 
 
-def test_combined_is_all_four(texts: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    cut = cut_windows(tokenizer, TextSpec("combined", 4, 2), "calibration")
-    parts = [
-        cut_windows(tokenizer, TextSpec(name, 1, 2), "calibration") for name in ("wikitext", "c4", "ptb", "alpaca")
-    ]
+def test_combined_is_all_four(texts: Path, model: Checkpoint) -> None:
+    cut = cut_windows(model, TextSpec("combined", 4, 2), "calibration")
+    parts = [cut_windows(model, TextSpec(name, 1, 2), "calibration") for name in ("wikitext", "c4", "ptb", "alpaca")]
     assert cut.tokens.tolist() == [part.tokens[0].tolist() for part in parts]
 
 
-def test_a_part_that_is_too_short_is_named(tokenizer: PreTrainedTokenizerBase, three: list[Path]) -> None:
+def test_a_part_that_is_too_short_is_named(model: Checkpoint, three: list[Path]) -> None:
     with pytest.raises(TextError, match=r"40.txt' \(evaluation\) has \d+ tokens, \d+ windows of 16, and 100 were"):
-        cut_windows(tokenizer, TextSpec(f"{three[0]}+{three[1]}", 200, 16), "evaluation")
+        cut_windows(model, TextSpec(f"{three[0]}+{three[1]}", 200, 16), "evaluation")
 
 
-def test_no_window_at_all_is_refused(tokenizer: PreTrainedTokenizerBase, three: list[Path]) -> None:
-    with pytest.raises(TextError, match="0 windows of 4096, and 1 were asked for"):
-        cut_windows(tokenizer, TextSpec(str(three[0]), None, 4096), "evaluation")
+def test_no_window_at_all_is_refused(model: Checkpoint, tmp_path: Path) -> None:
+    short = write(tmp_path / "short.txt", " ".join(sentences(5, seed=0)))
+    with pytest.raises(TextError, match="0 windows of 256, and 1 were asked for"):
+        cut_windows(model, TextSpec(str(short), None, 256), "evaluation")
 
 
 @pytest.mark.parametrize("source", ["wikitext", "c4", "alpaca", "wikitext+c4"])
 @pytest.mark.parametrize("split", ["calibration", "evaluation"])
-def test_the_shared_texts(
-    source: str, split: Any, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shared_texts(source: str, split: Any, model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real WikiText-2, C4 and Alpaca, where they are beside the checkout."""
     if not SHARED.is_dir():
         pytest.skip("no shared texts beside the checkout")
     monkeypatch.setenv("KURTAIL_TEXT", str(SHARED))
-    assert cut_windows(tokenizer, TextSpec(source, 6, 128), split, seed=0).tokens.shape == (6, 128)
+    assert cut_windows(model, TextSpec(source, 6, 128), split, seed=0).tokens.shape == (6, 128)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("names", [["c4"], ["ptb", "alpaca"]])
 def test_perplexity_on_whole_texts_by_name(
-    names: list[str], tiny: Path, tokenizer: PreTrainedTokenizerBase, windows_of: Windows, tmp_path: Path,
+    names: list[str], tiny: Path, model: Checkpoint, windows_of: Windows, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Against transformers' own loss on slices of the tokens, as many of each text as the shortest has."""

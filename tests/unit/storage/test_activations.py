@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kurtail_pl.errors import StoreMismatch
+from kurtail_pl.errors import NotFinite, StoreMismatch
 from kurtail_pl.storage import activations
 from kurtail_pl.storage.activations import ActivationStore, Origin, Shape, SiteWriter
 
@@ -182,3 +182,14 @@ def test_unreadable_site(folder: Path, damage: str) -> None:
     with pytest.raises(StoreMismatch, match=rf"{SITES[2]}.*cannot be read"):
         store.read(SITES[2], 0, 4)
     assert store.read(SITES[1], 0, 4).shape == (4, 12)
+
+
+def test_rows_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    """3.4e38 is a float32; bfloat16 ends at 3.39e38 and rounds it to infinity."""
+    rows = torch.full((2, 4), 3.4e38)
+    assert rows.isfinite().all()
+    with (
+        SiteWriter(tmp_path, "layer000.value", 2, 4) as writer,
+        pytest.raises(NotFinite, match=r"rows of .*layer000\.value"),
+    ):
+        writer.write(torch.arange(2), rows.bfloat16())

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kurtail_pl.errors import ArtefactError, DiskFull
+from kurtail_pl.errors import ArtefactError, DiskFull, NotFinite
 from kurtail_pl.storage import files
 
 
@@ -138,10 +140,21 @@ def test_tensors_round_trip_even_when_not_contiguous(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
-def test_hashes(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+@pytest.mark.parametrize("age", [0, 3600])
+def test_hashes(tmp_path: Path, age: int) -> None:
+    """Also of a file that was hashed before, and is changed in place to another as long."""
+    path = tmp_path / "f"
     path.write_bytes(b"abc" * 100_000)
-    assert files.sha256_of(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+    os.utime(path, (path.stat().st_mtime - age,) * 2)
+    for _ in range(2):
+        assert files.sha256_of(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+    with path.open("r+b") as file:
+        file.write(b"abd")
+    for _ in range(2):
+        assert files.sha256_of(path) == hashlib.sha256(b"abd" + b"abc" * 99_999).hexdigest()
+
+
+def test_the_hash_of_a_text_is_that_of_its_utf8() -> None:
     assert files.sha256_of_text("größer") == hashlib.sha256("größer".encode()).hexdigest()
 
 
@@ -174,3 +187,18 @@ def test_what_a_process_killed_between_two_renames_left_is_mended(tmp_path: Path
     with pytest.raises(ArtefactError, match="exists"):
         write_new(tmp_path / "artefact", overwrite=False, text="all")
     assert content(tmp_path) == {"artefact/file": stands}
+
+
+def test_tensors_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    tensors = {"first": torch.ones(3), "second": torch.tensor([1.0, math.nan])}
+    with pytest.raises(NotFinite, match=r"second of .*t\.safetensors"):
+        files.write_tensors(tmp_path / "t.safetensors", tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_not_written(tmp_path: Path, value: float) -> None:
+    """JSON has no such numbers; Python's own writer makes some up."""
+    with pytest.raises(NotFinite, match=r"cost\.parts\.1\.seconds of .*a\.json"):
+        files.write_json(tmp_path / "a.json", {"cost": {"parts": [{"seconds": 1.0}, {"seconds": value}]}})
+    assert list(tmp_path.iterdir()) == []

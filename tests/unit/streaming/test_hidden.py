@@ -1,10 +1,12 @@
 """Hidden states in memory-mapped files."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from kurtail_pl.errors import NotFinite
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 
@@ -71,3 +73,17 @@ def test_states_beside_start_where_the_others_do_and_go_their_own_way(tmp_path: 
             torch.testing.assert_close(found, start + 2)
         for found, start in zip(hidden.before, states(0), strict=True):
             torch.testing.assert_close(found, start + 1)
+
+
+@pytest.mark.parametrize("done", [None, 0, 2])
+def test_states_that_are_no_numbers_are_refused_where_they_are_made(tmp_path: Path, done: int | None) -> None:
+    where = "the embedding" if done is None else f"decoder layer {done}"
+    bad = states(0)
+    bad[1][0, 2, 3] = math.inf
+    with resumable_folder(tmp_path / "out", False, {}) as work:
+        hidden = HiddenStates(work, SHAPE, torch.float32)
+        if done is not None:
+            work.finished(done)
+        for of in (hidden.after, hidden.scratch(5)):
+            with pytest.raises(NotFinite, match=rf"window 1 .* {where} .*float32"):
+                of.fill(bad)

@@ -1,6 +1,9 @@
 """The walk, one layer at a time, against transformers' whole model."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +126,30 @@ def test_rotary_frequencies_in_an_old_checkpoint_are_ignored(tiny: Path, tmp_pat
     _, logits = walk(Walker(Checkpoint(tmp_path)), WINDOWS)
     _, expected = walk(Walker(Checkpoint(tiny)), WINDOWS)
     assert torch.equal(logits, expected)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2 + i for i in range(8)]},
+    "yarn": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "linear": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_positions_on_both_sides_of_the_border(kind: str, tiny: Path, tmp_path: Path) -> None:
+    """Longer windows first, and shorter ones after: transformers' own modules remember lengths that they have seen."""
+    folder, border = Path(shutil.copytree(tiny, tmp_path / "model")), 16
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    if kind not in ("dynamic", "linear"):
+        rope["original_max_position_embeddings"] = border
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope, "max_position_embeddings": 64}))
+    walker = Walker(Checkpoint(folder))
+    windows = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
+    for length in (64, border + 1, border, 5, border + 1, 64):
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(folder)(windows[:, :length]).logits
+        _, logits = walk(walker, windows[:, :length])
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
