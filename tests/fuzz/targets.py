@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fuzz.mutations import as_json, json_files, tensor_files
-from fuzz.samples import Samples
+from families import fill
+from fuzz.mutations import as_json, damaged, foreign, json_files, tensor_files
+from fuzz.samples import CONFIG, Samples
+from gguf_files import write_gguf
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.generate import Sampling, generate
 from kurtail_onnx.run.session import open_session
+from transformers import LlamaForCausalLM
 
 from kurtail_pl.stages.artefact import load
 from kurtail_pl.stages.evaluate import perplexity
@@ -22,6 +26,7 @@ from kurtail_pl.stages.report import report
 from kurtail_pl.storage.activations import ActivationStore, Origin
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
+from kurtail_pl.storage.sources import open_model
 
 
 @dataclass(frozen=True)
@@ -192,3 +197,17 @@ def progress(samples: Samples, place: Path) -> Target:
             work.finished(3)
 
     return Target(1000, json_files(valid), read)
+
+
+@target
+def gguf(samples: Samples, place: Path) -> Target:
+    file = write_gguf(place / "little.gguf", fill(LlamaForCausalLM(CONFIG)))
+    valid = file.read_bytes()
+    start = len(valid) - sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters()) * 4
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        shutil.rmtree(place.parent / "cache", ignore_errors=True)
+        perplexity(open_model(str(file)), samples.spec)
+
+    return Target(1000, st.one_of(damaged(valid, within=start), foreign()), read)
