@@ -64,7 +64,7 @@ class Workplace:
 
     def resume(self) -> list[str]:
         """Take up the record in the folder, if any; returns the differences that forbid it."""
-        if not self._record.is_file():
+        if not self._record.is_file() or self.folder.is_symlink():  # Ours is no link.
             return []
         try:
             data = read_object(self._record, ResumeMismatch, "")

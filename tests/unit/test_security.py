@@ -1,5 +1,6 @@
 """What SECURITY.md promises: nothing that a folder names is run, and nothing outside it is read or written."""
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -16,11 +17,13 @@ from onnx import TensorProto, helper
 from transformers import AutoTokenizer
 
 from kurtail_pl.cli.trainer import RecipeCLI, command_line
-from kurtail_pl.errors import ArtefactError, CheckpointError, RuntimeUnusable
+from kurtail_pl.errors import ArtefactError, CheckpointError, NotWritable, RuntimeUnusable
 from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.storage import folder as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import write_json, write_tensors, write_text
+from kurtail_pl.storage.files import new_folder, write_json, write_tensors, write_text
+from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model
@@ -210,3 +213,29 @@ def test_an_index_reads_no_file_outside_its_folder(tied: Path, tmp_path: Path, n
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="not in its folder"):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize("make", ["new", "resumable"])
+def test_a_folder_is_not_made_through_a_link(tmp_path: Path, make: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
+    if make == "new":
+        with new_folder(tmp_path / "out", overwrite=False) as partial:
+            (partial / "file").write_text("")
+    else:
+        with resumable_folder(tmp_path / "out", False, {"a": 1}) as work:
+            (work.folder / "file").write_text("")
+            work.finished(1)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["kept"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_a_lock_that_stands_as_a_link_is_not_written_through(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    (tmp_path / ".out.lock").symlink_to(kept)
+    with contextlib.suppress(NotWritable), alone_with(tmp_path / "out"):
+        pass
+    assert kept.read_text() == "mine"
