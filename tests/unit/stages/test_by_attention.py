@@ -20,7 +20,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.attention import put_prefix
-from kurtail_pl.surgery.equip import equip_model
+from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
@@ -45,8 +45,9 @@ def test_counts_of_a_text(family: str, prefix: list[int], tied: Path, tmp_path: 
     checkpoint = saved(model, tied, tmp_path / "model")
     rotations = random_rotations(checkpoint.config, 0)
     fused = Checkpoint(fuse(checkpoint, rotations, "quarot", tmp_path / "fused"))
-    walker = Walker(fused)
-    equip_model(walker.model, Scheme(None, None, Quantizer(2), None), rotations)
+    equipped = empty_model(checkpoint.config)
+    equip_model(equipped, Scheme(None, None, Quantizer(2), None), rotations)
+    walker = Walker(fused, equipped)
     with resumable_folder(tmp_path / "work", False, {}) as work:
         hidden = walker.hidden_states(window[None], work)
         _, layer = next(walker.layers("test", work))
