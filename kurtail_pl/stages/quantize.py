@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.maths.gptq import GPTQ
-from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.allocation import WIDTHS, allocated_bits, sensitivities
 from kurtail_pl.stages.calibration import as_stored
@@ -37,10 +36,10 @@ from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.attention import put_prefix
-from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of
-from kurtail_pl.surgery.families import architecture_of, mlp_widths
+from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, require_scheme_fits
+from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import checkpoint_state
-from kurtail_pl.surgery.rotations import Rotations, head_dim_of
+from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT, Scheme, require_normal
 
 log = logging.getLogger(__name__)
@@ -256,28 +255,13 @@ def _equipped(checkpoint: Checkpoint, scheme: Scheme, rotations: Rotations) -> P
 
 def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
     """Raise ConfigError when a model's widths, layers or linears are not what groups, bits or `by_attention` need."""
-    scheme, architecture = spec.scheme, architecture_of(config)
+    architecture = architecture_of(config)
     if spec.by_attention and architecture.value == architecture.query:
         raise ConfigError(
             f"by_attention is true and {architecture.value} of {architecture.model_type} makes queries and keys too, "
             "for which tokens count alike; write by_attention: false"
         )
-    bits, layers = scheme.higgs_bits, config.num_hidden_layers
-    if bits is not None and len(bits) != layers:
-        raise ConfigError(f"higgs_bits are {len(bits)} numbers and this model has {layers} layers; give one for each")
-    head_dim = head_dim_of(config)
-    inputs = (config.hidden_size, config.num_attention_heads * head_dim, *mlp_widths(config))
-    widths = {"weights": inputs, "activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
-    for name, sizes in widths.items():
-        quantizer: Quantizer | None = getattr(scheme, name)
-        if quantizer is None or quantizer.group_size is None:
-            continue
-        for size in sizes:
-            if size % quantizer.group_size:
-                raise ConfigError(
-                    f"{name}.group_size is {quantizer.group_size} and this model has {size} channels to divide; "
-                    f"choose a divisor of {' and '.join(map(str, sizes))}, or null"
-                )
+    require_scheme_fits(config, spec.scheme)
 
 
 def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:

@@ -24,7 +24,7 @@ from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object, requi
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.weights import INDEX
-from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized, set_clips
+from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized, require_scheme_fits, set_clips
 from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
@@ -177,6 +177,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     model = empty_model(checkpoint.config)
     if is_ours(checkpoint.folder):
         scheme = scheme_of(checkpoint.folder)
+        require_scheme_fits(checkpoint.config, scheme)
         equip_model(model, scheme, rotations_of(checkpoint.folder))
         expect_quantized(model, scheme)
         if clips := read_card(checkpoint.folder).get("clips"):

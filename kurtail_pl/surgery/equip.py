@@ -17,7 +17,7 @@ from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
 from kurtail_pl.surgery.exact import exact_class
 from kurtail_pl.surgery.experts import separate_experts
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import architecture_of, mlp_widths
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.scheme import Scheme
@@ -52,6 +52,26 @@ def layers_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleLi
     return layers
 
 
+def require_scheme_fits(config: PretrainedConfig, scheme: Scheme) -> None:
+    """Raise ConfigError when a model's widths or layers are not what a scheme's groups or bits of layers need."""
+    bits, layers = scheme.higgs_bits, config.num_hidden_layers
+    if bits is not None and len(bits) != layers:
+        raise ConfigError(f"higgs_bits are {len(bits)} numbers and this model has {layers} layers; give one for each")
+    head_dim = head_dim_of(config)
+    inputs = (config.hidden_size, config.num_attention_heads * head_dim, *mlp_widths(config))
+    widths = {"weights": inputs, "activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
+    for name, sizes in widths.items():
+        quantizer: Quantizer | None = getattr(scheme, name)
+        if quantizer is None or quantizer.group_size is None:
+            continue
+        for size in sizes:
+            if size % quantizer.group_size:
+                raise ConfigError(
+                    f"{name}.group_size is {quantizer.group_size} and this model has {size} channels to divide; "
+                    f"choose a divisor of {' and '.join(map(str, sizes))}, or null"
+                )
+
+
 def equip_model(model: PreTrainedModel, scheme: Scheme, rotations: Rotations) -> None:
     """Replace linears and attention of every layer by those that rotate online and quantize."""
     architecture = architecture_of(model.config)
@@ -83,15 +103,8 @@ def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Ro
 
 
 def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
-    """Make every equipped module expect what quantization adds to a checkpoint: prefix, centres, grids and codes.
-
-    Raises:
-        ConfigError: when `higgs_bits` are not as many as layers.
-    """
+    """Make every equipped module expect what quantization adds to a checkpoint: prefix, centres, grids and codes."""
     architecture = architecture_of(model.config)
-    layers = len(layers_of(model, architecture))
-    if scheme.higgs_bits is not None and len(scheme.higgs_bits) != layers:
-        raise ConfigError(f"higgs_bits are {len(scheme.higgs_bits)} numbers and the model has {layers} layers")
     heads, head_dim = model.config.num_key_value_heads, head_dim_of(model.config)
     for index, layer in enumerate(layers_of(model, architecture)):
         attention = layer.get_submodule(architecture.attention)
