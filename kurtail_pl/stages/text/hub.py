@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from kurtail_pl.errors import TextError
+from kurtail_pl.errors import TextError, reason
 from kurtail_pl.storage.files import cache_folder, write_text
 from kurtail_pl.storage.lock import alone_with
 
@@ -103,7 +103,7 @@ def _download(name: str, split: Split, file: Path) -> None:
         lines = [json.dumps({"text": row[text.column]}) for row in islice(rows, text.rows.get(split))]
     except Exception as error:  # Its own kinds, the hub client's, those of HTTP and of every file format.
         raise TextError(
-            f"text {name!r} cannot be had from the Hugging Face hub ({text.path}: {str(error).splitlines()[0]}); "
+            f"text {name!r} cannot be had from the Hugging Face hub ({text.path}: {reason(error)}); "
             f"set KURTAIL_TEXT to a folder with a folder {name}, or name a file"
         ) from error
     write_text(file, "\n".join(lines) + "\n")

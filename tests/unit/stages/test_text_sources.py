@@ -79,6 +79,36 @@ def test_a_split_that_the_folder_lacks_is_named(texts: Path) -> None:
         read_text("ptb", "evaluation")
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        (
+            "c4",
+            {"c4-a/train.txt": "a", "c4-b/train.txt": "b"},
+            r"'c4' could be any of .*c4-a, .*c4-b; name one of them c4",
+        ),
+        ("c4", {"c4/train.txt": "a", "c4/train.jsonl": ""}, r"several formats: train.jsonl, train.txt; keep"),
+        ("c4", {"c4/latest-train.txt": "a"}, r"latest-train.txt names both splits"),
+        ("c4", {"c4/train.csv": "a"}, r"c4 has no text: no file ends in .txt"),
+    ],
+)
+def test_no_choice_among_files_is_silent(
+    name: str, files: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, content in files.items():
+        write(tmp_path / file, content)
+    monkeypatch.setenv("KURTAIL_TEXT", str(tmp_path))
+    with pytest.raises(TextError, match=message):
+        read_text(name, "calibration")
+
+
+def test_the_folder_of_just_that_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "c4" / "TRAIN.TXT", "this")
+    write(tmp_path / "c4-other" / "train.txt", "other")
+    monkeypatch.setenv("KURTAIL_TEXT", str(tmp_path))
+    assert read_text("c4", "calibration") == "this"
+
+
 def test_a_folder_that_does_not_exist_is_refused(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KURTAIL_TEXT", str(texts / "nowhere"))
     with pytest.raises(TextError, match=r"KURTAIL_TEXT is '.*nowhere', which is no folder"):
@@ -87,7 +117,7 @@ def test_a_folder_that_does_not_exist_is_refused(texts: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("row", [{"instruction": "a"}, {"instruction": 1, "output": "b"}, {"output": "b"}])
 def test_rows_that_are_not_alpacas_raise(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(TextError, match=r"rows.jsonl is not made of rows with a field 'text'"):
+    with pytest.raises(TextError, match=r"rows.jsonl line 1 .*expected an object with a field 'text', or Alpaca's"):
         read_text(str(write(tmp_path / "rows.jsonl", as_jsonl([row]))), "evaluation")
 
 
@@ -186,6 +216,31 @@ def test_texts_in_equal_parts(model: Checkpoint, three: list[Path], windows_of: 
     first, second, third = (windows_of(path, 16) for path in three)
     assert cut.tokens.tolist() == [*first[:4], *second[:4], *third[:3]]
     assert cut.text_sha256 == sha256_of_text("\n\n".join(path.read_text() for path in three))
+
+
+def test_paths_may_hold_the_sign_that_joins_texts(
+    model: Checkpoint, three: list[Path], windows_of: Windows, tmp_path: Path
+) -> None:
+    inside = write(tmp_path / "c++" / "a+b.txt", three[0].read_text())
+    for source, files in ((f"{inside}+{three[1]}", (inside, three[1])), (f"{three[1]}+{inside}", (three[1], inside))):
+        cut = cut_windows(model, TextSpec(source, 2, 16), "evaluation")
+        assert cut.tokens.tolist() == [windows_of(file, 16)[0] for file in files]
+        assert title_of(source) == "+".join(file.name for file in files)
+
+
+def test_a_source_that_can_be_read_in_two_ways_is_refused(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "a+b"):
+        write(tmp_path / name, "some words")
+    with pytest.raises(TextError, match=r"'a\+b' can be read as \['a', 'b'\] or as \['a\+b'\]; rename a file"):
+        cut_windows(model, TextSpec("a+b", 1, 2), "evaluation")
+
+
+def test_a_text_named_twice_is_refused(model: Checkpoint, three: list[Path]) -> None:
+    with pytest.raises(TextError, match=r"40.txt' is named twice in .*; name each text once"):
+        cut_windows(model, TextSpec(f"{three[0]}+{three[1]}+{three[0]}", 3, 16), "evaluation")
 
 
 def test_texts_in_equal_parts_are_drawn_by_the_seed(model: Checkpoint, three: list[Path], windows_of: Windows) -> None:
