@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from kurtail_pl.errors import ConfigError, TextError
+from kurtail_pl.errors import ConfigError, TextError, reason, shortened
+from kurtail_pl.stages.tasks.rows import read_rows
 from kurtail_pl.stages.tasks.spec import MMLU, TaskSpec, files_of, split_of
 
 FOLDERS = ("super_glue", "hellaswag", "openbookqa", "piqa", "siqa", "winogrande", "arc", "mmlu/default", "mathqa")
@@ -77,7 +77,7 @@ def parts_of(name: str, spec: TaskSpec) -> list[Part]:
         ConfigError: when a subject of MMLU has fewer examples than asked for.
     """
     if name != MMLU:
-        rows = None if spec.folder is None else {split_of(name): read_rows(files_of(name, spec)[0])}
+        rows = None if spec.folder is None else {split_of(name): read_rows(files_of(name, spec)[0], name)}
         return [Part(name, name, None, _harness_task(name, 0, rows), spec.limit)]
     groups = {part: group for group in GROUPS for part in sorted(_index()[f"mmlu_{group}_tasks"].tags)}
     local = None if spec.folder is None else _by_subject(spec, set(groups))
@@ -105,26 +105,15 @@ def deal(total: int, sizes: list[int]) -> list[int]:
     return shares
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; raises TextError when it has none or they are no objects."""
-    try:
-        # Lines end at a newline alone: str.splitlines would also cut at Unicode's separators within a row.
-        rows = [json.loads(line) for line in io.StringIO(path.read_text(encoding="utf-8")) if line.strip()]
-    except ValueError as error:
-        raise TextError(f"{path} is not made of lines of JSON in UTF-8 ({error}); copy it again") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise TextError(f"{path} has no rows, or rows that are no JSON objects; copy it again")
-    return rows
-
-
 def _by_subject(spec: TaskSpec, known: set[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Local rows of MMLU: name in the harness -> split -> rows, for each subject that has rows to ask."""
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in reversed(files_of(MMLU, spec)):
-        for row in read_rows(path):
-            part = f"mmlu_{row.get('subject')}"
+        for row in read_rows(path, MMLU):
+            part = f"mmlu_{row['subject']}"
             if part not in known:
-                raise TextError(f"{path} has a row with subject {row.get('subject')!r}, which MMLU does not have")
+                subject = shortened(row["subject"], 40)
+                raise TextError(f"{path} has a row of the subject {subject!r}, which MMLU does not have; correct it")
             subjects.setdefault(part, {"dev": [], "test": []})[path.stem].append(row)
     asked = {part: splits for part, splits in subjects.items() if splits["test"]}
     for part, splits in asked.items():
@@ -143,14 +132,12 @@ def _harness_task(name: str, shots: int, local: dict[str, list[dict[str, Any]]] 
     try:
         with quiet():
             return ConfigurableTask(config=config)
-    except OSError as error:
-        raise TextError(
-            f"the rows of {name} cannot be had from the Hugging Face hub ({error}); give a folder of local ones"
-        ) from error
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        if local is None:
+    except Exception as error:  # Its own kinds, the hub client's, those of HTTP and of every file format.
+        if local is not None:
             raise
-        raise TextError(f"the local rows of {name} lack what the harness reads ({error!r}); see its fields") from error
+        raise TextError(
+            f"the rows of {name} cannot be had from the Hugging Face hub ({reason(error)}); give a folder of local ones"
+        ) from error
 
 
 def _data_sets(local: dict[str, list[dict[str, Any]]]) -> dict[str, Dataset]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.stages.tasks.harness import quiet
 from kurtail_pl.surgery.positions import rotary_border
@@ -51,6 +52,12 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, in nats, and whether greedy decoding writes it."""
+        largest = max((max(context + answer, default=0) for _, context, answer in requests), default=0)
+        vocabulary = self.model.config.vocab_size
+        if largest >= vocabulary:
+            raise CheckpointError(
+                f"a question has token {largest} and the model has {vocabulary}; give the model's own tokenizer"
+            )
         asked: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-(self.max_length + 1) :]

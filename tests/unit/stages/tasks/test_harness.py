@@ -1,6 +1,7 @@
 """The harness's tasks on local rows: prompts, shares of MMLU's subjects, and what is refused."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from task_rows import read_rows
 
 from kurtail_pl.errors import ConfigError, HarnessMissing, TextError
 from kurtail_pl.stages.tasks.harness import deal, parts_of
-from kurtail_pl.stages.tasks.spec import TASKS, TaskSpec, chosen_tasks
+from kurtail_pl.stages.tasks.spec import TASKS, TaskSpec, chosen_tasks, split_of
 
 
 @pytest.fixture
@@ -107,21 +108,52 @@ def test_folders_without_tasks_are_refused(tmp_path: Path) -> None:
         chosen_tasks(TaskSpec(folder=str(tmp_path / "nowhere")))
 
 
+UNUSABLE = [
+    ("piqa", {"label": -1}, "line 2 has -1 as its 'label', expected a number from 0 to 1"),
+    ("piqa", {"label": "1"}, "line 2 has '1' as its 'label', expected a number"),
+    ("piqa", {"sol1": ""}, "line 2 has '' as its 'sol1', expected text"),
+    ("piqa", {"goal": "\ud83d"}, "'goal', expected text without halves of characters"),
+    ("boolq", {"label": True}, "line 2 has True as its 'label'"),
+    ("hellaswag", {"label": ""}, "line 2 has '' as its 'label', expected one of 0, '0', 1, '1'"),
+    ("hellaswag", {"endings": "a"}, "line 2 has 'a' as its 'endings', expected a list of texts"),
+    ("openbookqa", {"answerKey": "F"}, "line 2 has 'F' as its 'answerKey', expected one of A, B, C, D"),
+    ("arc_easy", {"choices": ["a", "b"]}, "line 2 has a list as its 'choices', expected an object of two lists"),
+    ("arc_challenge", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "expected an object of two lists"),
+    ("social_iqa", {"label": "0"}, "line 2 has '0' as its 'label', expected one of '1', '2', '3', 1, 2, 3"),
+    ("winogrande", {"answer": 1}, "line 2 has 1 as its 'answer', expected one of '1', '2'"),
+    ("winogrande", {"sentence": "No gap."}, "expected text with a gap _"),
+    ("mathqa", {"correct": "f"}, "line 2 has 'f' as its 'correct', expected one of 'a'"),
+    ("mmlu", {"choices": ["a", "b"]}, "line 2 has a list as its 'choices', expected a list of four texts"),
+    ("mmlu", {"answer": "B"}, "line 2 has 'B' as its 'answer', expected a number from 0 to 3"),
+    ("mmlu", {"subject": "sailing"}, "of the subject 'sailing', which MMLU does not have"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), UNUSABLE, ids=[f"{n}-{c}" for n, c, _ in UNUSABLE])
+def test_rows_with_other_values_are_refused(own: Path, name: str, change: dict[str, Any], message: str) -> None:
+    """The second row is the first one with something changed."""
+    file = own / name / f"{split_of(name)}.jsonl"
+    good = read_rows(file)[0]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, **change})))
+    with pytest.raises(TextError, match=rf"{file.name} .*{message}") as caught:
+        parts_of(name, TaskSpec(folder=str(own)))
+    assert len(str(caught.value).replace(str(own), "")) < 250
+
+
 @pytest.mark.parametrize(
-    ("name", "file", "content", "message"),
+    ("content", "message"),
     [
-        ("piqa", "validation", "", "has no rows"),
-        ("piqa", "validation", "[1]\n", "no JSON objects"),
-        ("piqa", "validation", "{'goal': 1}\n", "not made of lines of JSON"),
-        ("piqa", "validation", '{"goal": "x"}\n', "rows of piqa lack"),
-        ("hellaswag", "validation", '{"goal": "x"}\n', "rows of hellaswag lack"),
-        ("mmlu", "test", '{"question": "x", "subject": "sailing"}\n', "subject 'sailing'"),
+        ("", "has no rows; give one JSON object in each line, with goal, sol1, sol2, label"),
+        ("[1]\n", "line 1 holds a list, expected an object"),
+        ("{'goal': 1}\n", "line 1 is not JSON"),
+        ('\n{"goal": "x"}\n', r"line 2 has no field 'sol1' \(its fields: 'goal'\); piqa reads goal, sol1, sol2, label"),
+        ('{"question": "a"}\n', "line 1 has no field 'goal'"),
     ],
 )
-def test_unusable_rows_are_refused(own: Path, name: str, file: str, content: str, message: str) -> None:
-    (own / name / f"{file}.jsonl").write_text(content)
-    with pytest.raises(TextError, match=message):
-        parts_of(name, TaskSpec(folder=str(own)))
+def test_files_without_the_rows_of_a_task_are_refused(own: Path, content: str, message: str) -> None:
+    (own / "piqa" / "validation.jsonl").write_text(content)
+    with pytest.raises(TextError, match=rf"validation.jsonl {message}"):
+        parts_of("piqa", TaskSpec(folder=str(own)))
 
 
 def test_without_the_hub_a_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
