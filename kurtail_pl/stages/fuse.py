@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.stages.channels import Channels
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.scales import Part, ScaleSpec, channel_scales, scale_windows
@@ -24,9 +25,10 @@ from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, re
 from kurtail_pl.storage.keys import companions_sha256, require_learned_on, settings_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.mark import write_config
+from kurtail_pl.storage.model_config import GENERATION, read_generation_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
-from kurtail_pl.storage.rotation_file import hash_of, write_rotations
+from kurtail_pl.storage.rotation_file import hash_of, require_rotations_of, write_rotations
 from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
@@ -80,6 +82,7 @@ def fuse(
         signs: of R4 and R5, chosen among several draws; None takes them as they are.
 
     Raises:
+        CheckpointError: when the rotations are not of the model's sizes.
         ConfigError: when channels are to be scaled that this family cannot scale, or the rotations are another model's.
         GateError: when a fold changes the output; nothing is kept.
         TextError: when the text of the scales or signs is too short.
@@ -87,6 +90,7 @@ def fuse(
         DiskFull: when the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
     """
+    require_rotations_of(checkpoint.config, rotations, "the rotations")
     require_learned_on(rotations, checkpoint.sha256, checkpoint.folder)
     recipe = {
         "model_sha256": checkpoint.sha256,
@@ -150,11 +154,13 @@ def _write_companions(checkpoint: Checkpoint, rotations: Rotations, folder: Path
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Save tokenizer and generation settings beside new weights."""
+    """Save tokenizer and generation settings beside new weights; settings that nobody can read are left out."""
     checkpoint.tokenizer().save_pretrained(folder)
-    generation = checkpoint.folder / "generation_config.json"
-    if generation.is_file():
-        (folder / generation.name).write_bytes(generation.read_bytes())
+    try:
+        if read_generation_config(checkpoint.folder) is not None:
+            (folder / GENERATION).write_bytes((checkpoint.folder / GENERATION).read_bytes())
+    except CheckpointError as error:
+        log.warning("left out: %s", error)
 
 
 class _Fuser:

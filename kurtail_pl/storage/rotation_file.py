@@ -9,16 +9,18 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from kurtail_pl.errors import CheckpointError
+from kurtail_pl.errors import CheckpointError, reason
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.storage.files import write_tensors
-from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.rotations import Rotations, misfits
 
 FILE = "rotations.safetensors"
 METADATA = "rotations"
 FUSED = ("residual", "value")
 ONLINE = ("query_key", "attention_output", "mlp_hidden", "dense_hidden")
+AGAIN = "copy the file again, or run kurtail fit or fuse again"
 
 
 def write_rotations(path: Path, rotations: Rotations) -> None:
@@ -48,15 +50,39 @@ def _tensors(rotations: Rotations) -> dict[str, Tensor]:
 
 def read_rotations(path: Path) -> Rotations:
     """Read what `write_rotations` wrote; raises CheckpointError when the file is missing, damaged or another kind."""
+    if not path.is_file():
+        raise CheckpointError(f"rotations {path} do not exist; name the {FILE} that kurtail fit wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {})[METADATA])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({reason(error)}); {AGAIN}") from error
+    if METADATA not in metadata:
+        raise CheckpointError(f"{path} holds no rotations: its metadata has no {METADATA!r}; {AGAIN}")
+    try:
+        description = json.loads(metadata[METADATA])
+        constructions, origin = dict(description["constructions"]), dict(description["origin"])
         online = {
-            name: HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], construction)
-            for name, construction in description["constructions"].items()
+            name: HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], str(construction))
+            for name, construction in constructions.items()
         }
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as rotations ({error!r}); run fit or fuse again") from error
-    rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED} | online
-    return Rotations(**rotations, origin=description["origin"])
+        rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED} | online
+        return Rotations(**rotations, origin=origin)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} lacks part of its rotations ({reason(error)}); {AGAIN}") from error
+
+
+def require_rotations_of(config: PretrainedConfig, rotations: Rotations, name: str) -> None:
+    """Raise CheckpointError, naming each difference, unless rotations have a model's sizes.
+
+    Args:
+        config: of the model.
+        rotations: to be fused into it.
+        name: of the rotations, for the message.
+    """
+    found = misfits(rotations, config)
+    if found:
+        raise CheckpointError(
+            f"{name} belong to another model: {'; '.join(found)}; give those that were learned on this model"
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import CheckpointError
+from kurtail_pl.errors import CheckpointError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.families import mlp_widths
@@ -65,6 +65,37 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return head_dim
 
 
+def misfits(rotations: Rotations, config: PretrainedConfig) -> list[str]:
+    """What is not of a model's sizes, in words."""
+    layers, hidden, head = config.num_hidden_layers, config.hidden_size, head_dim_of(config)
+    width, *dense = mlp_widths(config)
+    fused = {
+        "residual": (rotations.residual, [[hidden, hidden]]),
+        "value": (rotations.value, [[layers, head, head], [layers, config.num_key_value_heads, head, head]]),
+    }
+    online = {
+        "query_key": (rotations.query_key, head),
+        "attention_output": (rotations.attention_output, config.num_attention_heads * head),
+        "mlp_hidden": (rotations.mlp_hidden, width),
+        "dense_hidden": (rotations.dense_hidden, dense[0] if dense else "none"),
+    }
+    return [
+        f"{name} is {list(matrix.shape)}, the model wants {shapes[0]}"
+        for name, (matrix, shapes) in fused.items()
+        if matrix is not None and list(matrix.shape) not in shapes
+    ] + [
+        f"{name} has size {size_of(factors)}, the model wants {size}"
+        for name, (factors, size) in online.items()
+        if factors is not None and size_of(factors) != size
+    ]
+
+
+def size_of(factors: HadamardFactors) -> int:
+    """Width of what a Hadamard acts on; 0 where its factors are not square."""
+    square = all(factor.ndim == 2 and factor.shape[0] == factor.shape[1] for factor in (factors.left, factors.right))
+    return len(factors.left) * len(factors.right) if square else 0
+
+
 def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
     """Random Hadamards everywhere: QuaRot's rotations, and the start of KurTail's learned ones.
 
@@ -73,6 +104,7 @@ def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
     """
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
     width, *dense = mlp_widths(config)
+    require_seed("the rotations' seed", seed)
     online = torch.Generator().manual_seed(seed)
     residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed)
     return Rotations(
@@ -95,6 +127,7 @@ def random_fused(
         R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]``, or one for each KV head when
         their number is given, ``[layers, kv_heads, head_dim, head_dim]``; float64.
     """
+    require_seed("the rotations' seed", seed)
     generator = torch.Generator().manual_seed(seed + 1)
     residual = random_hadamard(hidden_size, generator)
     value = torch.stack([random_hadamard(head_dim, generator) for _ in range(layers * (kv_heads or 1))])
