@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.stages.placement import Place, device_of, dtype_of, place, spread
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.storage.files import new_folder
 from kurtail_pl.storage.folder import require_intact, skeleton
+from kurtail_pl.storage.model_config import read_generation_config
 from kurtail_pl.storage.sources import folder_of
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
@@ -61,8 +62,7 @@ def load(
     model = whole_model(Checkpoint(path), kind, where)
     model.config.dtype = kind
     model.__class__ = type(type(model).__name__, (Loaded, type(model)), {"folder": path.resolve()})
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = read_generation_config(path) or model.generation_config
     if device_map is not None:
         spread(model, device_map)
     return model
@@ -79,7 +79,7 @@ def whole_model(
     model = skeleton(checkpoint)
     for name, tensors in _parts(checkpoint, model):
         part = model.get_submodule(name)
-        checkpoint.fill(part, name, tensors)
+        part.load_state_dict(tensors, assign=True)
         place(part, name, dtype, device)
     model.get_submodule(architecture_of(model.config).rotary).to(device)
     return model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.sampling import Draw, SiteFiles, Taps, Values
@@ -61,6 +61,7 @@ class CaptureSpec:
     values: Values = "projected"
 
     def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
         if self.text.windows is not None:
             self.rows_of(self.text.windows)
         elif self.rows != "all" and self.rows < 1:

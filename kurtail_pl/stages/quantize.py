@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kurtail_pl.errors import ArtefactError, ConfigError
+from kurtail_pl.errors import ArtefactError, ConfigError, require_seed
 from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.allocation import WIDTHS, allocated_bits, sensitivities
@@ -86,6 +86,7 @@ class QuantizeSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
         if self.match_outputs and not (self.quantized_activations and self.scheme.activations):
             raise ConfigError(
                 "match_outputs is true; weights are matched to quantized inputs: set quantized_activations: true and "

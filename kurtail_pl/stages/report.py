@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +16,8 @@ from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.folder import is_ours, read_card, require_sound
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.surgery.scheme import Scheme
+
+log = logging.getLogger(__name__)
 
 REPORT, MODEL_CARD = "report.md", "README.md"
 COLUMNS = ("method", "bits", "kurtosis mean", "kurtosis max", "perplexity", "seconds", "peak memory")
@@ -33,7 +36,12 @@ def siblings(folder: Path) -> list[dict[str, Any]]:
             *(evaluation.get(key) for key in ("text_sha256", "windows", "seqlen", "dtype")),
         )
 
-    found = [read_results(path.parent) for path in sorted(folder.parent.glob(f"*/{RESULTS}"))]
+    found = [own]
+    for beside in sorted(path.parent for path in folder.parent.glob(f"*/{RESULTS}")):
+        try:
+            found += [] if beside.resolve() == folder.resolve() else [read_results(beside)]
+        except ArtefactError as error:
+            log.warning("left out of the table: %s", error)
     rows = [results for results in found if "evaluation" in results and measured_on(results) == measured_on(own)]
     order = list(LABELS)
     return sorted(rows, key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
@@ -98,11 +106,10 @@ def report(folder: Path) -> str:
 
 def _exceptions(card: dict[str, Any]) -> str:
     """Weights that were not quantized as the rest; empty when there are none."""
-    fallbacks, borrowers, tokens = (card.get(key, {}) for key in ("fallbacks", "borrowers", "expert_tokens"))
-    lines = [f"- `{name}`: left to plain rounding, its Hessian was not positive definite" for name in fallbacks]
+    lines = [f"- `{name}`: left to plain rounding, its Hessian was not positive definite" for name in card["fallbacks"]]
     lines += [
-        f"- `{name}`: {tokens.get(name, 0)} calibration tokens of its own, the rest borrowed from its block"
-        for name in borrowers
+        f"- `{name}`: {card['expert_tokens'][name]} calibration tokens of its own, the rest borrowed from its block"
+        for name in card["borrowers"]
     ]
     return "\n".join(["\n## Exceptions\n", *lines, ""]) if lines else ""
 
@@ -115,10 +122,9 @@ def _model_card(folder: Path) -> str:
         f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
         for name, q in parts.items()
     ]
-    quantize = card.get("quantize") or {"method": "none"}
-    if searched := quantize.get("search_clips"):
+    if searched := card["quantize"].get("search_clips"):
         lines.append(f"- clips: a ratio of its own at each site for {', '.join(searched)}")
-    if learned := quantize.get("learn_clips"):
+    if learned := card["quantize"].get("learn_clips"):
         lines.append(f"- learned on each block's float output: {', '.join(learned['parts'])}")
     if scheme.higgs_bits is not None:
         lines[0] = f"- weights: levels of the normal distribution, {_bits(scheme.higgs_bits)}"
@@ -133,7 +139,7 @@ def _model_card(folder: Path) -> str:
     return (
         f"# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
-        f"{LABELS.get(card['method'], card['method'])}, weights by {quantize['method'].upper()}.\n\n"
+        f"{LABELS.get(card['method'], card['method'])}, weights by {card['quantize']['method'].upper()}.\n\n"
         + "\n".join(lines)
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import with_config
 from torch import Tensor
 
 from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
@@ -23,13 +22,13 @@ from kurtail_pl.storage.files import sha256_of_text, write_json
 from kurtail_pl.storage.folder import is_ours, read_card, require_sound, rotations_of
 from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
-from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
+from kurtail_pl.storage.records import fields_of, read_object
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 RESULTS = "results.json"
 FLOAT_METHOD = "float"
-MEASURE = "remove that file and measure again with kurtail eval"
+AGAIN = "remove it and run kurtail eval again"
 
 LABELS = {
     "float": "float", "none": "none", "rtn": "RTN", "gptq": "GPTQ", "higgs": "HIGGS", "quarot": "QuaRot",
@@ -139,15 +138,18 @@ def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-@with_config(OTHERS_TOO)
 @dataclass(frozen=True)
-class _Cost:
-    seconds: float
-    peak_bytes: float
-    cpu_seconds: float = 0.0
+class _Measured:
+    """What tables read of results, beside tasks."""
+
+    method: str
+    model: str
+    scheme: Scheme
+    evaluation: dict[str, Any]
+    kurtosis: dict[str, Any]
+    cost: dict[str, dict[str, float | None]]
 
 
-@with_config(OTHERS_TOO)
 @dataclass(frozen=True)
 class _Evaluation:
     perplexity: float
@@ -157,7 +159,6 @@ class _Evaluation:
     tokens: int
 
 
-@with_config(OTHERS_TOO)
 @dataclass(frozen=True)
 class _Kurtosis:
     mean: float
@@ -166,62 +167,38 @@ class _Kurtosis:
     sites: dict[str, float]
 
 
-@with_config(OTHERS_TOO)
 @dataclass(frozen=True)
-class _Measured:
-    model_sha256: str
-
-
-@dataclass(frozen=True)
-class _Perplexity:
-    """What is read of results with a perplexity."""
-
-    method: str
-    model: str
-    measured: _Measured
-    scheme: Scheme
-    evaluation: _Evaluation
-    kurtosis: _Kurtosis
-    cost: dict[str, _Cost]
-    disk_bytes: int
-
-
-@with_config(OTHERS_TOO)
-@dataclass(frozen=True)
-class _Task:
-    value: float
-    stderr: float | None
-    rows: int
-    groups: dict[str, dict[str, float | None]] = field(default_factory=dict)
+class _WithTasks:
+    tasks: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Tasks:
-    """What is read of results with tasks."""
-
+    tasks: dict[str, dict[str, Any]]
     settings: dict[str, Any]
     harness: str
     files_sha256: dict[str, str]
-    tasks: dict[str, _Task]
     skipped: dict[str, str]
-    mean: float | None
-    mean_stderr: float | None
-    mmlu: float | None
-    mathqa: float | None
+    mean: float | None = None
+    mmlu: float | None = None
+    mathqa: float | None = None
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read `results.json`.
+    """Read `results.json`: what a text gave, what tasks gave, or both.
 
     Raises:
-        ArtefactError: when there is none, or a field is missing or of another type.
+        ArtefactError: when there is none, or what it holds cannot be shown.
     """
     path = folder / RESULTS
     if not path.is_file():
-        raise ArtefactError(f"{folder} has no {RESULTS}; run kurtail eval on it with --text and --store")
-    results = read_object(path, ArtefactError, MEASURE)
-    if "evaluation" in results:
-        fields_of(results, _Perplexity, path, ArtefactError, MEASURE)
+        raise ArtefactError(f"{folder} has no results; run kurtail eval on it with --text and --store")
+    results = read_object(path, ArtefactError, AGAIN)
+    if "evaluation" in results or "tasks" not in results:
+        measured = fields_of(results, _Measured, path, ArtefactError, AGAIN)
+        fields_of(measured.evaluation, _Evaluation, path, ArtefactError, AGAIN)
+        fields_of(measured.kurtosis, _Kurtosis, path, ArtefactError, AGAIN)
     if "tasks" in results:
-        fields_of(results["tasks"], _Tasks, path, ArtefactError, MEASURE)
+        fields_of(results, _WithTasks, path, ArtefactError, AGAIN)
+        fields_of(results["tasks"], _Tasks, path, ArtefactError, AGAIN)
     return results

@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.scales import balanced_scale, range_power
 from kurtail_pl.stages.channels import Channels, measured_inputs, measured_keys, measured_norms
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
@@ -50,6 +50,7 @@ class ScaleSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_seed("scales.seed", self.seed)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ConfigError(
                 f"scales.parts is {self.parts}; name some of {', '.join(get_args(Part))}, or write scales: null"

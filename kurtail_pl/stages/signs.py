@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.stages.clips import relative
@@ -59,6 +59,7 @@ class SignSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_seed("signs.seed", self.seed)
         if self.candidates < 2:
             raise ConfigError(
                 f"signs.candidates is {self.candidates}; give 2 or more to choose from, or write signs: null"

@@ -188,7 +188,7 @@ class ActivationStore:
         found = differences(self.origin.key, wanted.key)
         if found:
             raise StoreMismatch(
-                f"store {self.folder} was made from something else: {listed(found)}; "
+                f"store {self.folder} was made from something else: {'; '.join(found)}; "
                 "name another store folder, or remove this one to capture again"
             )
 

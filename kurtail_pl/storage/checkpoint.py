@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kurtail_pl.errors import REASON_LENGTH, CheckpointError, shortened
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
+from kurtail_pl.storage.model_config import read_config
+from kurtail_pl.storage.tokenizer import read_tokenizer
 from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, stored_tensors, weight_files
 from kurtail_pl.surgery.positions import positions_of
 
@@ -34,7 +35,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise CheckpointError(f"model folder {folder} does not exist; give a folder with config.json and weights")
+            what = "is a file" if folder.is_file() else "does not exist"
+            raise CheckpointError(f"model folder {folder} {what}; give a folder with config.json and weights")
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json; give a model folder in the Hugging Face layout")
         require_card(folder)
@@ -49,13 +51,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'} cannot be used ({error}); copy the model again"
-            ) from error
-        return without_mark(config)
+        return without_mark(read_config(self.folder))
 
     @cached_property
     def files(self) -> list[Path]:
@@ -114,25 +110,9 @@ class Checkpoint:
         start = f"{prefix}."
         return {name.removeprefix(start): self.tensor(name) for name in self._places if name.startswith(start)}
 
-    def fill(self, module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors in the place of a module's own; raises CheckpointError when they are others than it has."""
-        try:
-            module.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            # Its first line says as much as ours.
-            different = shortened(str(error).splitlines()[-1].strip(), REASON_LENGTH)
-            raise CheckpointError(
-                f"the weights in {self.folder} do not fit its config.json and card at {prefix}: {different}; "
-                "put files of one model together"
-            ) from error
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the folder; raises CheckpointError when there is none."""
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder} has no usable tokenizer ({error}); add its tokenizer.json") from error
-        return tokenizer
+        """The tokenizer of the folder; raises CheckpointError when there is none that goes with the model."""
+        return read_tokenizer(self.folder, self.config.vocab_size)
 
     @property
     def size(self) -> int:

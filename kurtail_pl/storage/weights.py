@@ -143,7 +143,7 @@ def refuse_quantized(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = config.get("quantization_config") or config.get("compression_config")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return  # Who reads the configuration says what is wrong with it.
     if found:
         method = found.get("quant_method", "compressed-tensors") if isinstance(found, dict) else found

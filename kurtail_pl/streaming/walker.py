@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.storage.folder import require_plain
@@ -74,7 +75,13 @@ class Walker:
     ) -> nn.Module:
         trim_heap()  # Of what the module before left.
         state = {name: self._to_device(name, t, dtype or self.dtype) for name, t in tensors.items()}
-        self.checkpoint.fill(module, prefix, state)
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights in {self.checkpoint.folder} do not fit its config.json and card at {prefix}: "
+                f"{str(error).splitlines()[-1].strip()[:120]}; put files of one model together"
+            ) from error
         # What is not part of the checkpoint, such as the factors of online Hadamards.
         return module.to(self.device)
 
@@ -118,7 +125,16 @@ class Walker:
         """Hidden states of ``[windows, tokens]`` after the finished layers of the work; from the embedding, if none is.
 
         No windows give no states. Those of other windows have files of another name.
+
+        Raises:
+            CheckpointError: when a token has no embedding.
         """
+        vocabulary = self.checkpoint.config.vocab_size
+        if windows.numel() and windows.max() >= vocabulary:
+            raise CheckpointError(
+                f"the text has token {windows.max()} and the model in {self.checkpoint.folder} has {vocabulary}; give "
+                "the model's own tokenizer, or a text without the names of added tokens"
+            )
         shape = *windows.shape, int(self.checkpoint.config.hidden_size)
         hidden = HiddenStates(work, shape, self.dtype, self.device, name)
         if not work.done:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kurtail_pl.errors import ConfigError, shortened
+from kurtail_pl.errors import CheckpointError, ConfigError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Grid, Quantizer
 from kurtail_pl.surgery.architecture import Architecture, check_layer
@@ -30,17 +30,24 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
     Raises:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
+        CheckpointError: when transformers cannot make the model.
     """
     architecture = architecture_of(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation="sdpa", trust_remote_code=False
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation="sdpa", trust_remote_code=False
+            )
+        rotary = model.get_submodule(architecture.rotary)
+        model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=config))
+    except Exception as error:  # Whatever a model's class raises for values that it cannot have.
+        raise CheckpointError(
+            f"the config.json of {config.name_or_path or config.model_type} makes no model "
+            f"({type(error).__name__}: {reason(error)}); correct it"
+        ) from error
     for layer in layers_of(model, architecture):
         separate_experts(layer, architecture)
         check_layer(layer, architecture)
-    rotary = model.get_submodule(architecture.rotary)
-    model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=config))
     model.train(False).requires_grad_(False)
     return model
 

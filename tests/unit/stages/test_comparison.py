@@ -25,12 +25,11 @@ def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", 
         "scheme": scheme.to_dict(),
         "evaluation": {"perplexity": perplexity, "source": "t.txt", "windows": 2, "seqlen": 8, "tokens": 14},
         "kurtosis": {"mean": 2.0, "max": 3.0, "rows": 4, "sites": {}},
-        "disk_bytes": 1,
         "cost": {"learn": COST, "quantize": COST, "evaluate": {**COST, "peak_bytes": 7e8}},
     }
     if zero_shot is not None:
-        asked: dict[str, Any] = {"settings": {}, "harness": "1", "files_sha256": {}, "tasks": {}, "skipped": {}}
-        results["tasks"] = {**asked, "mean": zero_shot, "mean_stderr": None, "mmlu": None, "mathqa": None}
+        asked: dict[str, Any] = {"tasks": {}, "settings": {}, "harness": "0", "files_sha256": {}, "skipped": {}}
+        results["tasks"] = {"mean": zero_shot, **asked}
     (folder / "results.json").write_text(json.dumps(results))
     if method != "float":
         source = {"model": "m", "sha256": "1"}

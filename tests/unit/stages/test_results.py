@@ -72,12 +72,44 @@ def test_results_of_a_folder(
     assert results["disk_bytes"] == sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
 
 
-@pytest.mark.parametrize("content", [None, "{"])
-def test_no_results(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / RESULTS).write_text(content)
-    with pytest.raises(ArtefactError, match=r"results.json.*kurtail eval"):
+def test_no_results(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"has no results; run kurtail eval"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "is not JSON"),
+        ({"cost": ...}, "cost"),
+        ({"evaluation": []}, r"evaluation is \[\]"),
+        ({"evaluation": {"perplexity": "low"}}, "perplexity is 'low'"),
+        ({"scheme": {"weights": {"bits": 99}}}, "bits is 99"),
+        ({"kurtosis": {"mean": 2.0}}, "max"),
+        ({"tasks": 3}, "tasks is 3"),
+        ({"tasks": {"tasks": {}}}, "settings"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
+    results = {**results_of("kurtail"), **(change or {})}
+    content = json.dumps({key: value for key, value in results.items() if value is not ...})
+    (tmp_path / RESULTS).write_text(content if change else "{")
+    with pytest.raises(
+        ArtefactError, match=rf"results.json.*{message}.*; remove it and run kurtail eval again"
+    ) as error:
+        read_results(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_damaged_results_beside_a_folder_are_left_out(artefacts: Path) -> None:
+    (artefacts / "e" / RESULTS).write_text("{")
+    assert [results["method"] for results in siblings(artefacts / "a")] == [
+        "float",
+        "gptq",
+        "quarot",
+        "kurtail",
+        "mine",
+    ]
 
 
 @pytest.mark.parametrize(

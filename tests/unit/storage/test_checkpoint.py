@@ -114,7 +114,7 @@ def test_unknown_tensor(tiny: Path) -> None:
 def test_missing_tokenizer(copy: Path) -> None:
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(CheckpointError, match=rf"{copy.name} has no usable tokenizer"):
+    with pytest.raises(CheckpointError, match=rf"{copy.name} has no tokenizer; add its tokenizer.json"):
         Checkpoint(copy).tokenizer()
 
 
