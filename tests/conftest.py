@@ -70,6 +70,14 @@ def write_tiny(folder: Path, tied: bool, shard: str = "5GB") -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _bugs_are_raised() -> Iterator[None]:
+    """A bug is raised, traceback and all, and is never an exit code that a test could take for a refusal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KURTAIL_TRACEBACK", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _threads() -> Iterator[None]:
     """One, unless OMP_NUM_THREADS says otherwise: with small matrices threads only wait for each other."""
     before = torch.get_num_threads()

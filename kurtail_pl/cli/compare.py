@@ -9,9 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
-from kurtail_pl.errors import ArtefactError, ConfigError, listed
+from kurtail_pl.cli.usage import OneLineParser
+from kurtail_pl.errors import ArtefactError, ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
 from kurtail_pl.stages.comparison import Row, write_comparison
@@ -158,7 +160,7 @@ def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
     different = differences({key: found.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if different:
         raise ArtefactError(
-            f"{folder} was made or measured with other settings: {listed(different)}; pass --overwrite, or remove it"
+            f"{folder} was made or measured with other settings: {'; '.join(different)}; pass --overwrite, or remove it"
         )
 
 
@@ -170,17 +172,22 @@ def _callbacks(cli: KurtailCLI) -> tuple[WeightQuantization, Evaluation]:
 
 
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        "kurtail compare", description=__doc__, epilog="Other options override settings of every recipe, as in fit."
+    parser = OneLineParser(
+        "kurtail compare",
+        description=__doc__,
+        epilog="Other options override settings of every recipe, as in fit.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, nargs="+", required=True, help="recipes")
+    parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes")
     parser.add_argument(
         "--weights", nargs="+", choices=ROUNDINGS, help="how weights become integers; as the recipe says if not given"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of the rotations; the recipe's own if not given")
     parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPE)")
-    parser.add_argument("--overwrite", action="store_true", help="make everything anew")
-    return parser.parse_known_args(arguments)
+    parser.add_argument("--overwrite", choices=("true", "false"), default="false", help="make everything anew")
+    options, others = parser.parse_known_args(prepared(arguments))
+    options.overwrite = options.overwrite == "true"
+    return options, others
 
 
 def _effective(recipe: Path, overrides: list[str]) -> Settings:

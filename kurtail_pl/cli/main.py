@@ -1,14 +1,14 @@
-"""`kurtail VERB ...`: find the verb, import what it needs, run it; user errors become one line and exit code 1."""
+"""`kurtail VERB ...`: find the verb, import what it needs, run it; what goes wrong becomes one line and a code."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
-from typing import NoReturn
 
 from kurtail_pl import __version__
-from kurtail_pl.errors import KurtailError
+from kurtail_pl.cli.failures import BUG, TRACEBACK, USAGE, USER, failure
 
 VERBS = {
     "plan": ("kurtail_pl.cli.plan:plan", "Print what each stage of a recipe takes, and what does not fit."),
@@ -42,37 +42,27 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if verb not in VERBS:
         print(f"kurtail: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USAGE)
     _log_to_stderr()
     module, function = VERBS[verb][0].split(":")
     try:
         getattr(importlib.import_module(module), function)(rest)
-    except ValueError as error:
-        # jsonargparse wraps what a setting's own check says.
-        cause = _user_error(error)
-        if cause is None:
-            raise
-        _fail(verb, cause)
-    except KurtailError as error:
-        _fail(verb, error)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         print(f"kurtail {verb}: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(130)
-
-
-def _user_error(error: BaseException | None) -> KurtailError | None:
-    """The error of ours that an exception is, or was raised from."""
-    while error is not None and not isinstance(error, KurtailError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _fail(verb: str, error: KurtailError) -> NoReturn:
-    print(f"kurtail {verb}: {error}", file=sys.stderr)
-    sys.exit(1)
+    except BrokenPipeError:
+        # Who reads what is printed has gone, as `head` does: nothing is to be said, nor flushed at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(USER)
+    except Exception as error:
+        line, code = failure(f"kurtail {verb}", error)
+        if code == BUG and os.environ.get(TRACEBACK):
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(code)
 
 
 def _log_to_stderr() -> None:

@@ -11,12 +11,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.cli.arguments import prepared
+from kurtail_pl.cli.usage import OneLine
+from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, StepLines, WeightQuantization
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
+from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
@@ -38,6 +41,10 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+
+
+class RecipeParser(OneLine, LightningArgumentParser):
+    """Understands recipes."""
 
 
 class KeepConfig(SaveConfigCallback):
@@ -78,12 +85,20 @@ class KurtailCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the sizes; add `--overwrite`."""
-        parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact folder")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace an existing artefact folder")
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint: Lightning would import the class that it names."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse a seed that NumPy does not take and a checkpoint that cannot be read."""
+        super().parse_arguments(parser, args)
+        config = self.config.get(self.config.get("subcommand") or "", self.config)
+        require_seed("seed_everything", config["seed_everything"])
+        if config.get("ckpt_path"):
+            require_checkpoint(Path(config["ckpt_path"]), "name another, or leave out --ckpt_path")
 
     def before_instantiate_classes(self) -> None:
         """Say so when a size was given by hand: the link would replace it without a word."""
@@ -108,6 +123,7 @@ class KurtailCLI(LightningCLI):
         self._require_room()
         last = self.last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
+            require_checkpoint(last, "remove it to learn anew, or pass --overwrite")
             log.info("going on from %s", last)
             self.config_init["fit"]["ckpt_path"] = str(last)
 
@@ -158,7 +174,7 @@ class RecipeCLI(KurtailCLI):
 
 def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
     """Parse a recipe and its overrides as a Lightning CLI of a kind; runs the verb unless told not to."""
-    sys.argv = [program, *arguments]  # LightningCLI reads it, and warns when it is given both.
+    sys.argv = [program, *prepared(arguments)]  # LightningCLI reads it, and warns when it is given both.
     # Lightning advertises its other products at each start, and calls something that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # Fixed rotations have no optimizer, and say so by their class.
@@ -178,6 +194,7 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
         seed_everything_default=0,
         trainer_defaults={**TRAINER_DEFAULTS, "enable_progress_bar": sys.stderr.isatty()},
         save_config_callback=KeepConfig,
+        parser_class=RecipeParser,
         run=run,
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import auto_cli
 
+from kurtail_pl.cli.arguments import prepared
+from kurtail_pl.cli.usage import SettingsParser
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.stages import capture as capture_stage
 from kurtail_pl.stages import figures as figures_stage
@@ -27,29 +29,19 @@ from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.folder import is_ours
-from kurtail_pl.storage.rotation_file import read_rotations
+from kurtail_pl.storage.rotation_file import read_rotations, require_rotations_of
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
 from kurtail_pl.surgery.positions import require_positions
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
-FLAGS = ("dry_run", "overwrite", "check")
 
-
-def run(function: Callable[..., None], arguments: list[str]) -> None:
+def run(function: Callable[..., None], arguments: list[str], repeatable: tuple[str, ...] = ()) -> None:
     """Call a function with options from its signature."""
     name = f"kurtail {function.__name__.strip('_')}"
-    auto_cli(function, args=_spell_out(arguments), as_positional=False, prog=name)
-
-
-def _spell_out(arguments: list[str]) -> list[str]:
-    """Give bare flags (`--dry-run`, `--overwrite`) the value that jsonargparse wants."""
-    spelled = []
-    for argument, following in pairwise([*arguments, ""]):
-        name = argument.removeprefix("--").replace("-", "_")
-        bare = argument.startswith("--") and name in FLAGS and following not in ("true", "false")
-        spelled.append(f"--{name}=true" if bare else argument)
-    return spelled
+    auto_cli(
+        function, args=prepared(arguments, repeatable), as_positional=False, parser_class=SettingsParser, prog=name
+    )
 
 
 def capture(arguments: list[str]) -> None:
@@ -105,6 +97,7 @@ def _fuse(
     checkpoint = open_model(model)
     if rotations is not None:
         chosen = read_rotations(rotations)
+        require_rotations_of(checkpoint.config, chosen, f"rotations {rotations}")
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
     fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite, device, scales, signs)
@@ -136,8 +129,7 @@ def _quantize(
 
 def evaluate(arguments: list[str]) -> None:
     """Measure perplexity or tasks of models or artefact folders."""
-    several = arguments.count("--model") > 1
-    run(_eval, ["--model+" if several and argument == "--model" else argument for argument in arguments])
+    run(_eval, [re.sub(r"^--model(?=$|=)", "--model+", argument) for argument in arguments], ("--model+",))
 
 
 def _eval(
@@ -189,8 +181,13 @@ def _eval(
         for checkpoint, result in zip(checkpoints, found, strict=True):
             if is_ours(checkpoint.folder):
                 add_tasks(checkpoint.folder, result)
-        columns = [(Path(name).name, result) for name, result in zip(names, found, strict=True)]
-        print(tasks_table(columns), tasks_note(found[0]), sep="\n\n")
+        print(tasks_table(list(zip(_labels(names), found, strict=True))), tasks_note(found[0]), sep="\n\n")
+
+
+def _labels(names: list[str]) -> list[str]:
+    """Names of models for the head of a table: the last part of each, unless two end alike."""
+    last = [Path(name).name for name in names]
+    return [full if last.count(short) > 1 else short for full, short in zip(names, last, strict=True)]
 
 
 def _measure_text(
@@ -235,6 +232,7 @@ def _figures(
     refuse_existing(folder, overwrite)
     activations, learned = ActivationStore(store), read_rotations(rotations)
     config = config_of(model or activations.origin.model)
+    require_rotations_of(config, learned, f"rotations {rotations}")
     hadamard = random_rotations(config, learned.origin.get("seed", 0))
     pages = figures_stage.figures(
         activations, learned, hadamard, config.rms_norm_eps, folder, validation_rows, layers, overwrite

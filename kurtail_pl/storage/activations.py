@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kurtail_pl.errors import NotFinite, StoreMismatch, listed, reason
+from kurtail_pl.errors import NotFinite, StoreMismatch, reason
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import claim, sha256_of, write_json
 from kurtail_pl.storage.records import fields_of, read_object, require_format

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from kurtail_pl.errors import REASON_LENGTH, CheckpointError, shortened
+from kurtail_pl.errors import CheckpointError
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark

@@ -89,7 +89,7 @@ def test_methods_roundings_and_seeds_in_one_table(
 
 
 def test_a_missing_recipe_is_named(kurtail: Kurtail, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         kurtail(tmp_path, "compare", "--config", "nowhere.yaml")
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kurtail_onnx.run.decoder import Decoder
-from kurtail_pl.errors import ConfigError, InputError, NotFinite
+from kurtail_pl.errors import ConfigError, InputError, NotFinite, require_seed
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; give a positive number")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < np.inf:
             raise ConfigError(f"temperature is {self.temperature}; give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; give a probability in (0, 1]")

@@ -36,7 +36,8 @@ def import_runtime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise RuntimeUnusable(
-            f"ONNX Runtime cannot be imported ({error}); run: pip install 'kurtail-pl[onnx]' (or [onnx-gpu] for CUDA)"
+            f"ONNX Runtime cannot be imported ({reason(error)}); run: pip install 'kurtail-pl[onnx]' "
+            "(or [onnx-gpu] for CUDA)"
         ) from error
     runtime: ModuleType = onnxruntime
     return runtime

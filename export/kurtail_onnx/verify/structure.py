@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from kurtail_onnx.describe import MODEL
-from kurtail_pl.errors import CheckFailed
+from kurtail_pl.errors import CheckFailed, reason
 
 ALLOWED = {
     "": {
@@ -42,7 +42,7 @@ def check_structure(folder: Path) -> dict[str, int]:
     try:
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckFailed(f"the ONNX checker refuses {MODEL}: {str(error).splitlines()[0]}") from error
+        raise CheckFailed(f"the ONNX checker refuses {MODEL}: {reason(error)}") from error
     graph = ir.load(folder / MODEL).graph
     unknown = sorted({f"{n.domain}::{n.op_type}" for n in graph if n.op_type not in ALLOWED.get(n.domain, set())})
     if unknown:

@@ -1,0 +1,139 @@
+"""Options as they were typed, before a parser sees them: each once, flags with a value, recipes that can be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from kurtail_pl.cli.failures import UsageError
+from kurtail_pl.errors import reason, shortened
+from kurtail_pl.storage.reading import Unreadable, read_utf8
+
+FLAGS = ("dry_run", "overwrite", "check")
+"""Options that need no value."""
+CONFIGS = ("--config", "-c")
+NODES = 100_000
+"""Values that a recipe may have, what is named once and used again counted each time."""
+DEPTH = 50
+PLAIN = re.compile(r"tag:yaml\.org,2002:\w+$")
+"""Kinds of values that YAML itself has."""
+
+
+def prepared(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str]:
+    """Arguments for a parser: flags spelled out, recipes looked at.
+
+    Args:
+        arguments: as typed.
+        repeatable: options that may be given several times.
+
+    Raises:
+        UsageError: when an option is given twice, or a recipe cannot be read.
+    """
+    spelled = list(_spelled_out(arguments))
+    _refuse_repeated(spelled, (*CONFIGS, *repeatable))
+    for recipe in _values_of(CONFIGS, spelled):
+        if not recipe or recipe.startswith("--"):
+            raise UsageError("--config names no file; give a recipe such as configs/smollm2-135m.yaml")
+        check_recipe(Path(recipe).expanduser())
+    return spelled
+
+
+def _spelled_out(arguments: list[str]) -> Iterator[str]:
+    """Flags as ``--name=value``: jsonargparse wants a value, and no dash in a name."""
+    left = iter(arguments)
+    waiting: str | None = None
+    for argument in left:
+        if waiting is not None:
+            taken = not argument.startswith("-")
+            yield f"{waiting}={argument if taken else 'true'}"
+            waiting = None
+            if taken:
+                continue
+        name, equals, value = argument.partition("=")
+        plain = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--") or plain not in FLAGS:
+            yield argument
+        elif equals:
+            yield f"--{plain}={value}"
+        else:
+            waiting = f"--{plain}"
+    if waiting is not None:
+        yield f"{waiting}=true"
+
+
+def _refuse_repeated(arguments: list[str], repeatable: tuple[str, ...]) -> None:
+    seen: dict[str, str] = {}
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name in repeatable:
+            continue
+        if name.endswith("+"):
+            # What follows belongs to the entry that is added here.
+            seen = {key: kept for key, kept in seen.items() if not key.startswith(f"{name[:-1]}.")}
+            continue
+        shown = value if equals else following
+        if name in seen:
+            raise UsageError(f"{name} is given twice, {seen[name]} and {shown}; give it once")
+        seen[name] = shown
+
+
+def _values_of(names: tuple[str, ...], arguments: list[str]) -> Iterator[str]:
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            yield value if equals else following
+
+
+def check_recipe(path: Path) -> None:
+    """Raise UsageError, naming file and line, unless a file is YAML with names for settings, none of them twice."""
+    try:
+        if not path.exists():
+            raise Unreadable("does not exist: name a YAML file such as configs/smollm2-135m.yaml")
+        node = yaml.compose(read_utf8(path), Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise Unreadable("holds no settings: expected lines such as 'seed_everything: 0'")
+        for place, (_, value) in _named_nodes(node).items():
+            if place == "trainer" and not isinstance(value, yaml.MappingNode):
+                raise Unreadable(f"has {value.value!r} as its trainer: expected settings{_at(value)}")
+        _check_node(node, 0, [0])
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path} is not YAML{line}: {error.problem or reason(error)}; mend it") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path} is not YAML: {reason(error)}; mend it") from None
+    except Unreadable as error:
+        raise UsageError(f"{path} {error}") from None
+
+
+def _check_node(node: yaml.Node, depth: int, count: list[int]) -> None:
+    count[0] += 1
+    if depth > DEPTH or count[0] > NODES:
+        raise Unreadable(f"is nested too deeply or refers to itself{_at(node)}: write it out")
+    if not PLAIN.match(node.tag):
+        raise Unreadable(f"has a value of the kind {shortened(node.tag, 60)}{_at(node)}: write plain YAML")
+    if isinstance(node, yaml.MappingNode):
+        for _, value in _named_nodes(node).values():
+            _check_node(value, depth + 1, count)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_node(value, depth + 1, count)
+
+
+def _named_nodes(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """The settings of a mapping by name."""
+    found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            raise Unreadable(f"has a setting without a name{_at(key)}: expected lines such as 'seed_everything: 0'")
+        if key.value in found and key.value != "<<":
+            raise Unreadable(f"has {key.value!r} twice{_at(found[key.value][0])} and{_at(key)}: keep one")
+        found[key.value] = key, value
+    return found
+
+
+def _at(node: yaml.Node) -> str:
+    return f" in line {node.start_mark.line + 1}"

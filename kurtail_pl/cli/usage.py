@@ -1,0 +1,136 @@
+"""What jsonargparse says of options and recipes, in one line: the setting, its value, and what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from kurtail_pl.cli.failures import UsageError
+from kurtail_pl.errors import shortened
+
+KEY = re.compile(r'Parser key "([^"]+)"')
+UNKNOWN = re.compile(
+    r"(?:Group '(?P<group>[^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
+)
+NO_MODULE = re.compile(r"No module named '([^']+)'")
+NO_SETTINGS = re.compile(r"Unable to load config '([^']*)'")
+NO_CLASS = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
+OTHER_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
+EXPECTED = re.compile(
+    r"(?:Expected an? (?P<type>.+?)|Not a valid subclass of (?P<kind>\w+))(?:\. Got value: (?P<value>.*))?$"
+)
+GIVEN = re.compile(r"Given value: (.*)")
+PLAIN = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
+    "dict": "settings", "NoneType": "null",
+}  # fmt: skip
+VALUE_LENGTH = 60
+
+
+class OneLine:
+    """A parser whose errors are ours, and name the setting that a misspelled one is like."""
+
+    exit_on_error: bool
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong; the parser of a class leaves it to the one that it stands in."""
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        message += _suggestion(message, [action.dest for action in parser._actions])
+        if not self.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]
+        raise UsageError(explained(message)) from None
+
+
+class OneLineParser(OneLine, argparse.ArgumentParser):
+    """Of options alone."""
+
+
+class SettingsParser(OneLine, ArgumentParser):
+    """Of the verbs that need no trainer."""
+
+
+def explained(message: str) -> str:
+    """A message of jsonargparse, often many lines, in one short one."""
+    place = ".".join(dict.fromkeys(key for key in KEY.findall(message) if key != "config"))
+    start = f"{place}: " if place else ""
+    if unknown := UNKNOWN.search(message):
+        group = f"{unknown['group']}." if unknown["group"] else ""
+        return f"{start}there is no setting {group}{shortened(unknown[2], VALUE_LENGTH)}{_suggested(message)}"
+    if missing := NO_CLASS.search(message):
+        module, name = missing.groups()
+        return f"{start}{module} has no {name}{_like(name, dir(importlib.import_module(module)))}"
+    if module := NO_MODULE.search(message):
+        return f"{start}there is no module {module[1]}; check the class_path"
+    if text := NO_SETTINGS.search(message):
+        return f"{place} is {shortened(text[1], VALUE_LENGTH)}, expected settings (name: value)"
+    if other := OTHER_CLASS.search(message):
+        return f"{start}{other[1]} is no {other[2]}"
+    return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"
+
+
+def _type_error(message: str, place: str) -> str | None:
+    """Of the innermost types that a value was held against; None where the message is of something else."""
+    found = [(len(line) - len(line.lstrip(" -")), EXPECTED.search(line)) for line in message.splitlines()]
+    matches = [(depth, match) for depth, match in found if match]
+    if not matches:
+        return None
+    innermost = max(depth for depth, _ in matches)
+    here = [match for depth, match in matches if depth == innermost]
+    value = next((match["value"] for match in here if match["value"] is not None), None)
+    if value is None:
+        given = GIVEN.search(message, message.index(here[-1][0]))
+        value = given[1] if given else ""
+    value = value.removesuffix(".").split(". Got value: ")[0]
+    choices = [
+        choice for match in here for choice in re.findall(r"'([^']*)'", match["type"] or "") if "<" not in match[0]
+    ]
+    expected = " or ".join(dict.fromkeys(_named(match) for match in here))
+    shown = shortened(value, VALUE_LENGTH) or repr(value)
+    return f"{place or 'it'} is {shown}, expected {expected}{_like(value, choices)}"
+
+
+def _named(match: re.Match[str]) -> str:
+    """A type in words."""
+    if match["kind"]:
+        return f"a {match['kind']} (class_path and init_args)"
+    text = match["type"]
+    if text.startswith("dot import path"):
+        return "a class path"
+    if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", text):
+        return f"one of {literal[1]}" if "," in literal[1] else literal[1]
+    name = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    return PLAIN.get(name, name.rpartition(".")[2] if "[" not in name else name)
+
+
+def _plain(message: str) -> str:
+    """Any other message: its lines one after another, without the keys that stand before it."""
+    lines = (KEY.sub("", line).strip(" -:") for line in message.splitlines())
+    return "; ".join(dict.fromkeys(line for line in lines if line))
+
+
+def _like(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [each for each in known if not each.startswith("_")], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _suggestion(message: str, settings: list[str]) -> str:
+    """The setting, of those that a parser has, that a misspelled one is like."""
+    unknown = UNKNOWN.search(message) or re.search(r"unrecognized arguments: (?P<group>)--([\w.-]+)", message)
+    if unknown is None or "did you mean" in message:
+        return ""
+    group = f"{unknown['group']}." if unknown["group"] else ""
+    before, _, name = f"{group}{unknown[2]}".rpartition(".")
+    before = f"{before}." if before else ""
+    beside = {each.removeprefix(before).split(".")[0] for each in settings if each.startswith(before)}
+    return _like(name, beside)
+
+
+def _suggested(message: str) -> str:
+    found = re.search(r"; did you mean .*?\?", message)
+    return found[0] if found else ""
