@@ -17,7 +17,7 @@ from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
 from kurtail_pl.storage.model_config import read_config
 from kurtail_pl.storage.tokenizer import read_tokenizer
-from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, stored_tensors, weight_files
+from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, shards, stored_tensors, weight_files
 from kurtail_pl.surgery.positions import positions_of
 
 
@@ -56,7 +56,7 @@ class Checkpoint:
     @cached_property
     def files(self) -> list[Path]:
         """The weight files, sorted."""
-        return weight_files(self.folder)
+        return shards(self.folder) if self._ours else weight_files(self.folder)
 
     @cached_property
     def _places(self) -> dict[str, Stored]:

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import CheckpointError, reason
+from kurtail_pl.errors import CheckpointError, reason, shortened
 from kurtail_pl.storage.records import fields_of, read_object, require_inside
 from kurtail_pl.surgery.equip import empty_model, layers_of
 from kurtail_pl.surgery.families import architecture_of
@@ -75,24 +76,48 @@ class _Index:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads: the single one where there is one, else those of the index.
+    """The safetensors files that transformers reads, sorted.
+
+    They are what the configuration names (`transformers_weights`), else the single file, else those of the index.
 
     Raises:
-        CheckpointError: when there is neither, the index is damaged, or it names a file that is not there.
+        CheckpointError: when there are none, the index is damaged, or it names a file that is not there.
     """
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder / 'adapter_config.json'} {WITHOUT_WEIGHTS[0][1]}")
+    named = _config(folder).get("transformers_weights")
+    if named is not None:
+        return _named(folder, str(named))
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    index = folder / INDEX
-    if not index.is_file():
+    if not (folder / INDEX).is_file():
         raise _no_weights(folder)
+    return shards(folder, INDEX)
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    require_inside(name, folder / "config.json", CheckpointError)
+    if not name.endswith((".safetensors", ".safetensors.index.json")) or not (folder / name).is_file():
+        raise CheckpointError(
+            f"{folder / 'config.json'} says transformers_weights: {shortened(repr(name), 40)}, which is no file with "
+            "safetensors or an index of them; name one that is there, or take the setting away"
+        )
+    return [folder / name] if name.endswith(".safetensors") else shards(folder, name)
+
+
+def shards(folder: Path, index_name: str = INDEX) -> list[Path]:
+    """The files that an index names, sorted.
+
+    Raises:
+        CheckpointError: when the index is damaged, or names a file that is not there.
+    """
+    index = folder / index_name
     weight_map = fields_of(read_object(index, CheckpointError, AGAIN), _Index, index, CheckpointError, AGAIN).weight_map
     names = sorted(set(weight_map.values()))
     for name in names:
         require_inside(name, index, CheckpointError)
         if not (folder / name).is_file():
-            raise CheckpointError(f"weight file {folder / name} is missing, {INDEX} names it; add that file")
+            raise CheckpointError(f"weight file {folder / name} is missing, {index_name} names it; add that file")
     if not names:
         raise CheckpointError(f"{index} names no files; {AGAIN}")
     return [folder / name for name in names]
@@ -120,7 +145,9 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     part = file.get_slice(name)
                     found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({reason(error)}); see to the file and its rights") from error
+        except SafetensorError as error:
             if is_pointer(path):
                 raise CheckpointError(f"{path} is a pointer of git-lfs, not the weights; run: git lfs pull") from error
             raise CheckpointError(
@@ -140,17 +167,23 @@ def is_pointer(path: Path) -> bool:
 
 def refuse_quantized(folder: Path) -> None:
     """Raise CheckpointError when a folder's configuration says that its weights are quantized already."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = config.get("quantization_config") or config.get("compression_config")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # Who reads the configuration says what is wrong with it.
+    config = _config(folder)
+    found = config.get("quantization_config") or config.get("compression_config")
     if found:
         method = found.get("quant_method", "compressed-tensors") if isinstance(found, dict) else found
         raise CheckpointError(
             f"{folder} is already quantized by {str(method)[:40]} (quantization_config in its config.json); "
             "give the original float model"
         )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What `config.json` holds; nothing where it is damaged, which whoever reads it for its settings says."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def placed(folder: Path, stored: Mapping[str, Stored], config: PretrainedConfig) -> dict[str, Stored]:

@@ -132,6 +132,18 @@ def test_the_single_file_comes_before_the_index(model: Path) -> None:
     assert_as_transformers(model)
 
 
+def test_the_configuration_may_name_the_file(model: Path) -> None:
+    """A file, and an index; whatever else lies beside it."""
+    other = {name: tensor.clone() + 1 for name, tensor in load_file(model / SINGLE).items()}
+    save_file(other, model / "other.safetensors", metadata={"format": "pt"})
+    edit(model, transformers_weights="other.safetensors")
+    assert Checkpoint(model).files == [model / "other.safetensors"]
+    assert_as_transformers(model)
+    split(model, [{name: tensor + 1 for name, tensor in other.items()}])
+    edit(model, transformers_weights=INDEX)
+    assert_as_transformers(model)
+
+
 def test_all_of_a_shard_is_read_and_the_last_one_counts(model: Path) -> None:
     """The index names the files; what is in them is theirs."""
     state = load_file(model / SINGLE)
@@ -233,6 +245,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "in a folder within": (below, r"weights/model.safetensors lies in a folder within"),
     "no index": (no_index, r"is a shard without its index; add model.safetensors.index.json"),
     "outside": (outside, r"names the file '../model.safetensors', which is not in its folder"),
+    "a name of nothing": (
+        lambda f: edit(f, transformers_weights="other.bin"),
+        r"says transformers_weights: 'other.bin', which is no file with safetensors",
+    ),
+    "a name outside": (
+        lambda f: edit(f, transformers_weights=f"../{SINGLE}"),
+        r"names the file '../model.safetensors', which is not in its folder",
+    ),
     "nothing": (lambda f: (f / SINGLE).unlink(), r"has no weights: model.safetensors is missing"),
     "pointer": (pointer, r"is a pointer of git-lfs, .* run: git lfs pull"),
     "gptq": (lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), "already quantized by gptq"),
