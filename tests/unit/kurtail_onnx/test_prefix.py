@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from exports import CENTRED, all_equal, checks_of, has_torchs_logits
+from exports import CENTRED, all_equal, has_torchs_logits
 from families import FAMILIES
 from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
@@ -51,9 +51,8 @@ def test_every_form(form: str, grouped: Path, make_artefact: MakeArtefact, tmp_p
 def test_stories(stories: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     """Also of a batch whose second text is padded."""
     quantizers = {**CENTRED, **PREFIXED, "activation_scales": "static"}
-    folder = export(make_artefact(stories, **quantizers), tmp_path / "onnx", ExportSpec(), checked=True)
-    assert checks_of(folder)["layers"]["codes_differing"] == 0
-    assert all_equal(folder)
+    artefact = make_artefact(stories, **quantizers)
+    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ExportSpec(), checked=True))
 
 
 def test_the_cache_holds_the_text_alone(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
