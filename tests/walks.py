@@ -21,6 +21,7 @@ def embed(walker: Walker, windows: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def perplexity_of(model: PreTrainedModel, tokenizer: Any, text: Path, windows: int, seqlen: int) -> float:
+    """Window by window, as the stage does: other shapes have other last bits, which codes make large."""
     ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
     losses = []
     for window in ids[: windows * seqlen].view(windows, seqlen):

@@ -121,7 +121,7 @@ def test_the_runtimes_default_accuracy_is_not_exact(artefact: Path, exported: Pa
 def test_every_layer_reports_itself(artefact: Path, exported: Path) -> None:
     layers, head = compare_layers(exported, Source(artefact), ExportSpec())
     assert len(layers) == 4
-    assert head < 1e-6
+    assert head < 3e-6  # 48 roundings to 24 bits, 6e-8 each
     for layer in layers:
         # 2 texts of 21 tokens, 2 KV heads of 16, keys and values.
         assert (layer.tokens, layer.codes) == (42, 42 * 2 * 16 * 2)
