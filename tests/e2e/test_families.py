@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from walks import perplexity_of
 
 import kurtail_pl
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.linear import QuantizedLinear
 
@@ -84,18 +85,28 @@ def made_by(kurtail: Kurtail, place: Path, model: Path, text: Path, method: str)
 def test_re_expressed_stories_have_the_llamas_perplexity(
     layout: str, stories: Path, kurtail: Kurtail, text_file: Path, tmp_path: Path
 ) -> None:
-    """Same rotations, same rounding: fused projections and biases of zero give the same codes."""
+    """Same rotations, same rounding: fused projections and biases of zero give the same codes of weights.
+
+    Activations on a border are rounded otherwise where sums have another order, and move what comes after them: with
+    their quantizers on, perplexities may differ by a part of what all the rounding does.
+    """
     model = tmp_path / layout
     re_expressed(stories, layout).save_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(stories)
     tokenizer.save_pretrained(model)
-    found = [
-        perplexity_of(kurtail_pl.load(made_by(kurtail, tmp_path, path, text_file, "rtn")), tokenizer, text_file, 4, 128)
-        for path in (stories, model)
-    ]
+    made = [kurtail_pl.load(made_by(kurtail, tmp_path, path, text_file, "rtn")) for path in (stories, model)]
     original = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
-    assert abs(found[0] / perplexity_of(original, tokenizer, text_file, 4, 128) - 1) > 1e-3
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    exact, *found = (perplexity_of(each, tokenizer, text_file, 4, 128) for each in (original, *made))
+    assert abs(found[0] / exact - 1) > 1e-3
+    assert abs(found[1] - found[0]) < 0.5 * abs(found[0] - exact)
+    for each in made:
+        for module in each.modules():
+            for part in ("activations", "keys", "values"):
+                if isinstance(getattr(module, part, None), Quantizer):
+                    setattr(module, part, None)
+    rounded = [perplexity_of(each, tokenizer, text_file, 4, 128) for each in made]
+    assert abs(rounded[0] / exact - 1) > 1e-3
+    assert rounded[1] == pytest.approx(rounded[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "phi3"])
