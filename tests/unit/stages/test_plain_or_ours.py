@@ -21,6 +21,7 @@ from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import FLOAT
@@ -148,5 +149,8 @@ def test_a_folder_of_before_the_mark_is_still_read(artefact: Path, text: TextSpe
     assert settings.pop("quantization_config") == {"quant_method": "kurtail"}
     del settings["transformers_weights"]
     (copy / "config.json").write_text(json.dumps(settings))
+    card = json.loads((copy / "kurtail.json").read_text())
+    card["sha256"]["config.json"] = sha256_of(copy / "config.json")
+    (copy / "kurtail.json").write_text(json.dumps(card))
     wanted = perplexity(Checkpoint(artefact), text)["perplexity"]
     assert perplexity(Checkpoint(copy), text)["perplexity"] == wanted
