@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from kurtail_pl.cli.cells import settings_of
 from kurtail_pl.cli.trainer import RecipeCLI, command_line
-from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.errors import ConfigError, shortened
 from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.plan_table import misfits, state_places, table
 from kurtail_pl.stages.quantize import QuantizeSpec
@@ -21,25 +22,25 @@ from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.streaming.compute import Compute
-from kurtail_pl.surgery.scheme import Scheme
+
+T = TypeVar("T")
 
 
 def plan(arguments: list[str]) -> None:
     """Print what each stage of a recipe takes, and what does not fit."""
     config = command_line(RecipeCLI, "kurtail plan", arguments, run=False).config.as_dict()
-    data = config["data"]["init_args"]
-    capture, fusion = _with_text(data["capture"]), settings_of(config, "Fusion")
-    compute = Compute(**data["compute"])
+    data, fusion = config["data"]["init_args"], settings_of(config, "Fusion")
+    capture, compute = _made(CaptureSpec, data["capture"]), _made(Compute, data["compute"])
     stages = stage.plan(
-        config_of(capture["model"]),
-        CaptureSpec(**capture),
+        config_of(capture.model),
+        capture,
         _learning(data),
-        _quantization(settings_of(config, "WeightQuantization")["quantize"]),
-        TextSpec(**settings_of(config, "Evaluation")["text"]),
+        _made(QuantizeSpec, settings_of(config, "WeightQuantization")["quantize"]),
+        _made(TextSpec, settings_of(config, "Evaluation")["text"]),
         resident_memory(),
         compute,
-        fusion["scales"] and ScaleSpec(**_with_text(fusion["scales"])),
-        fusion["signs"] and SignSpec(**_with_text(fusion["signs"])),
+        fusion["scales"] and _made(ScaleSpec, fusion["scales"]),
+        fusion["signs"] and _made(SignSpec, fusion["signs"]),
     )
     print(table(stages, probe(compute)))
     free = free_memory()
@@ -48,8 +49,15 @@ def plan(arguments: list[str]) -> None:
         print(f"does not fit: {line}")
 
 
-def _with_text(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "text": TextSpec(**settings["text"])}
+def _made(kind: type[T], settings: object) -> T:
+    """A dataclass of a recipe's settings; raises ConfigError when they are others than it has."""
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, found = ".".join(map(str, (kind.__name__, *first["loc"]))), shortened(repr(first["input"]), 40)
+        said = shortened(first["msg"].removeprefix("Value error, "), 150)
+        raise ConfigError(f"{shortened(place, 60)} is {found}: {said}; correct the recipe") from error
 
 
 def _learning(data: dict[str, Any]) -> stage.Learning:
@@ -57,9 +65,3 @@ def _learning(data: dict[str, Any]) -> stage.Learning:
     if "batch_windows" in data:
         return stage.WholeModelLearning(data["steps"], data["batch_windows"], data["text"]["seqlen"])
     return stage.ProxyLearning(data["steps"], data["batch_rows"])
-
-
-def _quantization(settings: dict[str, Any]) -> QuantizeSpec:
-    scheme, gptq = Scheme.from_dict(settings["scheme"]), GPTQ(**settings["gptq"])
-    learning = ClipLearning(**settings["learn_clips"]) if settings["learn_clips"] else None
-    return QuantizeSpec(**{**_with_text(settings), "scheme": scheme, "gptq": gptq, "learn_clips": learning})

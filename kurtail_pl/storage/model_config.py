@@ -104,7 +104,9 @@ def _said(error: Exception) -> str:
 
 def _refuse(path: Path, wrong: Iterator[Wrong]) -> None:
     for name, value, expected in wrong:
-        raise CheckpointError(f"{path}: {name} is {shortened(repr(value), 60)}, expected {expected}; {AGAIN}")
+        raise CheckpointError(
+            f"{path}: {shortened(name, 50)} is {shortened(repr(value), 40)}, expected {expected}; {AGAIN}"
+        )
 
 
 def _wrong_numbers(given: dict[str, Any], within: str = "") -> Iterator[Wrong]:

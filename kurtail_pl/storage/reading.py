@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kurtail_pl.errors import reason
+from kurtail_pl.errors import shortened
 
 
 class Unreadable(ValueError):
@@ -42,7 +42,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"is not JSON ({reason(error)})") from error
+        raise Unreadable(f"is not JSON ({shortened(str(error), 70)})") from error
 
 
 def json_lines(text: str) -> Iterator[tuple[int, dict[str, Any]]]:

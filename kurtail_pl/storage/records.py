@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kurtail_pl.errors import KurtailError, reason, shortened
+from kurtail_pl.errors import KurtailError, shortened
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def read_object(path: Path, wrong: type[KurtailError], remedy: str) -> dict[str,
     except OSError as error:
         raise wrong(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:
-        raise wrong(f"{path} is not JSON ({reason(error)}); {remedy}") from error
+        raise wrong(f"{path} is not JSON ({shortened(str(error), 70)}); {remedy}") from error
     if not isinstance(value, dict):
         raise wrong(f"{path} holds no JSON object but {shortened(repr(value), 40)}; {remedy}")
     return value

@@ -39,4 +39,12 @@ def read_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, more than the vocab_size {vocabulary} of "
             "its config.json; give the tokenizer of this model"
         )
+    # Its vocabulary is written with a place for each number up to the highest, and texts would have tokens beyond.
+    added = tokenizer.get_added_vocab()
+    highest = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=0)
+    if highest >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer in {folder} numbers a token {highest}, and the vocab_size in its config.json is "
+            f"{vocabulary}; {AGAIN}"
+        )
     return tokenizer

@@ -36,6 +36,7 @@ def target(request: pytest.FixtureRequest, samples: Samples, tmp_path: Path, mon
 
 
 @pytest.mark.skipif(SECONDS > 0, reason="new inputs are tried instead")
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's calls.
 @pytest.mark.parametrize("target", TARGETS, indirect=True)
 def test_every_input_ends_in_a_result_or_in_one_of_our_errors(target: Target) -> None:
     @settings(max_examples=target.inputs_in_ci, derandomize=True, **COMMON)
@@ -48,6 +49,7 @@ def test_every_input_ends_in_a_result_or_in_one_of_our_errors(target: Target) ->
 
 
 @pytest.mark.skipif(SECONDS == 0, reason="KURTAIL_FUZZ_SECONDS is not set")
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's calls.
 @pytest.mark.parametrize("target", TARGETS, indirect=True)
 def test_new_inputs(target: Target, request: pytest.FixtureRequest) -> None:
     """Each kind of file gets its share of the seconds; findings are collected, not made small."""
