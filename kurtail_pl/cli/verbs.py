@@ -11,7 +11,7 @@ from jsonargparse import auto_cli
 
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.usage import SettingsParser
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, StoreMismatch
 from kurtail_pl.stages import capture as capture_stage
 from kurtail_pl.stages import figures as figures_stage
 from kurtail_pl.stages import fuse as fuse_stage
@@ -233,6 +233,9 @@ def _figures(
     activations, learned = ActivationStore(store), read_rotations(rotations)
     config = config_of(model or activations.origin.model)
     require_rotations_of(config, learned, f"rotations {rotations}")
+    if capture_stage.shape_of(config, activations.origin.values) != activations.shape:
+        named = model or activations.origin.model
+        raise StoreMismatch(f"{store} is of a model of other sizes than {named}; name its own model by --model")
     hadamard = random_rotations(config, learned.origin.get("seed", 0))
     pages = figures_stage.figures(
         activations, learned, hadamard, config.rms_norm_eps, folder, validation_rows, layers, overwrite

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +46,7 @@ class Origin:
     seed: int
     dtype: str = "float32"
     """In which the model was run."""
-    values: str = "projected"
+    values: Literal["projected", "attended"] = "projected"
     """Or attended: as the attention mixed them for each query head."""
 
     @property

@@ -17,7 +17,15 @@ from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
 from kurtail_pl.storage.model_config import read_config
 from kurtail_pl.storage.tokenizer import read_tokenizer
-from kurtail_pl.storage.weights import Stored, placed, refuse_quantized, shards, stored_tensors, weight_files
+from kurtail_pl.storage.weights import (
+    Stored,
+    placed,
+    refuse_quantized,
+    require_held,
+    shards,
+    stored_tensors,
+    weight_files,
+)
 from kurtail_pl.surgery.positions import positions_of
 
 
@@ -50,8 +58,10 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        return without_mark(read_config(self.folder))
+        """The model's configuration; raises CheckpointError when it asks for more than the weights hold."""
+        config = without_mark(read_config(self.folder))
+        require_held(self.folder, self._stored, config)
+        return config
 
     @cached_property
     def files(self) -> list[Path]:

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import PretrainedConfig
 from kurtail_pl.errors import CheckpointError, reason, shortened
 from kurtail_pl.storage.records import fields_of, read_object, require_inside
 from kurtail_pl.surgery.equip import empty_model, layers_of
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import REGISTRY, architecture_of
 from kurtail_pl.surgery.layout import module_name, stacked
 
 log = logging.getLogger(__name__)
@@ -236,6 +237,23 @@ def placed(folder: Path, stored: Mapping[str, Stored], config: PretrainedConfig)
     modules = (architecture.embedding, architecture.final_norm, architecture.head, *layers)
     _judge(folder, unknown, tuple(f"{module}." for module in modules), config)
     return found
+
+
+def require_held(folder: Path, stored: Mapping[str, Stored], config: PretrainedConfig) -> None:
+    """Raise CheckpointError when a configuration asks for more than the files hold; before modules are made for it.
+
+    Every layer has norms as wide as the model, and a mixture's router a row for each expert.
+    """
+    layers, width = (getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size"))
+    record, experts = REGISTRY.get(config.model_type), 1
+    if record is not None and record.experts is not None:
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    held = sum(prod(tensor.shape) for tensor in stored.values())
+    if layers * width * experts > held:
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for {layers} layers {width} wide ({experts} experts), and the files hold "
+            f"{held} numbers; put the config.json that belongs to the weights beside them"
+        )
 
 
 def _shapes(config: PretrainedConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:

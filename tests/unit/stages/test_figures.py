@@ -17,7 +17,8 @@ from matplotlib.image import imread
 from mpl_toolkits.mplot3d import Axes3D
 from torch import Tensor
 
-from kurtail_pl.errors import ArtefactError, ConfigError
+from kurtail_pl.cli.verbs import _figures
+from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
 from kurtail_pl.maths.sensitivity import Sensitivity
 from kurtail_pl.stages.figures import Pages, figures
 from kurtail_pl.stages.figures.histogram import BINS, densities, draw_histogram
@@ -27,6 +28,7 @@ from kurtail_pl.stages.figures.sensitivity import draw_sensitivity
 from kurtail_pl.stages.figures.style import COLOURS, HADAMARD, VANILLA
 from kurtail_pl.stages.figures.surface import draw_surfaces, patches
 from kurtail_pl.storage.activations import ActivationStore, block_sites
+from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.surgery.rotations import Rotations
 
 METHODS = (VANILLA, HADAMARD, "kurtail")
@@ -304,3 +306,9 @@ def test_what_cannot_be_drawn_is_refused_and_leaves_nothing(
     with pytest.raises(ConfigError, match=message):
         figures(store, rms_norm_eps=1e-6, folder=tmp_path / "figures", **given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_another_model_is_refused(store: ActivationStore, stories: Path, tmp_path: Path) -> None:
+    write_rotations(tmp_path / "none.safetensors", Rotations())
+    with pytest.raises(StoreMismatch, match="is of a model of other sizes than"):
+        _figures(store.folder, tmp_path / "none.safetensors", tmp_path / "drawn", model=str(stories))

@@ -321,3 +321,20 @@ def test_experts_that_are_stored_twice(tmp_path: Path) -> None:
     rewrite(tmp_path, lambda state: state | {one: state["model.layers.0.mlp.experts.down_proj"][1].clone()})
     with pytest.raises(CheckpointError, match=r"stores model.layers.0.mlp.experts.1.down_proj.weight twice"):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("llama3", {"hidden_size": 3 * 2**18}),
+        ("qwen3_moe", {"num_experts": 4096, "num_local_experts": 4096, "num_hidden_layers": 300}),
+        ("mixtral", {"num_local_experts": 4096, "num_hidden_layers": 300}),
+    ],
+)
+def test_more_than_the_files_hold_is_refused_before_modules_are_made(
+    tmp_path: Path, name: str, values: dict[str, int]
+) -> None:
+    tiny_family(name).save_pretrained(tmp_path)
+    edit(tmp_path, **values)
+    with pytest.raises(CheckpointError, match=r"config\.json asks for \d+ layers \d+ wide .* and the files hold"):
+        open_model(str(tmp_path))
