@@ -132,6 +132,9 @@ class RotationModule(L.LightningModule):
         """Report the kurtosis: mean, maximum, and every site by its name."""
         values = self.site_kurtosis.compute().float()
         self.site_kurtosis.reset()
+        if not is_finite(values):
+            bad = block_sites(self.layers)[int((~values.isfinite()).nonzero()[0])]
+            raise NotFinite(f"the kurtosis of {bad} is not finite: its held-out rows are all alike, or far too large")
         self.log_dict({"kurtosis/validation/mean": values.mean(), "kurtosis/validation/max": values.max()})
         sites = block_sites(self.layers)
         self.log_dict({f"kurtosis_site/{site}": value for site, value in zip(sites, values, strict=True)})

@@ -13,15 +13,18 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.positions import positions_of
 
 
 def require_tokens(config: PretrainedConfig, prefix: list[int]) -> None:
-    """Raise ConfigError when a prefix is empty or holds a token that the model does not know."""
+    """Raise ConfigError when a prefix is empty, too long, or holds a token that the model does not know."""
     if not prefix:
         raise ConfigError("prefix is empty; give tokens, or null for none")
     for token in prefix:
         if not 0 <= token < config.vocab_size:
             raise ConfigError(f"prefix holds token {token}; this model has tokens 0 to {config.vocab_size - 1}")
+    if len(prefix) > positions_of(config):
+        raise ConfigError(f"prefix has {len(prefix)} tokens and this model has {positions_of(config)} positions")
 
 
 @torch.no_grad()
@@ -31,7 +34,8 @@ def prefix_states(
     """Rotated keys and values of a prefix in each layer of a fused model, ``[kv_heads, tokens, head_dim]`` both.
 
     The last token is at position -1, so that texts begin at 0 as without a prefix: rotary embeddings know differences
-    alone. The model that computes them is the float one (PrefixQuant, arXiv 2410.05265).
+    alone. (Those of longrope have the angles of short texts.) The model that computes them is the float one
+    (PrefixQuant, arXiv 2410.05265).
 
     Args:
         checkpoint: a fused model.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kurtail_onnx.run.folder import PAST, Export, Port, present_of
 from kurtail_onnx.run.session import Device, import_runtime
-from kurtail_pl.errors import ArtefactError, InputError
+from kurtail_pl.errors import ArtefactError, InputError, NotFinite
 
 Cache = dict[str, NDArray[Any]]
 
@@ -57,6 +57,7 @@ class Decoder:
 
         Raises:
             InputError: when the text grows longer than the model's positions, or crosses that border after `restore`.
+            NotFinite: when a logit is infinite or not a number.
         """
         total = self.length + input_ids.shape[1]
         if total > self.export.positions:
@@ -89,6 +90,11 @@ class Decoder:
         logits, *presents = binding.get_outputs()
         self._cache = dict(zip(self._cache, presents, strict=True))
         result: NDArray[Any] = logits.numpy()[:, -count:]
+        if not (np.isfinite(result.max()) and np.isfinite(result.min())):
+            raise NotFinite(
+                f"{self.export.model} gives logits that are nan or infinite: values grow beyond its floating-point "
+                "type; export again in a wider one (--dtype)"
+            )
         return result
 
     def _crosses_border(self, mask: NDArray[np.int64]) -> bool:

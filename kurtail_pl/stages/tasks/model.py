@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kurtail_pl.errors import CheckpointError
+from kurtail_pl.errors import CheckpointError, NotFinite, TextError
+from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.progress import track
 from kurtail_pl.stages.tasks.harness import quiet
 from kurtail_pl.surgery.positions import rotary_border
@@ -51,7 +52,18 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, in nats, and whether greedy decoding writes it."""
+        """Log-likelihood of each continuation after its context, in nats, and whether greedy decoding writes it.
+
+        Raises:
+            CheckpointError: when a token is not in the model's vocabulary.
+            NotFinite: when one of them is infinite or not a number: the likeliest answer would be any.
+            TextError: when a continuation alone is longer than the model's context.
+        """
+        most = max((len(answer) for _, _, answer in requests), default=0)
+        if most > self.max_length:
+            raise TextError(
+                f"an answer has {most} tokens and the model has {self.max_length} positions; leave its task out"
+            )
         largest = max((max(context + answer, default=0) for _, context, answer in requests), default=0)
         vocabulary = self.model.config.vocab_size
         if largest >= vocabulary:
@@ -75,6 +87,11 @@ class LoadedModel(HFLM):  # type: ignore[misc]
                     wanted = torch.tensor(requests[number][2], device=self.device)
                     last = scores[-len(wanted) :]
                     total = last.gather(1, wanted.unsqueeze(1)).sum()
+                    if not is_finite(total):
+                        raise NotFinite(
+                            f"the log-likelihood of an answer is {total.item()}; the model's values are too large: use "
+                            "another copy of it"
+                        )
                     answers[number] = (float(total), bool((last.argmax(-1) == wanted).all()))
         return [answers[number] for number in range(len(requests))]
 

@@ -5,20 +5,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from exports import CENTRED
 from kurtail_onnx.export import export, save
 from kurtail_onnx.graph.model import build_model
 from kurtail_onnx.graph.source import Source
+from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
+from kurtail_onnx.run.session import open_session
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify import check as checks
 from kurtail_onnx.verify.kernels import fused_linears, placement, time_by_part, trace
 from kurtail_onnx.verify.layers import compare_layers
 from kurtail_onnx.verify.structure import check_structure
 
-from kurtail_pl.errors import CheckFailed
+from kurtail_pl.errors import CheckFailed, NotFinite
 from kurtail_pl.maths.quantizers import Quantizer
 
 
@@ -53,6 +56,13 @@ def test_an_unfused_linear_fails(artefact: Path, exported: Path, tmp_path: Path)
     with pytest.raises(CheckFailed, match="27 of 28 quantized linears"):
         checks.check(folder, Source(artefact), ExportSpec())
     assert not (folder / "checks.json").exists()
+
+
+def test_logits_that_are_no_numbers_are_an_error(artefact: Path, exported: Path, tmp_path: Path) -> None:
+    name = "/model/layers.2/self_attn/attention_output_R4/Hadamard"
+    opened = Export(changed(exported, tmp_path / "onnx", artefact, lambda graph: insert_after(graph, name, "Log")))
+    with pytest.raises(NotFinite, match=r"model\.onnx gives logits that are nan"):
+        Decoder(opened, open_session(opened.model, threads=1)).forward(np.array([[5, 80, 7]]))
 
 
 def test_another_function_fails(artefact: Path, exported: Path, tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from kurtail_onnx.spec import ExportSpec
 from safetensors.torch import load_file, save_file
 
 import kurtail_pl
-from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, KurtailError, UnsupportedArchitecture
+from kurtail_pl.errors import (
+    ArtefactError,
+    CheckFailed,
+    ConfigError,
+    DiskFull,
+    KurtailError,
+    UnsupportedArchitecture,
+)
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -209,6 +216,19 @@ def test_unknown_parts_are_refused(changes: dict[str, Any], message: str, tied: 
     with pytest.raises(UnsupportedArchitecture, match=message):
         export(fused, tmp_path / "onnx", ExportSpec())
     assert not (tmp_path / "onnx").exists()
+
+
+def test_values_that_grow_beyond_float16_fail(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    """Weights that float16 holds, and a product that it does not."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 3e4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    artefact = make_artefact(model, weights=None, activations=None, keys=None, values=None)
+    with pytest.raises(CheckFailed, match=r"decoder layer 1 .* in fp16.*--dtype fp32"):
+        export(artefact, tmp_path / "half", ExportSpec("fp16"), checked=True)
+    assert not (tmp_path / "half").exists()
+    export(artefact, tmp_path / "single", ExportSpec(), checked=True)
 
 
 def test_an_existing_folder_stays(artefact: Path, exported: Path, tmp_path: Path) -> None:

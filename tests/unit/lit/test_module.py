@@ -350,6 +350,15 @@ def test_a_loss_that_is_no_number_ends_the_training(known: Any, make_trainer: Ma
         module.learned()
 
 
+def test_a_kurtosis_that_is_no_number_is_no_result() -> None:
+    """Rows that are all alike have no spread to measure it by."""
+    module, rows = module_of(), torch.randn(6, 20, 16, generator=torch.Generator().manual_seed(0))
+    rows[3] = 1
+    module.site_kurtosis.update(rows)
+    with pytest.raises(NotFinite, match=r"kurtosis of layer001\.ffn_in is not finite"):
+        module.on_validation_epoch_end()
+
+
 def test_learned_rotations_are_orthogonal_in_float64(known: Any, make_trainer: MakeTrainer) -> None:
     module = module_of()
     train(make_trainer, module, loader_of(known))

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kurtail_pl
+from kurtail_pl.errors import NotFinite, TextError
 from kurtail_pl.stages.tasks import model as model_module
 from kurtail_pl.stages.tasks.harness import parts_of
 from kurtail_pl.stages.tasks.model import LoadedModel, batches
@@ -66,6 +67,29 @@ def test_by_hand_and_by_the_harness(loaded: tuple[PreTrainedModel, Any, float], 
     assert share_of_equal(answers, [by_hand(model, tokenizer, *request.args) for request in requests]) >= least
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests, disable_tqdm=True)
     assert share_of_equal(answers, theirs) >= least
+
+
+def test_a_beginning_that_is_shared_across_longropes_border_is_not_kept(tied: Path) -> None:
+    """What begins inputs of both sides, of 40 tokens where the border is 32 or 50: longer inputs turn it otherwise."""
+    tokenizer, draw = AutoTokenizer.from_pretrained(tied), torch.Generator().manual_seed(0)
+    shared = torch.randint(2, 300, (40,), generator=draw).tolist()
+    for border in (32, 42, 50, 200):
+        model = tiny_family("phi3", original_max_position_embeddings=border)
+        model.config.rope_parameters["original_max_position_embeddings"] = border
+        requests = [(None, shared + [3 + n] * n, [7, 8]) for n in range(1, 6)]
+        answers = LoadedModel(model, tokenizer)._loglikelihood_tokens(requests)
+        for (_, context, answer), (total, _) in zip(requests, answers, strict=True):
+            logits = model(torch.tensor([context + answer[:-1]])).logits[0, -2:].double().log_softmax(-1)
+            assert total == pytest.approx((logits[0, 7] + logits[1, 8]).item(), abs=FLOAT)
+
+
+def test_answers_of_no_likelihood_and_answers_too_long(tiny: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    with pytest.raises(TextError, match="an answer has 257 tokens and the model has 256 positions"):
+        LoadedModel(model, tokenizer)._loglikelihood_tokens([(None, [5], [6] * 257)])
+    model.lm_head.weight.data[7] = float("inf")
+    with pytest.raises(NotFinite, match="log-likelihood of an answer is nan"):
+        LoadedModel(model, tokenizer)._loglikelihood_tokens([(None, [5, 6], [7])])
 
 
 @pytest.mark.parametrize("tokens", [1, 200, 100_000])
