@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
+from kurtail_pl.maths.orthogonal import orthogonality_error
 from kurtail_pl.maths.sensitivity import sensitivity
 from kurtail_pl.progress import track
 from kurtail_pl.stages.figures.histogram import densities, draw_histogram
@@ -32,6 +33,8 @@ BITS = 4
 FRACTIONS = torch.linspace(0.5, 2.0, 151, dtype=torch.float64)
 SENSITIVITY_VALUES, HISTOGRAM_VALUES, SURFACE_TOKENS = 1 << 18, 1 << 16, 512
 """Enough for smooth curves; whole rows, the first ones of the held-out rows, which are in random order."""
+ORTHOGONAL = 1e-5
+"""Largest entry of ``|R1^T R1 - I|``; learned ones are re-orthogonalised in float64 when they are written."""
 SUMMARY, TABLE = "figures.json", "max_reduction.md"
 
 
@@ -109,11 +112,16 @@ def figures(
 
 
 def _basis(store: ActivationStore, rotations: Rotations) -> Tensor:
-    """R1 in float32, if it fits the store."""
+    """R1 in float32, if it is a rotation and fits the store."""
     residual, hidden = rotations.residual, store.shape.hidden_size
     if residual is None or residual.shape[0] != hidden:
         found = "there is none" if residual is None else f"it is {residual.shape[0]} wide"
         raise ConfigError(f"the store {store.folder} needs a rotation R1 {hidden} wide and {found}; name its own file")
+    # Files of rotations have no card beside them; bytes that are lost leave no rotation.
+    if not orthogonality_error(residual) < ORTHOGONAL:
+        raise ConfigError(
+            "the rotation R1 is not orthogonal: its file is damaged; copy it again or run kurtail fit again"
+        )
     return residual.float()
 
 

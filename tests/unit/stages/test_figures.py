@@ -297,6 +297,7 @@ def test_the_method_is_the_rotations_own(
         ({"rows": 0}, "rows is 0"),
         ({"rotations": Rotations()}, "there is none"),
         ({"hadamard": Rotations(residual=torch.eye(16))}, "it is 16 wide"),
+        ({"rotations": Rotations(residual=torch.diag(torch.tensor([*[1.0] * 47, 0.999])))}, "R1 is not orthogonal"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_leaves_nothing(
