@@ -120,7 +120,7 @@ def _basis(store: ActivationStore, rotations: Rotations) -> Tensor:
     # Files of rotations have no card beside them; bytes that are lost leave no rotation.
     if not orthogonality_error(residual) < ORTHOGONAL:
         raise ConfigError(
-            "the rotation R1 is not orthogonal: its file is damaged; copy it again or run kurtail fit again"
+            "the rotation R1 is not orthogonal: its file is damaged; copy it again"
         )
     return residual.float()
 
