@@ -119,9 +119,7 @@ def _basis(store: ActivationStore, rotations: Rotations) -> Tensor:
         raise ConfigError(f"the store {store.folder} needs a rotation R1 {hidden} wide and {found}; name its own file")
     # Files of rotations have no card beside them; bytes that are lost leave no rotation.
     if not orthogonality_error(residual) < ORTHOGONAL:
-        raise ConfigError(
-            "the rotation R1 is not orthogonal: its file is damaged; copy it again"
-        )
+        raise ConfigError("the rotation R1 is not orthogonal: its file is damaged; copy it again")
     return residual.float()
 
 
