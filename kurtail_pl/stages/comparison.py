@@ -12,7 +12,7 @@ from kurtail_pl.stages.figures.perplexity import draw_perplexity
 from kurtail_pl.stages.results import FLOAT_METHOD, LABELS, read_results
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
-from kurtail_pl.storage.files import beside, gigabytes, sha256_of, write_json, write_text
+from kurtail_pl.storage.files import gigabytes, sha256_of, whole_file, write_json, write_text
 from kurtail_pl.storage.folder import CARD, is_ours, read_card
 from kurtail_pl.surgery.scheme import Scheme
 
@@ -122,9 +122,8 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> str:
     write_text(folder / TABLE, f"# {results['model']}\n\n{text}")
     write_json(folder / DATA, _data(rows, groups, derived, results))
     chart = {(g.method, g.weights, g.bits): g.of("perplexity") for g in groups}
-    temporary = beside(folder / CHART)
-    draw_perplexity(chart, results["model"]).savefig(temporary, format="png")
-    temporary.replace(folder / CHART)
+    with whole_file(folder / CHART) as temporary:
+        draw_perplexity(chart, results["model"]).savefig(temporary, format="png")
     return text
 
 

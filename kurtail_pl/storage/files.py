@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -61,7 +61,11 @@ def put_in_place(partial: Path, folder: Path) -> None:
     if folder.exists():
         remove(old)
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        put_back(folder)
+        raise
     remove(old)
 
 
@@ -93,6 +97,27 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise ArtefactError(f"{folder} exists; pass --overwrite to replace it, or name another folder")
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file that appears whole or not at all.
+
+    Yields the name to write to, which becomes the wanted one when the block ends well; else what is there is removed.
+
+    Raises:
+        NotWritable: when the operating system does not let it be written; DiskFull when the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with disk_errors_are_ours(path):
+        temporary.unlink(missing_ok=True)  # A link would lead the writer out of the folder.
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write indented JSON through a temporary name; raises NotFinite, naming the entry, for a number that is none."""
     entry = next(_not_finite(data), None)
@@ -110,18 +135,10 @@ def _not_finite(data: Any, name: str = "") -> Iterator[str]:
             yield from _not_finite(value, f"{name}.{key}" if name else str(key))
 
 
-def beside(path: Path) -> Path:
-    """The temporary name of a file. What stands there is removed: a link would lead the writer out of the folder."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.unlink(missing_ok=True)
-    return temporary
-
-
 def write_text(path: Path, text: str) -> None:
     """Write text through a temporary name."""
-    temporary = beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] | None = None) -> None:
@@ -139,10 +156,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
                 f"{name} of {path} would be nan or infinite; nothing was written: the model's values are too large "
                 "for the computation, use another copy of it"
             )
-    temporary = beside(path)
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
 
 
 def claim(file: BinaryIO | FileIO, size: int) -> None:

@@ -60,7 +60,8 @@ class ShardWriter:
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `kurtail.json`, the last file of a folder, with the hashes of every other file."""
-    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    # A process that was killed after it wrote the card left one of the same folder.
+    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD}
     write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -67,7 +67,9 @@ def _held(path: Path, place: Path) -> Iterator[None]:
     finally:
         if outermost:
             # While it is still held: whoever waits for a removed file finds that out, and takes a new one.
-            path.unlink(missing_ok=True)
+            # Where it cannot be removed, it locks no one: the lock is the kernel's.
+            with suppress(OSError):
+                path.unlink()
         lock.release()
 
 

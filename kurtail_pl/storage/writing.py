@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from kurtail_pl.errors import DiskFull, NotWritable
+from kurtail_pl.errors import DiskFull, KurtailError, NotWritable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO)
-"""What a SafetensorError is searched for: it has no number, only the system's words."""
+REFUSED = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EFBIG)
+"""What other exceptions than OSError are searched for."""
+NUMBER = re.compile(r"\((?:os error )?(\d+)\)")
+"""Where the system's number stands in what Rust's libraries (safetensors, tokenizers) and torch raise."""
 
 
 @contextmanager
@@ -22,21 +23,28 @@ def disk_errors_are_ours(place: Path) -> Iterator[None]:
     """Turn what the operating system raises while a folder or file is written into DiskFull or NotWritable."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
-            raise  # No word of the system's: a library reports something else by it.
-        raise _ours(place, error.errno, error.filename) from error
-    except SafetensorError as error:
-        number = next((number for number in REFUSED if os.strerror(number) in str(error)), None)
+    except KurtailError:
+        raise
+    except Exception as error:
+        number = number_of(error)
         if number is None:
-            raise
-        raise _ours(place, number, None) from error
+            raise  # No word of the system's: a library reports something else by it.
+        raise _ours(place, number, getattr(error, "filename", None)) from error
+
+
+def number_of(error: BaseException) -> int | None:
+    """The system's number (`errno`) of what it refused; None when an exception is about something else."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = [int(number) for number in NUMBER.findall(str(error))]
+    return next((number for number in found if number in REFUSED and os.strerror(number) in str(error)), None)
 
 
 def _ours(place: Path, number: int, file: object) -> NotWritable:
     if number in FULL:
         return DiskFull(f"the disk is full while writing {place}; free some space and run it again")
-    where = f" ({file})" if isinstance(file, str) and file != str(place) else ""
+    # Folders are removed file by file, by their last names.
+    where = file if isinstance(file, str) and os.path.dirname(file) else place
     return NotWritable(
-        f"{place} cannot be written{where}: {os.strerror(number)}; mend that, or name another folder, and run it again"
+        f"{where} cannot be written: {os.strerror(number)}; mend that, or name another folder, and run it again"
     )

@@ -85,6 +85,14 @@ def carded(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_card_written_again_does_not_vouch_for_itself(carded: Path) -> None:
+    """As after a kill between the card and the folder's name: it would be called damaged."""
+    before = ours.read_card(carded)
+    ours.write_card(carded, {key: value for key, value in before.items() if key not in ("format", "sha256")})
+    assert ours.read_card(carded) == before
+    ours.require_intact(carded)
+
+
 def test_card_round_trip(carded: Path) -> None:
     card = ours.read_card(carded)
     assert card["method"] == "test"
