@@ -48,17 +48,17 @@ class Failure(NamedTuple):
 
 def failure(program: str, error: Exception) -> Failure:
     """What to say of an exception."""
-    ours = _ours(error)
+    ours = ours_in(error)
     if ours is not None:
         return Failure(_one_line(program, str(ours)), USAGE if isinstance(ours, UsageError) else USER)
-    known = _of_the_system(error) or _of_memory(error)
+    known = _of_the_system(error) or _of_memory(error) or _of_lightning(error)
     if known is not None:
         return Failure(_one_line(program, known), USER)
     text = f"this is a bug: {type(error).__name__} in {_place(error)} ({reason(error)})"
     return Failure(_one_line(program, f"{text}; {TRACEBACK}=1 shows all of it; please report it"), BUG)
 
 
-def _ours(error: BaseException | None) -> KurtailError | None:
+def ours_in(error: BaseException | None) -> KurtailError | None:
     """The error of ours that an exception is; jsonargparse wraps what a setting's own check says in a ValueError."""
     while error is not None and not isinstance(error, KurtailError):
         error = (error.__cause__ or error.__context__) if isinstance(error, ValueError) else None
@@ -87,6 +87,13 @@ def _of_memory(error: Exception) -> str | None:
     if not exhausted:
         return None
     return f"out of memory ({reason(error)}); ask for fewer or shorter windows; kurtail plan says what a recipe takes"
+
+
+def _of_lightning(error: Exception) -> str | None:
+    """What Lightning says of settings that it cannot use."""
+    if type(error).__name__ != "MisconfigurationException":
+        return None
+    return f"{reason(error)}; correct the trainer in the recipe"
 
 
 def _place(error: Exception) -> str:

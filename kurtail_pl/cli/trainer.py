@@ -15,8 +15,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.usage import OneLine
-from kurtail_pl.errors import ConfigError, require_seed
+from kurtail_pl.cli.failures import UsageError, ours_in
+from kurtail_pl.cli.usage import WRONG_SETTING, OneLine, explained
+from kurtail_pl.errors import ConfigError, reason, require_seed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, StepLines, WeightQuantization
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
 from kurtail_pl.lit.checkpoint import require_checkpoint
@@ -150,9 +151,23 @@ class KurtailCLI(LightningCLI):
                 return last if last.is_file() else None
         return None
 
+    def instantiate_classes(self) -> None:
+        """Make everything of the settings; what jsonargparse finds wrong only now is said as it is when parsing."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if WRONG_SETTING not in str(error) or ours_in(error) is not None:
+                raise
+            raise UsageError(explained(str(error))) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Hand `--overwrite` to the callback that writes the artefact, and let the recipe follow it there at once."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            if ours_in(error) is not None or WRONG_SETTING in str(error):
+                raise
+            raise ConfigError(f"trainer: {reason(error)}; correct the trainer in the recipe") from error
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         quantization, keep = callback_of(trainer, WeightQuantization), callback_of(trainer, KeepConfig)
         if quantization is not None:

@@ -12,12 +12,16 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from kurtail_pl.cli.failures import UsageError
-from kurtail_pl.errors import shortened
+from kurtail_pl.errors import REASON_LENGTH, shortened
 
 KEY = re.compile(r'Parser key "([^"]+)"')
 UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
 )
+LATE = re.compile(r"argument after \*\* must be a mapping, not (\w+)")
+REFUSED = re.compile(r"\AD[^\n]*\n[^\n]*\nErrors:\n  - (?!Expected |Not a valid subclass |Problem with given)([^\n]+)")
+"""What the first of several types makes of a value, where it is a class that was called."""
+REQUIRED = re.compile(r"arguments are required: (.+)")
 NO_MODULE = re.compile(r"No module named '([^']+)'")
 NO_SETTINGS = re.compile(r"Unable to load config '([^']*)'")
 NO_CLASS = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
@@ -31,6 +35,8 @@ PLAIN = {
     "dict": "settings", "NoneType": "null",
 }  # fmt: skip
 VALUE_LENGTH = 60
+WRONG_SETTING = "Does not validate against any of the Union subtypes"
+"""What jsonargparse says of a value in many places."""
 
 
 class OneLine:
@@ -59,12 +65,18 @@ def explained(message: str) -> str:
     """A message of jsonargparse, often many lines, in one short one."""
     place = ".".join(dict.fromkeys(key for key in KEY.findall(message) if key != "config"))
     start = f"{place}: " if place else ""
+    if late := LATE.search(message):
+        return f"{start}a value is {late[1]}, expected settings (name: value)"
+    if refused := REFUSED.search(message):
+        return f"{start}{shortened(refused[1], REASON_LENGTH)}"
     if unknown := UNKNOWN.search(message):
         group = f"{unknown['group']}." if unknown["group"] else ""
         return f"{start}there is no setting {group}{shortened(unknown[2], VALUE_LENGTH)}{_suggested(message)}"
     if missing := NO_CLASS.search(message):
         module, name = missing.groups()
         return f"{start}{module} has no {name}{_like(name, dir(importlib.import_module(module)))}"
+    if required := REQUIRED.search(message):
+        return f"{start}{required[1]} must be given; --help lists the settings"
     if module := NO_MODULE.search(message):
         return f"{start}there is no module {module[1]}; check the class_path"
     if text := NO_SETTINGS.search(message):

@@ -5,6 +5,7 @@ Two corrections of it are there: GPTAQ (arXiv 2504.02692) and FOEM (arXiv 2507.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,7 @@ class GPTQ:
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ConfigError(f"block_size is {self.block_size}; give a positive number of columns")
-        if self.percdamp <= 0:
+        if not 0 < self.percdamp < math.inf:
             raise ConfigError(f"percdamp is {self.percdamp}; give a positive number, usually 0.01")
         if self.correction not in (None, "gptaq", "foem"):
             raise ConfigError(f"correction is {self.correction!r}; GPTQ has gptaq and foem, or null for none")

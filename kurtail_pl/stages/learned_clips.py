@@ -9,6 +9,7 @@ the clips of weights block by block before it rounds them. The gradients of one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class ClipLearning:
             )
         for name in ("steps", "lr", "windows", "seqlen"):
             value: float = getattr(self, name)
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise ConfigError(f"learn_clips.{name} is {value}; give a positive number, or write learn_clips: null")
 
     def require_learnable(self, scheme: Scheme, quantized_activations: bool, searched: Sequence[str]) -> None:

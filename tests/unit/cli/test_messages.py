@@ -61,7 +61,9 @@ SETTINGS = [
     ("data.init_args.stepz", 3, "there is no setting stepz; did you mean steps?"),
     ("data.init_args.compute.device", "tpu", "compute.device is tpu, expected one of 'auto', 'cpu', 'cuda'"),
     ("data.init_args.capture.text", "pydoc", "data.capture.text is pydoc, expected settings"),
-    ("data", ..., "fit.data"),
+    ("data", ..., "fit.data must be given"),
+    ("data.init_args.store", ..., "data: store must be given"),
+    ("data.init_args.store", None, "data: store must be given"),
     ("data", [1], "data is [1], expected a StoredModel (class_path and init_args)"),
     ("trainre", 3, "there is no setting trainre; did you mean trainer?"),
     ("trainer", None, "has 'null' as its trainer: expected settings in line"),
@@ -96,6 +98,33 @@ def test_a_setting_its_value_and_what_was_expected(
     recipe.write_text(changed(path, value))
     assert message in refusal("fit", "--config", recipe)
     assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_what_lightning_cannot_use_is_one_line(refusal: Refusal, stories: Path) -> None:
+    model = f"--data.init_args.capture.model={stories}"
+    for option, message in (
+        ("--trainer.strategy=nonsense", "trainer: You selected an invalid strategy name"),
+        ("--trainer.profiler=nonsense", "When passing string value for the `profiler`"),
+        ("--trainer.val_check_interval=-1", "You have passed invalid value -1 for val_check_interval"),
+    ):
+        line = refusal("fit", "--config", SMOKE, model, option, code=1)
+        assert message in line
+        assert line.endswith("; correct the trainer in the recipe")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("trainer.callbacks.0.init_args.every_n_train_steps", -1, "Invalid value for every_n_train_steps=-1"),
+        (f"{QUANTIZE}.scheme", [1], "a value is list, expected settings (name: value)"),
+    ],
+)
+def test_what_jsonargparse_finds_late_is_one_line(
+    refusal: Refusal, tmp_path: Path, stories: Path, path: str, value: Any, message: str
+) -> None:
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(changed(path, value))
+    assert message in refusal("fit", "--config", recipe, f"--data.init_args.capture.model={stories}")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
