@@ -113,7 +113,7 @@ class StoredModel(L.LightningDataModule):
         if hasattr(self, "store"):
             return self.store.origin
         spec = self.capture_spec
-        windows = cut_windows(self.checkpoint.tokenizer(), spec.text, "calibration", seed=spec.seed)
+        windows = cut_windows(self.checkpoint, spec.text, "calibration", seed=spec.seed)
         return origin_of(spec, self.checkpoint, windows, self.compute)
 
     @property
