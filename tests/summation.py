@@ -1,7 +1,7 @@
 """A plugin of pytest: matrix products add their terms in another order, as a processor of another kind would.
 
-`SUMMATION=1 PYTHONPATH=tests pytest -p summation`: the number is the seed of the orders, one for each count of terms. Programs that
-tests start add as this machine does.
+`SUMMATION=1 PYTHONPATH=tests pytest -p summation`: the number is the seed of the orders, one for each count of terms.
+Programs that tests start add as this machine does.
 """
 
 import functools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,7 @@ def resumable_folder(
         ranks.barrier()
         if ranks.leads:
             with disk_errors_are_ours(folder):
-                remove(partial / UNFINISHED)
+                shutil.rmtree(partial / UNFINISHED)  # Or fail: what is unfinished has no place in a finished folder.
                 put_in_place(partial, folder)
 
 
