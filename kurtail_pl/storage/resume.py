@@ -117,7 +117,7 @@ def resumable_folder(
         ranks.barrier()
         if ranks.leads:
             with disk_errors_are_ours(folder):
-                shutil.rmtree(partial / UNFINISHED)  # Or fail: what is unfinished has no place in a finished folder.
+                shutil.rmtree(partial / UNFINISHED)
                 put_in_place(partial, folder)
 
 

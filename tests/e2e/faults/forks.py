@@ -97,7 +97,7 @@ def server(place: Path) -> Iterator[Server]:
             process.communicate()
 
 
-UNEQUAL = re.compile(r"runs/tensorboard/|\.ckpt$|(^|/)cost\.json$|(^|/)config\.resume-\d+\.yaml$")
+UNEQUAL = re.compile(r"(^|/)tensorboard/|\.ckpt$|(^|/)cost\.json$|(^|/)config\.resume-\d+\.yaml$")
 """Files that say when they were written or what they cost."""
 
 
@@ -121,10 +121,8 @@ def _content(path: Path, root: Path) -> Any:
             return _without_cost(json.loads(file.metadata()["rotations"])), hashlib.sha256(
                 repr(tensors).encode()
             ).hexdigest()
-    if path.suffix == ".md":  # The last columns of the table are seconds and memory; others are as wide as they are.
-        return [
-            line.split("|")[1:-3] if "|" in line else line for line in path.read_text().replace(" ", "").splitlines()
-        ]
+    if path.suffix == ".md":
+        return table_without_cost(path.read_text())
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -133,3 +131,17 @@ def _without_cost(value: Any) -> Any:
         return value
     costly = ("cost", "rotations_sha256", "fused_sha256", "rotations.safetensors")
     return {key: _without_cost(part) for key, part in value.items() if key not in costly}
+
+
+COSTLY = ("seconds", "peak memory", "learn s", "learn CPU s", "all s")
+
+
+def table_without_cost(text: str) -> list[list[str]]:
+    """Cells of a Markdown page's lines, but for the columns that say what was spent, however wide they are."""
+    lines = [[cell.strip(" -:") for cell in line.split("|")] for line in text.splitlines()]
+    head: list[str] = []
+    found = []
+    for line in lines:
+        head = line if len(line) != len(head) else head
+        found.append([cell for name, cell in zip(head, line, strict=True) if name not in COSTLY])
+    return found
