@@ -77,11 +77,23 @@ def require_seed(name: str, seed: int) -> None:
 
 REASON_LENGTH = 120
 """Characters of another library's message that one of ours repeats."""
+LIST_LENGTH = 160
+"""Characters of a list of remarks in a message."""
 
 
 def shortened(text: str, length: int) -> str:
     """A text, or its beginning where it is longer."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def listed(remarks: list[str]) -> str:
+    """Several remarks for one message: as many as fit, and how many more there are."""
+    shown: list[str] = []
+    for remark in remarks:
+        if shown and len("; ".join([*shown, remark])) > LIST_LENGTH:
+            return f"{'; '.join(shown)}; and {len(remarks) - len(shown)} more"
+        shown.append(shortened(remark, LIST_LENGTH))
+    return "; ".join(shown)
 
 
 def reason(error: BaseException) -> str:

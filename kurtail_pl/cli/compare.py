@@ -13,7 +13,7 @@ from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.cli.usage import OneLineParser
-from kurtail_pl.errors import ArtefactError, ConfigError
+from kurtail_pl.errors import ArtefactError, ConfigError, listed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
 from kurtail_pl.stages.comparison import Row, write_comparison
@@ -160,7 +160,7 @@ def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
     different = differences({key: found.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if different:
         raise ArtefactError(
-            f"{folder} was made or measured with other settings: {'; '.join(different)}; pass --overwrite, or remove it"
+            f"{folder} was made or measured with other settings: {listed(different)}; pass --overwrite, or remove it"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 
-from kurtail_pl.errors import ConfigError, ResumeMismatch
+from kurtail_pl.errors import ConfigError, ResumeMismatch, listed
 from kurtail_pl.lit.loader import BlockLoader, WindowLoader
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.capture import CaptureSpec, capture, origin_of, shape_of
@@ -142,7 +142,7 @@ class StoredModel(L.LightningDataModule):
         found = differences(state_dict, self.state_dict())
         if found:
             raise ResumeMismatch(
-                f"the checkpoint was made from other data: {'; '.join(found)}; "
+                f"the checkpoint was made from other data: {listed(found)}; "
                 "resume with its own, or start anew with --overwrite"
             )
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch
+from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch, listed
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.maths.finite import is_finite
@@ -196,7 +196,7 @@ class RotationModule(L.LightningModule):
             found.append(f"it has {'ended after' if ended else 'taken'} {taken} steps, and data.steps is {wanted}")
         if found:
             raise ResumeMismatch(
-                f"the checkpoint is of another training: {'; '.join(found)}; name another trainer.default_root_dir, or "
+                f"the checkpoint is of another training: {listed(found)}; name another trainer.default_root_dir, or "
                 "start anew with --overwrite"
             )
 
@@ -218,7 +218,7 @@ class RotationModule(L.LightningModule):
         found = differences(checkpoint["settings"], self.settings())
         if found:
             raise ResumeMismatch(
-                f"the checkpoint was made with other settings: {'; '.join(found)}; "
+                f"the checkpoint was made with other settings: {listed(found)}; "
                 "resume with its own, or start anew with --overwrite"
             )
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:

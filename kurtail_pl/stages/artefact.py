@@ -79,7 +79,7 @@ def whole_model(
     model = skeleton(checkpoint)
     for name, tensors in _parts(checkpoint, model):
         part = model.get_submodule(name)
-        part.load_state_dict(tensors, assign=True)
+        checkpoint.fill(part, name, tensors)
         place(part, name, dtype, device)
     model.get_submodule(architecture_of(model.config).rotary).to(device)
     return model

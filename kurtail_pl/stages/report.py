@@ -106,10 +106,11 @@ def report(folder: Path) -> str:
 
 def _exceptions(card: dict[str, Any]) -> str:
     """Weights that were not quantized as the rest; empty when there are none."""
-    lines = [f"- `{name}`: left to plain rounding, its Hessian was not positive definite" for name in card["fallbacks"]]
+    fallbacks, borrowers, tokens = (card.get(key, {}) for key in ("fallbacks", "borrowers", "expert_tokens"))
+    lines = [f"- `{name}`: left to plain rounding, its Hessian was not positive definite" for name in fallbacks]
     lines += [
-        f"- `{name}`: {card['expert_tokens'][name]} calibration tokens of its own, the rest borrowed from its block"
-        for name in card["borrowers"]
+        f"- `{name}`: {tokens.get(name, 0)} calibration tokens of its own, the rest borrowed from its block"
+        for name in borrowers
     ]
     return "\n".join(["\n## Exceptions\n", *lines, ""]) if lines else ""
 
@@ -122,9 +123,10 @@ def _model_card(folder: Path) -> str:
         f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
         for name, q in parts.items()
     ]
-    if searched := card["quantize"].get("search_clips"):
+    quantize = card.get("quantize") or {"method": "none"}
+    if searched := quantize.get("search_clips"):
         lines.append(f"- clips: a ratio of its own at each site for {', '.join(searched)}")
-    if learned := card["quantize"].get("learn_clips"):
+    if learned := quantize.get("learn_clips"):
         lines.append(f"- learned on each block's float output: {', '.join(learned['parts'])}")
     if scheme.higgs_bits is not None:
         lines[0] = f"- weights: levels of the normal distribution, {_bits(scheme.higgs_bits)}"
@@ -139,7 +141,7 @@ def _model_card(folder: Path) -> str:
     return (
         f"# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
-        f"{LABELS.get(card['method'], card['method'])}, weights by {card['quantize']['method'].upper()}.\n\n"
+        f"{LABELS.get(card['method'], card['method'])}, weights by {quantize['method'].upper()}.\n\n"
         + "\n".join(lines)
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "

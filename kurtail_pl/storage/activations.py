@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kurtail_pl.errors import NotFinite, StoreMismatch, reason
+from kurtail_pl.errors import NotFinite, StoreMismatch, listed, reason
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import claim, sha256_of, write_json
 from kurtail_pl.storage.records import fields_of, read_object, require_format
@@ -188,7 +188,7 @@ class ActivationStore:
         found = differences(self.origin.key, wanted.key)
         if found:
             raise StoreMismatch(
-                f"store {self.folder} was made from something else: {'; '.join(found)}; "
+                f"store {self.folder} was made from something else: {listed(found)}; "
                 "name another store folder, or remove this one to capture again"
             )
 

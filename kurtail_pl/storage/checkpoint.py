@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from kurtail_pl.errors import CheckpointError
+from kurtail_pl.errors import REASON_LENGTH, CheckpointError, shortened
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
@@ -119,6 +120,18 @@ class Checkpoint:
         """All tensors of a module, by their names within it."""
         start = f"{prefix}."
         return {name.removeprefix(start): self.tensor(name) for name in self._places if name.startswith(start)}
+
+    def fill(self, module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the place of a module's own; raises CheckpointError when they are others than it has."""
+        try:
+            module.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            # Its first line says as much as ours.
+            different = shortened(str(error).splitlines()[-1].strip(), REASON_LENGTH)
+            raise CheckpointError(
+                f"the weights in {self.folder} do not fit its config.json and card at {prefix}: {different}; "
+                "put files of one model together"
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder; raises CheckpointError when there is none that goes with the model."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
 from kurtail_pl.storage.mark import CARD as CARD
 from kurtail_pl.storage.mark import require_card
-from kurtail_pl.storage.records import fields_of, read_object, require_format, require_inside
+from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object, require_format, require_inside
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.weights import INDEX
@@ -65,10 +66,25 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
 
 
+@with_config(OTHERS_TOO)
 @dataclass(frozen=True)
 class _Source:
     model: str
     sha256: str
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Learned:
+    parts: list[str]
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Quantize:
+    method: str
+    search_clips: list[str] | None = None
+    learn_clips: _Learned | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class _Card:
     cost: dict[str, dict[str, float]]
     rotations: dict[str, Any] = field(default_factory=dict)
     clips: list[dict[str, float]] | None = None
-    quantize: dict[str, Any] | None = None
+    quantize: _Quantize | None = None
     fallbacks: list[str] = field(default_factory=list)
     borrowers: list[str] = field(default_factory=list)
     expert_tokens: dict[str, int] = field(default_factory=dict)

@@ -13,6 +13,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from kurtail_pl.errors import KurtailError, shortened
 
 T = TypeVar("T")
+MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+"""pydantic's names of one kind of error."""
+KNOWN_ONLY = ConfigDict(strict=True, extra="forbid")
+OTHERS_TOO = ConfigDict(strict=True, extra="ignore")
+"""For dataclasses that are not all of what a file holds."""
 
 
 def read_object(path: Path, wrong: type[KurtailError], remedy: str) -> dict[str, Any]:
@@ -44,30 +49,35 @@ def require_format(data: Mapping[str, Any], expected: int, path: Path, wrong: ty
         )
 
 
-def fields_of(data: Mapping[str, Any], kind: type[T], path: Path, wrong: type[KurtailError], remedy: str) -> T:
+def fields_of(data: object, kind: type[T], path: Path, wrong: type[KurtailError], remedy: str) -> T:
     """An object's fields as a dataclass, those that are dataclasses too.
 
     Args:
-        data: what `read_object` gave.
-        kind: the dataclass; its types are strict, and other fields are refused in what it holds, not in itself.
+        data: what `read_object` gave, or a part of it.
+        kind: the dataclass; its types are strict. Other fields are refused, but not in itself, nor in what has the
+            configuration `OTHERS_TOO`.
         path: the file.
         wrong: the error that names the field, its value and what was expected.
         remedy: what to do then; the end of its message.
     """
+    if not isinstance(data, dict):
+        raise wrong(f"{path} holds {shortened(repr(data), 40)} where an object should be; {remedy}")
     known = {name: data[name] for name in kind.__dataclass_fields__ if name in data}  # type: ignore[attr-defined]
     try:
         return cast(T, _adapter(cast(Hashable, kind)).validate_json(json.dumps([known]))[0])
     except ValidationError as error:
         first = error.errors()[0]
-        place, found = ".".join(map(str, first["loc"][1:])), shortened(repr(first["input"]), 40)
-        expected = shortened(first["msg"].removeprefix("Value error, "), 80)
-        raise wrong(f"{path}: {shortened(place, 40)} is {found}: {expected}; {remedy}") from error
+        place = shortened(".".join(map(str, first["loc"][1:])), 40)
+        if first["type"] in MISSING:
+            raise wrong(f"{path} has no {place}; {remedy}") from error
+        found, expected = shortened(repr(first["input"]), 40), shortened(first["msg"].removeprefix("Value error, "), 80)
+        raise wrong(f"{path}: {place} is {found}: {expected}; {remedy}") from error
 
 
 @cache
 def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     # The configuration of a tuple reaches the dataclasses in it.
-    return TypeAdapter(tuple[kind], config=ConfigDict(strict=True, extra="forbid"))  # type: ignore[valid-type]
+    return TypeAdapter(tuple[kind], config=KNOWN_ONLY)  # type: ignore[valid-type]
 
 
 def require_inside(name: str, path: Path, wrong: type[KurtailError]) -> None:

@@ -7,10 +7,11 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kurtail_pl.errors import KurtailError, NotWritable, ResumeMismatch
+from kurtail_pl.errors import KurtailError, NotWritable, ResumeMismatch, listed, shortened
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.storage.files import (
     cache_folder,
@@ -22,6 +23,7 @@ from kurtail_pl.storage.files import (
     write_json,
 )
 from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.records import fields_of, read_object
 from kurtail_pl.storage.writing import disk_errors_are_ours
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,16 @@ log = logging.getLogger(__name__)
 UNFINISHED, PROGRESS = "unfinished", "progress.json"
 HASH = "_sha256"
 """Ending of the keys that hold hashes."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a record of unfinished work holds."""
+
+    recipe: dict[str, Any]
+    processes: int
+    done: int | None
+    state: dict[str, Any]
 
 
 class Workplace:
@@ -55,20 +67,24 @@ class Workplace:
         """Take up the record in the folder, if any; returns the differences that forbid it."""
         if not self._record.is_file() or self.folder.is_symlink():  # Ours is no link.
             return []
-        record = json.loads(self._record.read_text(encoding="utf-8"))
-        found = differences(record["recipe"], self._recipe)
+        try:
+            data = read_object(self._record, ResumeMismatch, "")
+            record = fields_of(data, _Record, self._record, ResumeMismatch, "")
+        except ResumeMismatch:
+            return [f"its record {self._record.name} is damaged"]
+        found = differences(record.recipe, self._recipe)
         if found:
             return found
-        if record["processes"] != self._ranks.size:
+        if record.processes != self._ranks.size:
             # Each process has the hidden states of its own windows: another number of them cannot go on.
             log.info(
                 "%s was begun by %d processes, these are %d: it is begun anew",
                 self.folder,
-                record["processes"],
+                record.processes,
                 self._ranks.size,
             )
             return []
-        self.done, self.state = record["done"], record["state"]
+        self.done, self.state = record.done, record.state
         log.info("going on after %d finished parts in %s", self.done, self.folder)
         return []
 
@@ -144,7 +160,7 @@ def _unfinished(folder: Path, recipe: Mapping[str, Any], overwrite: bool, ranks:
     found = work.resume()
     if found and not overwrite:
         raise ResumeMismatch(
-            f"{folder} holds unfinished work of another kind: {'; '.join(found)}; finish it with its own settings, or "
+            f"{folder} holds unfinished work of another kind: {listed(found)}; finish it with its own settings, or "
             "pass --overwrite (or remove that folder) to start anew"
         )
     ranks.barrier()  # All have read the record.
@@ -173,5 +189,5 @@ def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str 
         elif one != other and key.endswith(HASH):
             found.append(f"another {prefix}{key.removesuffix(HASH).replace('_', ' ')}")
         elif one != other:
-            found.append(f"{prefix}{key} is {one!r}, wanted {other!r}")
+            found.append(f"{prefix}{key} is {shortened(repr(one), 40)}, wanted {shortened(repr(other), 40)}")
     return found

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import CheckpointError, reason
+from kurtail_pl.errors import CheckpointError, listed, reason
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.storage.files import write_tensors
 from kurtail_pl.surgery.rotations import Rotations, misfits
@@ -84,5 +84,5 @@ def require_rotations_of(config: PretrainedConfig, rotations: Rotations, name: s
     found = misfits(rotations, config)
     if found:
         raise CheckpointError(
-            f"{name} belong to another model: {'; '.join(found)}; give those that were learned on this model"
+            f"{name} belong to another model: {listed(found)}; give those that were learned on this model"
         )

@@ -75,13 +75,7 @@ class Walker:
     ) -> nn.Module:
         trim_heap()  # Of what the module before left.
         state = {name: self._to_device(name, t, dtype or self.dtype) for name, t in tensors.items()}
-        try:
-            module.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the weights in {self.checkpoint.folder} do not fit its config.json and card at {prefix}: "
-                f"{str(error).splitlines()[-1].strip()[:120]}; put files of one model together"
-            ) from error
+        self.checkpoint.fill(module, prefix, state)
         # What is not part of the checkpoint, such as the factors of online Hadamards.
         return module.to(self.device)
 
