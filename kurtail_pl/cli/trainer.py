@@ -116,6 +116,8 @@ class KurtailCLI(LightningCLI):
 
         A run folder has one `fit` at a time: another waits here, and then finds what the first one left.
         """
+        if self.trainer.max_epochs == -1:
+            raise ConfigError("trainer.max_epochs is -1, without an end; data.steps says how long: write 1")
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._claims.enter_context(alone_with(Path(self.trainer.default_root_dir)))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ each matrix, so that a stack of matrices learns exactly as the matrices would on
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, overload
@@ -20,12 +21,12 @@ from kurtail_pl.maths.orthogonal import capped_step, cayley_step, skew_direction
 
 
 def _check(lr: float, decays: tuple[float, ...], eps: float, q: float, iterations: int) -> None:
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise ConfigError(f"lr is {lr}; give a positive step size")
     for decay in decays:
         if not 0 <= decay < 1:
             raise ConfigError(f"a decay of the moments is {decay}; it must lie in [0, 1)")
-    if not eps >= 0:
+    if not 0 <= eps < math.inf:
         raise ConfigError(f"eps is {eps}; it cannot be negative")
     if not 0 < q <= 1:
         raise ConfigError(f"q is {q}; the fixed-point iteration converges for q in (0, 1]")
