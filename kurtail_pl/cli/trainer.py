@@ -26,7 +26,7 @@ from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.plan import plan
 from kurtail_pl.stages.plan_table import misfits
-from kurtail_pl.storage.files import free_disk
+from kurtail_pl.storage.files import free_disk, refuse_existing
 from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ class KurtailCLI(LightningCLI):
 
         A run folder has one `fit` at a time: another waits here, and then finds what the first one left.
         """
-        if self.trainer.max_epochs == -1:
-            raise ConfigError("trainer.max_epochs is -1, without an end; data.steps says how long: write 1")
+        self._require_sense()
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._claims.enter_context(alone_with(Path(self.trainer.default_root_dir)))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -129,6 +128,21 @@ class KurtailCLI(LightningCLI):
             require_checkpoint(last, "remove it to learn anew, or pass --overwrite")
             log.info("going on from %s", last)
             self.config_init["fit"]["ckpt_path"] = str(last)
+
+    def _require_sense(self) -> None:
+        """Refuse what Lightning takes and what leads to nothing, or only after the training."""
+        trainer = self.trainer
+        if trainer.max_epochs == -1:
+            raise ConfigError("trainer.max_epochs is -1, without an end; data.steps says how long: write 1")
+        if trainer.accumulate_grad_batches < 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give a positive number"
+            )
+        refuse_existing(Path(trainer.default_root_dir), overwrite=True)
+        kinds = [type(c) for c in trainer.callbacks if isinstance(c, CheckedCallback)]  # type: ignore[attr-defined]
+        twice = next((kind.__name__ for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"trainer.callbacks has {twice} twice; keep one")
 
     def _require_room(self) -> None:
         """Refuse a recipe that does not fit this machine, before anything runs."""

@@ -91,8 +91,9 @@ def remove(folder: Path) -> None:
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Raise ArtefactError when a folder with content stands where one is to be written."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtefactError(f"{folder} is a file; name a folder")
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ArtefactError(f"{file} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ArtefactError(f"{folder} exists; pass --overwrite to replace it, or name another folder")
 

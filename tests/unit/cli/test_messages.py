@@ -54,6 +54,7 @@ def changed(path: str, value: Any) -> str:
     return yaml.safe_dump(recipe, sort_keys=False)
 
 
+EVALUATION = {"class_path": "kurtail_pl.lit.callbacks.Evaluation", "init_args": {"text": {}}}
 QUANTIZE = "trainer.callbacks.3.init_args.quantize"
 SETTINGS = [
     ("data.init_args.capture.rows", "many", "data.capture.rows is many, expected a whole number or 'all'"),
@@ -110,6 +111,25 @@ def test_what_lightning_cannot_use_is_one_line(refusal: Refusal, stories: Path) 
         line = refusal("fit", "--config", SMOKE, model, option, code=1)
         assert message in line
         assert line.endswith("; correct the trainer in the recipe")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("trainer.max_epochs", -1, "trainer.max_epochs is -1, without an end"),
+        ("trainer.accumulate_grad_batches", 0, "trainer.accumulate_grad_batches is 0; give a positive number"),
+        ("trainer.default_root_dir", "wrong.yaml", "wrong.yaml is a file; name a folder"),
+        (f"{QUANTIZE.removesuffix('.quantize')}.artefacts", "wrong.yaml/a", "wrong.yaml is a file; name a folder"),
+        ("trainer.callbacks.2", EVALUATION, "has Evaluation twice; keep one"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused_before_it(
+    refusal: Refusal, tmp_path: Path, stories: Path, path: str, value: Any, message: str
+) -> None:
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(changed(path, value))
+    assert message in refusal("fit", "--config", recipe, f"--data.init_args.capture.model={stories}", code=1)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
