@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,13 +75,16 @@ def test_codes_and_perplexity(fused: Path, text: TextSpec, tmp_path: Path, cache
 
 
 @torch.no_grad()
-def test_a_loaded_model_on_the_device(fused: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device_map": "auto"}, {"device_map": {"": 0}}])
+def test_a_loaded_model_on_the_device(fused: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     folder = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "rtn", compute=CPU)
     ids = torch.arange(40)[None]
     expected = kurtail_pl.load(folder)(ids).logits
-    found = torch.nn.Module.to(kurtail_pl.load(folder), "cuda")(ids.cuda()).logits.cpu()
+    model = kurtail_pl.load(folder, **options)
+    assert model.lm_head.weight.is_cuda
     # An activation on the edge between two codes may fall to the other side.
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert (model(ids.cuda()).logits.cpu() - expected).norm() < 0.05 * expected.norm()
+    model.save_pretrained(tmp_path / "saved")
 
 
 def test_memory_of_the_device_is_a_layer_or_the_embedding(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
