@@ -102,7 +102,8 @@ def test_a_plan_needs_neither_weights_nor_text(
     family = {"phi-3-mini": "phi3", "mixtral-8x7b": "mixtral"}.get(recipe.stem, "llama3")
     config = tmp_path / "config"
     config.mkdir()
-    (config / "config.json").write_text((models(family) / "config.json").read_text())
+    tiny = json.loads((models(family) / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps({**tiny, "max_position_embeddings": 8192}))
     kurtail(tmp_path, "plan", "--config", recipe, "--data.init_args.capture.model", config)
     stages = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert stages == ["stage", "--------", "capture", "learn", "fuse", "quantize", "evaluate"]

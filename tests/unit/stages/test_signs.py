@@ -153,7 +153,7 @@ def test_taken_up_again_it_gives_the_same(tiny: Path, rotations: Rotations, monk
 def test_what_cannot_be_chosen_is_refused(tiny: Path, rotations: Rotations, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"signs.candidates is 1; give 2 or more"):
         SignSpec(candidates=1)
-    long = SignSpec(text=TextSpec(windows=10**6))
+    long = SignSpec(text=TextSpec(windows=10**6, seqlen=64))
     with pytest.raises(TextError, match="were asked for"):
         fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", signs=long)
     assert not (tmp_path / "fused").exists()
