@@ -89,5 +89,8 @@ def test_a_holder_may_take_its_lock_again(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_a_place_where_nothing_can_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotWritable, match=r"file/work cannot be written"), alone_with(tmp_path / "file" / "work"):
+    with (
+        pytest.raises(NotWritable, match=r"/file cannot be written: File exists"),
+        alone_with(tmp_path / "file" / "work"),
+    ):
         pass
