@@ -107,9 +107,9 @@ class StoredModel(L.LightningDataModule):
         self.store = store
         self.require_rows(store.origin.rows)
 
-    @property
+    @cached_property
     def origin(self) -> Origin:
-        """What the store is made from, or will be."""
+        """What the store is made from, or will be; before `setup` the text is tokenised for it, once."""
         if hasattr(self, "store"):
             return self.store.origin
         spec = self.capture_spec
