@@ -6,7 +6,7 @@ from pathlib import Path
 
 from families import fill
 from fuzz.mutations import damaged, foreign, json_files, tensor_files
-from fuzz.registry import Target, copied, target
+from fuzz.registry import Target, copied, json_target, target
 from fuzz.samples import CONFIG, Samples
 from gguf_files import write_gguf
 from hypothesis import strategies as st
@@ -27,10 +27,8 @@ def config(samples: Samples, place: Path) -> Target:
     """config.json of a model with weights, to the plan and the perplexity."""
     model = copied(samples.model, place)
     file = model / "config.json"
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         found = config_of(str(model))
         stages = plan(
             found,
@@ -43,17 +41,15 @@ def config(samples: Samples, place: Path) -> Target:
         table(stages, None)
         perplexity(Checkpoint(model), samples.spec)
 
-    return Target(1000, json_files(valid), read)
+    return json_target(1000, file, use)
 
 
 @target
 def index(samples: Samples, place: Path) -> Target:
     model = copied(samples.sharded, place)
     file = model / "model.safetensors.index.json"
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         checkpoint = Checkpoint(model)
         assert checkpoint.size > 0
         for name in checkpoint.names:
@@ -61,7 +57,7 @@ def index(samples: Samples, place: Path) -> Target:
             checkpoint.tensor(name)
         perplexity(checkpoint, samples.spec)
 
-    return Target(600, json_files(valid), read)
+    return json_target(600, file, use)
 
 
 @target
@@ -94,29 +90,25 @@ def gguf(samples: Samples, place: Path) -> Target:
 def tokenizer(samples: Samples, place: Path) -> Target:
     model = copied(samples.model, place)
     file = model / "tokenizer.json"
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         checkpoint = Checkpoint(model)
         checkpoint.tokenizer_sha256()
         perplexity(checkpoint, samples.spec)
 
-    return Target(700, json_files(valid), read)
+    return json_target(700, file, use)
 
 
 @target
 def tokenizer_config(samples: Samples, place: Path) -> Target:
     model = copied(samples.model, place)
     file = model / "tokenizer_config.json"
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         Checkpoint(model).tokenizer_sha256()
         perplexity(Checkpoint(model), samples.spec)
 
-    return Target(700, json_files(valid), read)
+    return json_target(700, file, use)
 
 
 @target

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fuzz.mutations import as_json, json_files, tensor_files
-from fuzz.registry import Target, copied, target
+from fuzz.registry import Target, copied, json_target, target
 from fuzz.samples import Samples
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
@@ -25,14 +25,12 @@ from kurtail_pl.storage.rotation_file import hash_of, read_rotations
 def card(samples: Samples, place: Path) -> Target:
     folder = copied(samples.artefact, place)
     file = folder / "kurtail.json"
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         load(folder)
         report(folder)
 
-    return Target(1000, json_files(valid), read)
+    return json_target(1000, file, use)
 
 
 @target
@@ -60,13 +58,11 @@ def clips(samples: Samples, place: Path) -> Target:
 def results(samples: Samples, place: Path) -> Target:
     folder = copied(samples.artefact, place)
     file = folder / "results.json"
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         report(folder)
 
-    return Target(1500, json_files(valid), read)
+    return json_target(1500, file, use)
 
 
 @target
@@ -154,12 +150,10 @@ def description(samples: Samples, place: Path) -> Target:
     folder = copied(samples.exported, place)
     file = folder / "kurtail_export.json"
     session = open_session(folder / "model.onnx", threads=1)
-    valid = json.loads(file.read_text())
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
+    def use() -> None:
         opened = Export(folder)
         opened.tokenizer()
         next(generate(Decoder(opened, session), np.array([[5, 7]]), Sampling(1)))
 
-    return Target(1000, json_files(valid), read)
+    return json_target(1000, file, use)

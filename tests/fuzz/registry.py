@@ -1,10 +1,12 @@
 """What a target is."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuzz.mutations import json_files
 from fuzz.samples import Samples
 from hypothesis.strategies import SearchStrategy
 
@@ -36,3 +38,13 @@ def target(make: Make) -> Make:
 
 def copied(folder: Path, place: Path) -> Path:
     return Path(shutil.copytree(folder, place / folder.name))
+
+
+def json_target(inputs_in_ci: int, file: Path, use: Callable[[], object]) -> Target:
+    """A target of a JSON file that is whole now: each input is put in its place, and used."""
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        use()
+
+    return Target(inputs_in_ci, json_files(json.loads(file.read_text())), read)
