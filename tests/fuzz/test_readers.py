@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,10 +28,17 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.fixture
-def target(request: pytest.FixtureRequest, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
-    monkeypatch.setenv("KURTAIL_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "f").mkdir()
-    return TARGETS[request.param](samples, tmp_path / "f")
+def target(
+    request: pytest.FixtureRequest,
+    samples: Samples,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Target:
+    # Not `tmp_path`: it has the test's long name, and would take a third of a message's length, more in a worker.
+    root = tmp_path_factory.mktemp("f")
+    monkeypatch.setenv("KURTAIL_CACHE", str(root / "cache"))
+    (root / "f").mkdir()
+    return TARGETS[request.param](samples, root / "f")
 
 
 @pytest.mark.skipif(SECONDS > 0, reason="new inputs are tried instead")
