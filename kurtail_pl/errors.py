@@ -82,18 +82,21 @@ LIST_LENGTH = 160
 
 
 def shortened(text: str, length: int) -> str:
-    """A text, or its beginning where it is longer."""
+    """A text on one line, or its beginning where it is longer."""
+    text = " ".join(text.splitlines())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def listed(remarks: list[str]) -> str:
     """Several remarks for one message: as many as fit, and how many more there are."""
-    shown: list[str] = []
-    for remark in remarks:
-        if shown and len("; ".join([*shown, remark])) > LIST_LENGTH:
-            return f"{'; '.join(shown)}; and {len(remarks) - len(shown)} more"
-        shown.append(shortened(remark, LIST_LENGTH))
-    return "; ".join(shown)
+    shown = ""
+    for number, remark in enumerate(remarks):
+        more = f"; and {len(remarks) - number} more"
+        longer = f"{shown}; {remark}" if shown else shortened(remark, LIST_LENGTH - len(more))
+        if len(longer) > LIST_LENGTH - (len(more) if remark is not remarks[-1] else 0):
+            return f"{shown}{more}"
+        shown = longer
+    return shown
 
 
 def reason(error: BaseException) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, with_config
 from torch import Tensor
 
 from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
@@ -22,7 +23,7 @@ from kurtail_pl.storage.files import sha256_of_text, write_json
 from kurtail_pl.storage.folder import is_ours, read_card, require_sound, rotations_of
 from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
-from kurtail_pl.storage.records import fields_of, read_object
+from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
@@ -138,16 +139,32 @@ def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Origin:
+    model_sha256: str
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Cost:
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: float
+
+
 @dataclass(frozen=True)
 class _Measured:
     """What tables read of results, beside tasks."""
 
     method: str
     model: str
+    measured: _Origin
     scheme: Scheme
     evaluation: dict[str, Any]
     kurtosis: dict[str, Any]
-    cost: dict[str, dict[str, float | None]]
+    disk_bytes: int
+    cost: Annotated[dict[str, _Cost], Field(min_length=1)]
 
 
 @dataclass(frozen=True)

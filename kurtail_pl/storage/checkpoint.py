@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from kurtail_pl.errors import REASON_LENGTH, CheckpointError, shortened
+from kurtail_pl.errors import CheckpointError, shortened
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
@@ -28,6 +28,9 @@ from kurtail_pl.storage.weights import (
     weight_files,
 )
 from kurtail_pl.surgery.positions import positions_of
+
+DIFFERENCE_LENGTH = 80
+"""Characters of how weights differ from what a module has."""
 
 
 class Checkpoint:
@@ -127,7 +130,7 @@ class Checkpoint:
             module.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             # Its first line says as much as ours.
-            different = shortened(str(error).splitlines()[-1].strip(), REASON_LENGTH)
+            different = shortened(str(error).splitlines()[-1].strip(), DIFFERENCE_LENGTH)
             raise CheckpointError(
                 f"the weights in {self.folder} do not fit its config.json and card at {prefix}: {different}; "
                 "put files of one model together"

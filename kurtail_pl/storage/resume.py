@@ -160,8 +160,7 @@ def _unfinished(folder: Path, recipe: Mapping[str, Any], overwrite: bool, ranks:
     found = work.resume()
     if found and not overwrite:
         raise ResumeMismatch(
-            f"{folder} holds unfinished work of another kind: {listed(found)}; finish it with its own settings, or "
-            "pass --overwrite (or remove that folder) to start anew"
+            f"{folder} holds other unfinished work: {listed(found)}; finish that, pass --overwrite, or remove it"
         )
     ranks.barrier()  # All have read the record.
     try:

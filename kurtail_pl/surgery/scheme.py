@@ -96,6 +96,8 @@ class Scheme:
         if self.higgs_bits is not None:
             if self.weights is None:
                 raise ConfigError("higgs_bits are given and weights is null; give weights too, or leave both out")
+            if not self.higgs_bits:
+                raise ConfigError("higgs_bits is empty; give the bits of each layer, or null")
             require_normal(self.weights)
             for bits in self.higgs_bits:
                 NormalQuantizer(bits)

@@ -25,6 +25,7 @@ def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", 
         "scheme": scheme.to_dict(),
         "evaluation": {"perplexity": perplexity, "source": "t.txt", "windows": 2, "seqlen": 8, "tokens": 14},
         "kurtosis": {"mean": 2.0, "max": 3.0, "rows": 4, "sites": {}},
+        "disk_bytes": 1000,
         "cost": {"learn": COST, "quantize": COST, "evaluate": {**COST, "peak_bytes": 7e8}},
     }
     if zero_shot is not None:

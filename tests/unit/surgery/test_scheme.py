@@ -93,6 +93,7 @@ def test_every_layer_has_its_bits() -> None:
         (Quantizer(4, clip="ratio:0.9"), [4], "weights are .*ratio:0.9.*; higgs"),
         (Quantizer(4), [4, 1], "bits is 1"),
         (None, [4], "higgs_bits are given and weights is null"),
+        (Quantizer(4), [], "higgs_bits is empty"),
     ],
 )
 def test_bits_of_layers_that_no_normal_grid_has(weights: Quantizer | None, bits: list[int], message: str) -> None:
