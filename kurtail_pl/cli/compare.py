@@ -44,13 +44,15 @@ def compare(arguments: list[str]) -> None:
     begun: set[str] = set()
     for number, cell in enumerate(cells_of(recipes, options.weights, options.seeds)):
         path = folder / "recipes" / f"{number:02d}.yaml"
-        write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
+        with alone_with(folder):  # Another process may compare the same recipes.
+            write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
         cli = command_line(KurtailCLI, "kurtail compare", ["--config", str(path)], run=False)
         rows.append(Row(_make(cli, path, cell, options.overwrite, cell.root in begun), cell.seed))
         begun.add(cell.root)
         if number == 0:
             rows.insert(0, Row(_reference(cli, options.overwrite), cell.seed))
-    print(write_comparison(rows, folder))
+    with alone_with(folder):
+        print(write_comparison(rows, folder))
 
 
 def _make(cli: KurtailCLI, recipe: Path, cell: Cell, overwrite: bool, learned: bool) -> Path:

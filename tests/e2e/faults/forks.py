@@ -126,11 +126,20 @@ def _content(path: Path, root: Path) -> Any:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+HASHES = ("rotations_sha256", "fused_sha256", "rotations.safetensors", "card_sha256")
+"""Of files that say what they cost."""
+
+
 def _without_cost(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_cost(part) for part in value]
     if not isinstance(value, dict):
         return value
-    costly = ("cost", "rotations_sha256", "fused_sha256", "rotations.safetensors")
-    return {key: _without_cost(part) for key, part in value.items() if key not in costly}
+    return {key: _without_cost(part) for key, part in value.items() if not _is_cost(key)}
+
+
+def _is_cost(key: str) -> bool:
+    return key == "cost" or key in HASHES or key.endswith(("seconds", "peak_bytes"))
 
 
 COSTLY = ("seconds", "peak memory", "learn s", "learn CPU s", "all s")
