@@ -118,7 +118,8 @@ def shards(folder: Path, index_name: str = INDEX) -> list[Path]:
     for name in names:
         require_inside(name, index, CheckpointError)
         if not (folder / name).is_file():
-            raise CheckpointError(f"{index} names {shortened(repr(name), 80)}, which is not there; add that file")
+            shown = shortened(name, 80)
+            raise CheckpointError(f"weight file {folder}/{shown} is missing, {index_name} names it; add that file")
     if not names:
         raise CheckpointError(f"{index} names no files; {AGAIN}")
     return [folder / name for name in names]
