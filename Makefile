@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RECIPE := configs/smollm2-135m.yaml
+RECIPE := smollm2-135m
 # A test is one thread and up to 1 GB. Each worker runs a row of neighbours, which share what their module made.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 

@@ -1,6 +1,6 @@
 """What each part of a recipe gives: the recipe with one change at a time, each made and measured by `kurtail fit`.
 
-    python benchmarks/ablation.py --evaluation ../shared/data/text/wikitext2/wiki.valid.raw --weights float --seeds 0 1
+    KURTAIL_TEXT=TEXTS python benchmarks/ablation.py --evaluation wiki.valid.raw --weights float --seeds 0 1
 
 Choose on validation text; the test text is for what was chosen. Rows that are measured already are not made again.
 Changes of what comes after learning share the learned rotations.
@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 MODEL, STEPS = "model.init_args", "data.init_args.steps"
-FUSION = "trainer.callbacks.Fusion"
-QUANTIZE = "trainer.callbacks.WeightQuantization.quantize"
+FUSION, QUANTIZE = "fusion", "quantization"
 SCHEME = f"{QUANTIZE}.scheme"
 PERIOD = f"{MODEL}.scheduler.init_args.T_max"
 PLAIN = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
@@ -34,8 +33,6 @@ EARLY = {
     "init_args": {"monitor": "error/validation", "patience": 3},
 }
 SCALED = ["values", "mlp_hidden"]
-TRAIN = "../shared/data/text/wikitext2/wiki.train.part.raw"
-SIGNS = {"candidates": 8, "text": {"source": TRAIN, "windows": 32, "seqlen": 64}, "seed": 0}
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "nothing learned": {f"{MODEL}.optimizer.init_args.lr": 1e-9, STEPS: 1},
@@ -57,15 +54,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         f"{MODEL}.scheduler": PLAIN,
         "trainer.val_check_interval": 10,
         "trainer.callbacks": [EARLY],
-        "trainer.callbacks.ModelCheckpoint.every_n_train_steps": None,  # After each look at the held-out rows instead.
+        "checkpoints.every_n_train_steps": 1000,
     },
     "PCA start": {f"{MODEL}.start": "pca"},
     "an R2 for each KV head": {f"{MODEL}.value_per_head": True},
-    "R2 from attended values": {
-        "data.init_args.capture.values": "attended",
-        "data.init_args.store": "runs/ablation/store-attended",
-    },
-    "inputs not centred": {f"{MODEL}.centre": False, f"{SCHEME}.centre": False},
+    "R2 from attended values": {"data.init_args.capture.values": "attended"},
+    "inputs not centred": {f"{SCHEME}.centre": False},
     "keys not centred": {f"{SCHEME}.centre_keys": False},
     "weights not matched": {f"{QUANTIZE}.match_outputs": False},
     "tokens count alike for values": {f"{QUANTIZE}.by_attention": False},
@@ -77,7 +71,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MLP channels alone scaled": {f"{FUSION}.scales.parts": ["mlp_hidden"]},
     "keys scaled too": {f"{FUSION}.scales.parts": [*SCALED, "keys"]},
     "norms scaled too": {f"{FUSION}.scales.parts": [*SCALED, "attention_input", "mlp_input"]},
-    "signs of R4 and R5 out of 8": {f"{FUSION}.signs": SIGNS},
+    "signs of R4 and R5 out of 8": {f"{FUSION}.signs": {"candidates": 8}},
     "a clip for each site": {f"{QUANTIZE}.search_clips": ["activations"]},
     "a cache clip for each layer": {f"{QUANTIZE}.search_clips": ["keys", "values"]},
     "clips learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values"]}},
@@ -110,70 +104,52 @@ OF_GPTQ: dict[str, dict[str, Any]] = {
 }
 
 
-def put(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted key; an item of a list is named by the end of its class, and its arguments follow.
-
-    Callbacks are put before those that stand there.
-    """
-    *parents, last = path.split(".")
-    place: Any = settings
-    for name in parents:
-        if isinstance(place, list):
-            place = next(item["init_args"] for item in place if item["class_path"].endswith(f".{name}"))
-        else:
-            place = place[name]
-    place[last] = value + place[last] if last == "callbacks" else value
-
-
-def variant(recipe: Path, name: str, seed: int, weights: str, evaluation: str) -> tuple[dict[str, Any], Path]:
-    """The recipe with a change, and its folder of artefacts; where the learning is the same, so is the run's folder."""
-    changed, label = yaml.safe_load(recipe.read_text()), name.replace(" ", "-")
-    change = (CHANGES | OF_GPTQ)[name]
-    if "scheduler" not in changed["model"]["init_args"]:  # A constant step has no length.
-        change = {path: value for path, value in change.items() if path != PERIOD}
-    learns = [path for path in change if not path.startswith((FUSION, QUANTIZE))]
-    artefacts = f"artifacts/ablation/{recipe.stem}/{Path(evaluation).stem}/{weights}/{label}/seed{seed}"
-    root = f"runs/ablation/{recipe.stem}/{label if learns else 'as-it-is'}-seed{seed}"
-    common = {
+def measure(recipes: list[str], name: str, seed: int, weights: str, evaluation: str) -> float:
+    """Perplexity of the recipe with a change, made unless it stands there; what learns alike learns once."""
+    folder = Path("artifacts/ablation", "-".join(Path(each).stem for each in recipes), Path(evaluation).stem)
+    folder = folder / weights / name.replace(" ", "-") / f"seed{seed}"
+    common: dict[str, Any] = {
         f"{MODEL}.rotation_seed": seed,
-        "trainer.default_root_dir": root,
         "trainer.logger": False,
-        "trainer.callbacks.ModelCheckpoint.dirpath": f"{root}/checkpoints",
-        "trainer.callbacks.WeightQuantization.artefacts": artefacts,
-        "trainer.callbacks.Evaluation.text.source": evaluation,
+        "evaluation.text.source": evaluation,
+        f"{QUANTIZE}.out": str(folder / "artefact"),
+        **({f"{SCHEME}.weights": None} if weights == "float" else {f"{QUANTIZE}.method": weights}),
     }
-    common |= {f"{SCHEME}.weights": None} if weights == "float" else {f"{QUANTIZE}.method": weights}
-    for path, value in (common | change).items():
-        put(changed, path, value)
-    callbacks = changed["trainer"]["callbacks"]
-    changed["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(".Figures")]
-    return changed, Path(artefacts)
-
-
-def measure(settings: dict[str, Any], folder: Path) -> float:
-    """Perplexity of a variant, made unless it stands there."""
-    if not any(folder.glob("*/results.json")):
+    if not (folder / "artefact" / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = folder / "ablation.yaml"
-        recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
-        subprocess.run([sys.executable, "-m", "kurtail_pl", "fit", "--config", str(recipe)], check=True)
-    results = json.loads(next(folder.glob("*/results.json")).read_text())
+        change = folder / "change.yaml"
+        change.write_text(yaml.safe_dump(nested(common | (CHANGES | OF_GPTQ)[name]), sort_keys=False))
+        stacked = [argument for each in (*recipes, str(change)) for argument in ("--config", each)]
+        subprocess.run([sys.executable, "-m", "kurtail_pl", "fit", *stacked], check=True)
+    results = json.loads((folder / "artefact" / "results.json").read_text())
     perplexity: float = results["evaluation"]["perplexity"]
     return perplexity
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted names as a recipe."""
+    settings: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        place = settings
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return settings
 
 
 def main() -> None:
     """Print a line for each change as soon as its seeds are measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=Path("configs/smollm2-135m-plus.yaml"))
-    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--recipes", nargs="+", default=["wikitext", "kurtail-plus"], help="one over the other")
+    parser.add_argument("--evaluation", required=True, help="a text to evaluate on: a name or a file")
     parser.add_argument("--weights", choices=["float", "rtn", "gptq"], default="float")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--changes", nargs="+", choices=CHANGES | OF_GPTQ, help="all that apply, when not given")
     args = parser.parse_args()
     applying = CHANGES | OF_GPTQ if args.weights == "gptq" else CHANGES
     for name in args.changes or applying:
-        found = [measure(*variant(args.recipe, name, seed, args.weights, args.evaluation)) for seed in args.seeds]
+        found = [measure(args.recipes, name, seed, args.weights, args.evaluation) for seed in args.seeds]
         print(f"| {name} | {' '.join(f'{p:.2f}' for p in found)} | {mean(found):.2f} |", flush=True)
 
 

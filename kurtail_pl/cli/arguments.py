@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from kurtail_pl.cli.failures import UsageError
+from kurtail_pl.cli.recipes import recipe_file
 from kurtail_pl.errors import reason, shortened
 from kurtail_pl.storage.reading import Unreadable, read_utf8
 
@@ -35,11 +36,32 @@ def prepared(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str
     """
     spelled = list(_spelled_out(arguments))
     _refuse_repeated(spelled, (*CONFIGS, *repeatable))
-    for recipe in _values_of(CONFIGS, spelled):
-        if not recipe or recipe.startswith("--"):
-            raise UsageError("--config names no file; give a recipe such as configs/smollm2-135m.yaml")
-        check_recipe(Path(recipe).expanduser())
-    return spelled
+    found = list(_with_files(spelled))
+    for recipe in _values_of(CONFIGS, found):
+        check_recipe(Path(recipe))
+    return found
+
+
+def _with_files(arguments: list[str]) -> Iterator[str]:
+    """Recipes by the paths of their files."""
+    waiting = False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if waiting:
+            yield _file(argument)
+        elif option in CONFIGS and equals:
+            yield f"{option}={_file(value)}"
+        else:
+            yield argument
+        waiting = not waiting and option in CONFIGS and not equals
+    if waiting:
+        _file("")
+
+
+def _file(name: str) -> str:
+    if not name or name.startswith("--"):
+        raise UsageError("--config names no file; give a recipe such as kurtail-plus, or a YAML file")
+    return str(recipe_file(name))
 
 
 def _spelled_out(arguments: list[str]) -> Iterator[str]:
@@ -92,7 +114,7 @@ def check_recipe(path: Path) -> None:
     """Raise UsageError, naming file and line, unless a file is YAML with names for settings, none of them twice."""
     try:
         if not path.exists():
-            raise Unreadable("does not exist: name a YAML file such as configs/smollm2-135m.yaml")
+            raise Unreadable("does not exist: name a YAML file, or a recipe that kurtail recipes lists")
         node = yaml.compose(read_utf8(path), Loader=yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise Unreadable("holds no settings: expected lines such as 'seed_everything: 0'")
@@ -100,6 +122,7 @@ def check_recipe(path: Path) -> None:
             if place == "trainer" and not isinstance(value, yaml.MappingNode):
                 raise Unreadable(f"has {value.value!r} as its trainer: expected settings{_at(value)}")
         _check_node(node, 0, [0])
+        _refuse_old_form(node)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path} is not YAML{line}: {error.problem or reason(error)}; mend it") from None
@@ -121,6 +144,28 @@ def _check_node(node: yaml.Node, depth: int, count: list[int]) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _check_node(value, depth + 1, count)
+
+
+MOVED = {
+    "WeightQuantization": "quantization", "Fusion": "fusion", "Figures": "figures", "Evaluation": "evaluation",
+    "ModelCheckpoint": "checkpoints", "RotationWriter": None,
+}  # fmt: skip
+"""Callbacks that earlier recipes listed, and the section of the recipe that has their settings now."""
+
+
+def _refuse_old_form(recipe: yaml.MappingNode) -> None:
+    """Raise Unreadable when a recipe lists the callbacks of the pipeline, which have sections of their own."""
+    trainer = _named_nodes(recipe).get("trainer")
+    callbacks = None if trainer is None else _named_nodes(trainer[1]).get("callbacks")  # type: ignore[arg-type]
+    listed = callbacks[1].value if callbacks is not None and isinstance(callbacks[1], yaml.SequenceNode) else []
+    for node in listed:
+        named = _named_nodes(node).get("class_path") if isinstance(node, yaml.MappingNode) else None
+        name = str(named[1].value).rpartition(".")[2] if named is not None else ""
+        if name not in MOVED:
+            continue
+        section = MOVED[name]
+        remedy = f"move its settings to the section {section} at the top" if section else "leave it out"
+        raise Unreadable(f"lists {name} in trainer.callbacks{_at(node)}: {remedy}, as in configs/base.yaml")
 
 
 def _named_nodes(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:

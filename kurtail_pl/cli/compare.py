@@ -10,12 +10,15 @@ from pathlib import Path
 import yaml
 
 from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.cells import ROUNDINGS, Cell, Settings, cells_of, settings_of
+from kurtail_pl.cli.cells import ROUNDINGS, cells_of
+from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
+from kurtail_pl.cli.recipes import recipe_file
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.cli.usage import OneLineParser
-from kurtail_pl.errors import ArtefactError, ConfigError, listed
+from kurtail_pl.errors import ArtefactError, listed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
+from kurtail_pl.lit.callbacks.quantization import ARTEFACTS
 from kurtail_pl.stages.comparison import Row, write_comparison
 from kurtail_pl.stages.quantize import calibration_windows
 from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, measured_key, read_results
@@ -37,48 +40,58 @@ log = logging.getLogger(__name__)
 def compare(arguments: list[str]) -> None:
     """Run recipes, their baselines and seeds, and print one table."""
     options, overrides = _options(arguments)
-    recipes = [_effective(path, overrides) for path in options.config]
-    folder = options.folder or Path("comparisons") / options.config[0].stem
+    common = [argument for path in options.config for argument in ("--config", path)]
+    recipes = [_effective([*common, *more, *overrides]) for more in ([], *map(_overlays, options.others))]
+    folder = options.folder or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    begun: set[str] = set()
+    begun: set[Path] = set()
     for number, cell in enumerate(cells_of(recipes, options.weights, options.seeds)):
         path = folder / "recipes" / f"{number:02d}.yaml"
         with alone_with(folder):  # Another process may compare the same recipes.
             write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
         cli = command_line(KurtailCLI, "kurtail compare", ["--config", str(path)], run=False)
-        rows.append(Row(_make(cli, path, cell, options.overwrite, cell.root in begun), cell.seed))
-        begun.add(cell.root)
+        rows.append(Row(_make(cli, path, options.overwrite, begun), cell.seed))
         if number == 0:
             rows.insert(0, Row(_reference(cli, options.overwrite), cell.seed))
     with alone_with(folder):
         print(write_comparison(rows, folder))
 
 
-def _make(cli: KurtailCLI, recipe: Path, cell: Cell, overwrite: bool, learned: bool) -> Path:
-    """Run a cell's recipe unless its artefact stands there, finished; returns the artefact."""
+def _overlays(names: str) -> list[str]:
+    """Recipes that go over the common ones, given by their names with commas between."""
+    return [argument for name in names.split(",") for argument in ("--config", str(recipe_file(name)))]
+
+
+def _make(cli: KurtailCLI, recipe: Path, overwrite: bool, begun: set[Path]) -> Path:
+    """Run a cell's recipe unless its artefact stands there, finished; returns the artefact.
+
+    Cells that differ in the weights alone share a run folder, and learn once.
+    """
     quantization, _ = _callbacks(cli)
-    folder = quantization.folder(cli.model, cli.datamodule)
-    with alone_with(Path(cell.root)):
+    folder, root = quantization.folder(cli.model, cli.datamodule), Path(cli.trainer.default_root_dir)
+    with alone_with(root):
         if (folder / RESULTS).is_file() and not overwrite:
             found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).is_file() else {}
             have = {**_decisive(found), **_made_from(folder), **_measured(folder)}
-            _require_same(folder, have, {**_decisive(cell.settings), **_to_be_made_from(cli), **_origin(cli)})
+            _require_same(folder, have, {**_decisive(cli.settings), **_to_be_made_from(cli), **_origin(cli)})
             log.info("reusing %s", folder)
             return folder
         again = ["--overwrite"] if overwrite else []
         last = cli.last_checkpoint()
-        if learned and last is not None:
+        if root in begun and last is not None:
             again += ["--ckpt_path", str(last)]  # What was learned a moment ago, for other weights.
+        begun.add(root)
         fit(["--config", str(recipe), *again])
     return folder
 
 
 def _reference(cli: KurtailCLI, overwrite: bool) -> Path:
     """Measure the float model, or reuse what was measured."""
-    quantization, evaluation = _callbacks(cli)
+    _, evaluation = _callbacks(cli)
     data = cli.datamodule
-    folder = quantization.artefacts / artefact_name(data.capture_spec.model, FLOAT_METHOD, FLOAT.name)
+    name = artefact_name(data.capture_spec.model, FLOAT_METHOD, FLOAT.name)
+    folder = ARTEFACTS / (name + reference_suffix(cli.settings, cli.base))
     with alone_with(folder):
         if not overwrite and (folder / RESULTS).is_file():
             _require_same(folder, _measured(folder), _origin(cli))
@@ -95,19 +108,7 @@ def _decisive(settings: Settings) -> Settings:
     """The settings of a recipe that decide its numbers: not where things are put or computed, or how they are named."""
     if not settings:
         return {}
-    data = {key: value for key, value in settings["data"]["init_args"].items() if key not in ("store", "compute")}
-    data["capture"] = {key: value for key, value in data["capture"].items() if key != "model"}
-    decisive: Settings = unspelled(
-        {
-            "model": settings["model"],
-            "data": data,
-            "dtype": settings["data"]["init_args"].get("compute", {}).get("dtype"),
-            "fusion": settings_of(settings, "Fusion"),
-            "quantize": settings_of(settings, "WeightQuantization")["quantize"],
-            "evaluation": settings_of(settings, "Evaluation"),
-            "seed_everything": settings["seed_everything"],
-        }
-    )
+    decisive: Settings = unspelled({**made_by(settings), "evaluation": settings["evaluation"]})
     return decisive
 
 
@@ -115,7 +116,7 @@ def _to_be_made_from(cli: KurtailCLI) -> Settings:
     """What a recipe's artefact is made from, by content."""
     quantization, _ = _callbacks(cli)
     data, fusion = cli.datamodule, callback_of(cli.trainer, Fusion) or Fusion()
-    calibration = calibration_windows(data.checkpoint, quantization.quantize_spec)
+    calibration = calibration_windows(data.checkpoint, quantization.spec)
     scales = None if fusion.scales is None else scale_windows(data.checkpoint, fusion.scales)
     signs = None if fusion.signs is None else sign_windows(data.checkpoint, fusion.signs)
     windows = {"calibration_text_sha256": calibration, "scales_text_sha256": scales, "signs_text_sha256": signs}
@@ -168,8 +169,8 @@ def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
 
 def _callbacks(cli: KurtailCLI) -> tuple[WeightQuantization, Evaluation]:
     quantization, evaluation = callback_of(cli.trainer, WeightQuantization), callback_of(cli.trainer, Evaluation)
-    if quantization is None or evaluation is None:
-        raise ConfigError("compare needs recipes with the callbacks WeightQuantization and Evaluation")
+    assert quantization is not None
+    assert evaluation is not None
     return quantization, evaluation
 
 
@@ -180,23 +181,29 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Other options override settings of every recipe, as in fit.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes")
+    parser.add_argument("--config", action="append", default=[], help="recipes, one over the other, as in fit")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="RECIPE[,RECIPE...]",
+        help="another line of the table: these recipes over the common ones",
+    )
     parser.add_argument(
         "--weights", nargs="+", choices=ROUNDINGS, help="how weights become integers; as the recipe says if not given"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of the rotations; the recipe's own if not given")
-    parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPE)")
+    parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPES)")
     parser.add_argument("--overwrite", choices=("true", "false"), default="false", help="make everything anew")
-    options, others = parser.parse_known_args(prepared(arguments))
+    options, others = parser.parse_known_args(prepared(arguments, ("--with",)))
     options.overwrite = options.overwrite == "true"
     return options, others
 
 
-def _effective(recipe: Path, overrides: list[str]) -> Settings:
+def _effective(arguments: list[str]) -> Settings:
     """A recipe with its overrides and every default written out."""
-    if not recipe.is_file():
-        raise ConfigError(f"recipe {recipe} does not exist; name a YAML file such as configs/smollm2-135m.yaml")
-    cli = command_line(RecipeCLI, "kurtail compare", ["--config", str(recipe), *overrides], run=False)
+    cli = command_line(RecipeCLI, "kurtail compare", arguments, run=False)
     text = cli.parser.dump(cli.config, skip_unset=False, skip_link_targets=True)
     settings: Settings = yaml.safe_load(text)
     for name in ("config", "overwrite"):

@@ -11,6 +11,7 @@ from kurtail_pl import __version__
 from kurtail_pl.cli.failures import BUG, TRACEBACK, USAGE, USER, failure
 
 VERBS = {
+    "recipes": ("kurtail_pl.cli.recipes:recipes", "List the recipes, with what each is for."),
     "plan": ("kurtail_pl.cli.plan:plan", "Print what each stage of a recipe takes, and what does not fit."),
     "fit": ("kurtail_pl.cli.trainer:fit", "Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."),
     "validate": ("kurtail_pl.cli.trainer:validate", "Report the kurtosis of a checkpoint's rotations."),

@@ -1,24 +1,38 @@
-"""The verbs that need a trainer: a LightningCLI over our module and datamodule."""
+"""The verbs that need a trainer: a LightningCLI over module, data module, and the pipeline's sections of a recipe."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.failures import UsageError, ours_in
-from kurtail_pl.cli.usage import WRONG_SETTING, OneLine, explained
+from kurtail_pl.cli.naming import Settings, artefact_suffix, run_folder, store_folder
+from kurtail_pl.cli.recipes import BASE, FOLDER
+from kurtail_pl.cli.usage import NO_MAPPING, WRONG_SETTING, OneLine, explained
 from kurtail_pl.errors import ConfigError, reason, require_seed
-from kurtail_pl.lit.callbacks import Evaluation, Fusion, StepLines, WeightQuantization
+from kurtail_pl.lit.callbacks import (
+    Checkpoints,
+    Evaluation,
+    Figures,
+    Fusion,
+    RotationWriter,
+    StepLines,
+    WeightQuantization,
+)
+from kurtail_pl.lit.callbacks.checkpoints import checkpoint_folder
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
 from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
@@ -33,7 +47,21 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 """The recipe as run, in an artefact."""
-LINKED = ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")
+SECTIONS: dict[str, type[L.Callback]] = {
+    "checkpoints": Checkpoints,
+    "fusion": Fusion,
+    "quantization": WeightQuantization,
+    "figures": Figures,
+    "evaluation": Evaluation,
+}
+"""Of a recipe, beside model, data and trainer, in the order in which they do their work."""
+LINKED = {
+    **{name: f"data.{name}" for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")},
+    "centre": "quantization.centre",
+    "scheme": "quantization.scheme",
+}
+"""Arguments of the module, and where their values come from."""
+TEXTS = ("data.init_args.text", "fusion.scales.text", "fusion.signs.text", "quantization.text", "evaluation.text")
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "deterministic": True,
@@ -78,17 +106,19 @@ class KeepConfig(SaveConfigCallback):
 
 
 class KurtailCLI(LightningCLI):
-    """LightningCLI whose sizes come from the data module."""
+    """LightningCLI with a section for each step of the pipeline, whose sizes come from the data module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self._claims:
             super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the sizes; add `--overwrite`."""
+        """Add the sections and `--overwrite`; link the sizes."""
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an existing artefact folder")
-        for name in LINKED:
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        for name, kind in SECTIONS.items():
+            parser.add_lightning_class_args(kind, name)
+        for name, source in LINKED.items():
+            parser.link_arguments(source, f"model.init_args.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint: Lightning would import the class that it names."""
@@ -102,14 +132,48 @@ class KurtailCLI(LightningCLI):
             require_checkpoint(Path(config["ckpt_path"]), "name another, or leave out --ckpt_path")
 
     def before_instantiate_classes(self) -> None:
-        """Say so when a size was given by hand: the link would replace it without a word."""
+        """Refuse sizes that were given by hand: the link would replace them without a word. Name texts and the store.
+
+        A text without a source is the one that activations are captured from.
+        """
         given = self._get(self.config, "model").get("init_args", {})
-        by_hand = [name for name in LINKED if given.get(name) is not None]
-        if by_hand:
+        by_hand = next((name for name in LINKED if given.get(name) not in (None, False)), None)
+        if by_hand is not None:
+            origin = "the model to be quantized" if LINKED[by_hand].startswith("data") else "the section quantization"
             raise ConfigError(
-                f"model.init_args.{by_hand[0]} is set to {given[by_hand[0]]}, but sizes come from the model to be "
-                "quantized; remove it from the recipe"
+                f"model.init_args.{by_hand} is set to {given[by_hand]}, but it comes from {origin}; remove it from the "
+                "recipe"
             )
+        config = self._config
+        source = config.data.init_args.capture.text.source
+        for place in TEXTS:
+            text = config.get(place)
+            if text is not None and text.source is None:
+                text.source = source
+                if place == "evaluation.text" and Path(str(source)).expanduser().is_file():
+                    raise ConfigError(
+                        f"evaluation.text.source is null and the calibration text is the file {source}; name a text to "
+                        "evaluate on"
+                    )
+        if config.data.init_args.store is None:
+            config.data.init_args.store = str(store_folder(self.settings, self.base))
+
+    @property
+    def _config(self) -> Namespace:
+        """The settings of the verb."""
+        config: Namespace = self.config.get(str(self.subcommand), self.config)
+        return config
+
+    @property
+    def settings(self) -> Settings:
+        """The whole recipe as plain data."""
+        return _plain(self._config)
+
+    @cached_property
+    def base(self) -> Settings:
+        """What a recipe would be without its own settings, but for the classes of its module and data module."""
+        kinds = {name: {"class_path": self.settings[name]["class_path"]} for name in ("model", "data")}
+        return _plain(self._parser(self.subcommand).parse_object(kinds, defaults=True))
 
     def before_fit(self) -> None:
         """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run.
@@ -132,6 +196,8 @@ class KurtailCLI(LightningCLI):
     def _require_sense(self) -> None:
         """Refuse what Lightning takes and what leads to nothing, or only after the training."""
         trainer = self.trainer
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigError("trainer.fast_dev_run would write an artefact of nothing; try the recipe smoke instead")
         if trainer.max_epochs == -1:
             raise ConfigError("trainer.max_epochs is -1, without an end; data.steps says how long: write 1")
         if trainer.accumulate_grad_batches < 1:
@@ -142,7 +208,7 @@ class KurtailCLI(LightningCLI):
         kinds = [type(c) for c in trainer.callbacks if isinstance(c, CheckedCallback)]  # type: ignore[attr-defined]
         twice = next((kind.__name__ for kind in kinds if kinds.count(kind) > 1), None)
         if twice is not None:
-            raise ConfigError(f"trainer.callbacks has {twice} twice; keep one")
+            raise ConfigError(f"the recipe has {twice} twice; keep one")
 
     def _require_room(self) -> None:
         """Refuse a recipe that does not fit this machine, before anything runs."""
@@ -152,7 +218,7 @@ class KurtailCLI(LightningCLI):
         data, fusion = self.datamodule, callback_of(self.trainer, Fusion) or Fusion()
         data.compute.torch_device  # noqa: B018, refuses a device that is not there
         stages = plan(
-            data.checkpoint.config, data.capture_spec, data.learning(), quantization.quantize_spec, evaluation.text,
+            data.checkpoint.config, data.capture_spec, data.learning(), quantization.spec, evaluation.text,
             resident_memory(), data.compute, fusion.scales, fusion.signs,
         )  # fmt: skip
         found = misfits(stages, free_memory(), free_disk(data.store_folder), device_memory())
@@ -161,39 +227,69 @@ class KurtailCLI(LightningCLI):
 
     def last_checkpoint(self) -> Path | None:
         """What an earlier run of the recipe left, finished or not."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                last = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
-                return last if last.is_file() else None
-        return None
+        last = checkpoint_folder(self.trainer) / f"{Checkpoints.CHECKPOINT_NAME_LAST}{Checkpoints.FILE_EXTENSION}"
+        return last if last.is_file() else None
 
     def instantiate_classes(self) -> None:
         """Make everything of the settings; what jsonargparse finds wrong only now is said as it is when parsing."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            if WRONG_SETTING not in str(error) or ours_in(error) is not None:
+        except (ValueError, TypeError) as error:
+            late = any(said in str(error) for said in (WRONG_SETTING, NO_MAPPING))
+            if not late or ours_in(error) is not None:
                 raise
             raise UsageError(explained(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Hand `--overwrite` to the callback that writes the artefact, and let the recipe follow it there at once."""
+        """Name the folders that are open, and bring the callbacks into their order.
+
+        The recipe follows the artefact there at once.
+        """
+        module, data, trainer = self.model, self.datamodule, self._config.trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = kwargs["default_root_dir"] = str(
+                run_folder(self.settings, self.base, module.method)
+            )
+        if trainer.logger is None:
+            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, "tensorboard")
+        if not module.learns:
+            kwargs["max_epochs"] = 0
+        quantization: WeightQuantization = self._get(self.config_init, "quantization")
+        quantization.overwrite = self._get(self.config, "overwrite")
+        if quantization.out is None:
+            folder = quantization.folder(module, data)
+            quantization.out = folder.with_name(folder.name + artefact_suffix(self.settings, self.base))
+            self._config.quantization.out = str(quantization.out)
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            made = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             if ours_in(error) is not None or WRONG_SETTING in str(error):
                 raise
             raise ConfigError(f"trainer: {reason(error)}; correct the trainer in the recipe") from error
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        quantization, keep = callback_of(trainer, WeightQuantization), callback_of(trainer, KeepConfig)
-        if quantization is not None:
-            quantization.overwrite = self._get(self.config, "overwrite")
-            if keep is not None:
-                callbacks.remove(keep)
-                callbacks.insert(callbacks.index(quantization) + 1, keep)
+        made.callbacks = list(self._in_order(made.callbacks))  # type: ignore[attr-defined]
+        return made
+
+    def _in_order(self, callbacks: list[L.Callback]) -> Iterator[L.Callback]:
+        """The recipe's callbacks and those that it does not name; without a training, not those that show one."""
+        keep = next((callback for callback in callbacks if isinstance(callback, KeepConfig)), None)
+        for callback in callbacks:
+            if callback is keep or (isinstance(callback, Checkpoints | Figures) and not self.model.learns):
+                continue
+            if isinstance(callback, Fusion):
+                yield RotationWriter()
+            yield callback
+            if isinstance(callback, WeightQuantization) and keep is not None:
+                yield keep
         if not sys.stderr.isatty():
-            callbacks.append(StepLines())
-        return trainer
+            yield StepLines()
+
+
+def _plain(config: Namespace) -> Settings:
+    """Settings without those that others decide, as a saved recipe has them."""
+    settings: Settings = config.clone().as_dict()
+    for name in LINKED:
+        settings["model"].get("init_args", {}).pop(name, None)
+    return settings
 
 
 class RecipeCLI(KurtailCLI):
@@ -216,6 +312,7 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         logging.getLogger("kurtail_pl").setLevel(logging.ERROR)  # The first process speaks for all.
+    common = {"default_config_files": [str(FOLDER / BASE)]}
     return kind(
         RotationModule,
         StoredModel,
@@ -226,6 +323,7 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
         trainer_defaults={**TRAINER_DEFAULTS, "enable_progress_bar": sys.stderr.isatty()},
         save_config_callback=KeepConfig,
         parser_class=RecipeParser,
+        parser_kwargs=dict.fromkeys(("fit", "validate"), common) if run else common,
         run=run,
     )
 

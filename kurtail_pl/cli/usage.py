@@ -18,7 +18,9 @@ KEY = re.compile(r'Parser key "([^"]+)"')
 UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
 )
-LATE = re.compile(r"argument after \*\* must be a mapping, not (\w+)")
+NO_MAPPING = "argument after ** must be a mapping"
+"""What Python says of a value where jsonargparse took settings for granted."""
+LATE = re.compile(rf"{re.escape(NO_MAPPING)}, not (\w+)")
 REFUSED = re.compile(r"\AD[^\n]*\n[^\n]*\nErrors:\n  - (?!Expected |Not a valid subclass |Problem with given)([^\n]+)")
 """What the first of several types makes of a value, where it is a class that was called."""
 REQUIRED = re.compile(r"arguments are required: (.+)")
@@ -137,10 +139,13 @@ def _suggestion(message: str, settings: list[str]) -> str:
     if unknown is None or "did you mean" in message:
         return ""
     group = f"{unknown['group']}." if unknown["group"] else ""
-    before, _, name = f"{group}{unknown[2]}".rpartition(".")
-    before = f"{before}." if before else ""
-    beside = {each.removeprefix(before).split(".")[0] for each in settings if each.startswith(before)}
-    return _like(name, beside)
+    before = ""
+    for name in f"{group}{unknown[2]}".split("."):
+        beside = {each.removeprefix(before).split(".")[0] for each in settings if each.startswith(before)}
+        if name not in beside:
+            return _like(name, beside)
+        before += f"{name}."
+    return ""
 
 
 def _suggested(message: str) -> str:

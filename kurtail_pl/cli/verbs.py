@@ -201,7 +201,7 @@ def _measure_text(
 
 
 def _print_perplexity(value: float, text: TextSpec) -> None:
-    print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.source})")
+    print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.name})")
 
 
 def figures(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ from kurtail_pl.lit.loader import BlockLoader, WindowLoader
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.capture import CaptureSpec, capture, origin_of, shape_of
 from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning
+from kurtail_pl.stages.results import model_name
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.activations import Origin
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -25,6 +26,9 @@ from kurtail_pl.surgery.positions import require_positions
 
 VALIDATION_BATCH = 512
 """Rows of each site that are measured at a time."""
+SMOLLM2 = CaptureSpec()
+WINDOWS = TextSpec(windows=800, seqlen=1024)
+"""One hundred steps of eight."""
 
 
 class StoredModel(L.LightningDataModule):
@@ -32,8 +36,8 @@ class StoredModel(L.LightningDataModule):
 
     Args:
         capture: model, calibration text, rows per site and seed.
-        store: folder of the activation store; `setup` captures it, or reuses one of the same origin. All processes of
-            a trainer share that work, and must see the folder.
+        store: folder of the activation store, null for one in `runs`; `setup` captures it, or reuses one of the same
+            origin. All processes of a trainer share that work, and must see the folder.
         steps: training iterations; one epoch is exactly that long.
         validation_rows: the last rows of each site, kept out of training.
         compute: device and floating-point type in which capture, fusion, GPTQ and evaluation run the model; the
@@ -44,10 +48,11 @@ class StoredModel(L.LightningDataModule):
     """
 
     def __init__(
-        self, capture: CaptureSpec, store: str, steps: int, validation_rows: int, compute: Compute = AUTO
+        self, capture: CaptureSpec, store: str | None, steps: int, validation_rows: int, compute: Compute = AUTO
     ) -> None:
         super().__init__()
-        self.capture_spec, self.store_folder, self.compute = capture, Path(store), compute
+        self.capture_spec, self.compute = capture, compute
+        self.store_folder = Path(store or f"runs/{model_name(capture.model)}/store")
         self.steps, self.validation_rows = steps, validation_rows
         self.ranks = ALONE
         if steps < 1:
@@ -180,8 +185,8 @@ class ActivationDataModule(StoredModel):
 
     def __init__(
         self,
-        capture: CaptureSpec,
-        store: str,
+        capture: CaptureSpec = SMOLLM2,
+        store: str | None = None,
         steps: int = 100,
         batch_rows: int = 512,
         validation_rows: int = 1024,
@@ -234,9 +239,9 @@ class WindowDataModule(StoredModel):
 
     def __init__(
         self,
-        capture: CaptureSpec,
-        store: str,
-        text: TextSpec,
+        capture: CaptureSpec = SMOLLM2,
+        store: str | None = None,
+        text: TextSpec = WINDOWS,
         steps: int = 100,
         batch_windows: int = 8,
         validation_rows: int = 1024,

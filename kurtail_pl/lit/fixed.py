@@ -28,6 +28,8 @@ class FixedRotations(RotationModule):
         ConfigError: when the trainer would take steps.
     """
 
+    learns = False
+
     def __init__(
         self,
         layers: int,

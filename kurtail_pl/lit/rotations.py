@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -54,6 +54,8 @@ class RotationModule(L.LightningModule):
 
     method: str
     """Name in artefacts and tables."""
+    learns: ClassVar[bool] = True
+    """Whether the trainer takes steps."""
 
     def __init__(
         self,

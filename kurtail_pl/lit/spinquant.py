@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ class SpinQuantModule(RotationModule):
         head_dim: see `RotationModule`.
         kv_heads: see `RotationModule`.
         rms_norm_eps: see `RotationModule`.
-        scheme: what the forward quantizes. SpinQuant leaves the weights float when GPTQ follows and rounds them when
-            RTN does.
+        scheme: what the artefact will have quantized, and the forward too; null for the default.
         rotation_seed: see `RotationModule`.
+        quantized_weights: round the weights in the forward. SpinQuant does so when RTN follows, and leaves them float
+            when GPTQ does.
         value_per_head: see `RotationModule`.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
@@ -59,8 +61,9 @@ class SpinQuantModule(RotationModule):
         head_dim: int,
         kv_heads: int,
         rms_norm_eps: float,
-        scheme: Scheme,
+        scheme: Scheme | None = None,
         rotation_seed: int = 0,
+        quantized_weights: bool = False,
         value_per_head: bool = False,
         optimizer: OptimizerCallable = CayleySGD,
         scheduler: LRSchedulerCallable | None = None,
@@ -68,14 +71,18 @@ class SpinQuantModule(RotationModule):
         super().__init__(
             layers, hidden_size, head_dim, kv_heads, rms_norm_eps, rotation_seed, value_per_head, optimizer, scheduler
         )
-        if scheme.higgs_bits is not None:
-            raise ConfigError("higgs_bits are in the scheme that SpinQuant learns through; give weights alone, or null")
+        scheme = scheme or Scheme()
+        if quantized_weights and scheme.higgs_bits is not None:
+            raise ConfigError(
+                "quantized_weights is true and higgs_bits are given; SpinQuant learns through uniform codes"
+            )
         if scheme.calibrated or scheme.prefix is not None:
             raise ConfigError(
-                "model.init_args.scheme centres, has static scales or a prefix, which are made after the rotations are "
-                "learned: leave centre, centre_keys, activation_scales and prefix to the scheme of WeightQuantization"
+                "the scheme of quantization centres, has static scales or a prefix, which are made after the rotations "
+                "are learned, and SpinQuant learns through the scheme: leave centre, centre_keys, activation_scales "
+                "and prefix as they are in base.yaml"
             )
-        self.scheme = scheme
+        self.scheme = scheme if quantized_weights else replace(scheme, weights=None, higgs_bits=None)
         # The vanilla weights are not what is learned: checkpoints leave them out.
         self.strict_loading = False
 

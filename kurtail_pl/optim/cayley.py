@@ -85,10 +85,10 @@ class CayleyAdam(_Cayley):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.1,
+        lr: float = 5.0,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
-        q: float = 0.5,
+        q: float = 0.15,
         iterations: int = 5,
     ) -> None:
         _check(lr, betas, eps, q, iterations)

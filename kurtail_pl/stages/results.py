@@ -40,7 +40,12 @@ LABELS = {
 
 def artefact_name(model: str, method: str, bits: str) -> str:
     """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""
-    return f"{Path(model).name.lower().removesuffix('.gguf')}-{method}-{bits}"
+    return f"{model_name(model)}-{method}-{bits}"
+
+
+def model_name(model: str) -> str:
+    """Short name of a model for folders, from its name on the hub, its folder or its file."""
+    return Path(model).name.lower().removesuffix(".gguf")
 
 
 def block_kurtosis(store: ActivationStore, residual: Tensor | None, start: int, stop: int, eps: float) -> Tensor:

@@ -4,33 +4,42 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Its logger keeps the stderr of the moment it is imported: not that of a single test, which is closed afterwards.
-import lightning  # noqa: F401
+import lightning as L
 import pytest
 import torch
+import yaml
 
 from kurtail_pl.cli.main import main
+from kurtail_pl.lit import ActivationDataModule, KurTailModule
+from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.text import TextSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 KURTAIL = ("-m", "kurtail_pl")
 
 
 def smoke_recipe(model: Path, text: Path) -> str:
-    """configs/smoke/smollm2-135m.yaml for another model and text, with GPTQ; its folders are `runs` and `artifacts`."""
-    recipe = (ROOT / "configs" / "smoke" / "smollm2-135m.yaml").read_text()
-    for old, new in (
-        ("model: smollm2-135m", f"model: {model}"),
-        ("source: pydoc", f"source: {text}"),
-        ("runs/smoke", "runs"),
-        ("artifacts/smoke", "artifacts"),
-        ("method: rtn", "method: gptq"),
-    ):
-        assert old in recipe
-        recipe = recipe.replace(old, new)
-    return recipe
+    """configs/base.yaml under smoke.yaml, for another model and text, with GPTQ; its folders: `runs`, `artifacts`."""
+    base, smoke = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("base", "smoke"))
+    settings = merged(base, smoke)
+    settings["data"]["init_args"]["capture"]["model"] = str(model)
+    settings["data"]["init_args"]["store"] = "runs/store"
+    settings["trainer"]["default_root_dir"] = "runs"
+    settings["quantization"] |= {"out": f"artifacts/{model.name}-kurtail-w4a4kv4", "method": "gptq"}
+    for place in (settings["data"]["init_args"]["capture"], settings["quantization"], settings["evaluation"]):
+        place["text"]["source"] = str(text)
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others over them, key by key."""
+    both = [key for key in over if isinstance(over[key], dict) and isinstance(under.get(key), dict)]
+    return under | over | {key: merged(under[key], over[key]) for key in both}
 
 
 def run_kurtail(folder: Path, *arguments: object) -> None:
@@ -90,3 +99,27 @@ def recipe(tied: Path, text_file: Path, tmp_path: Path) -> Path:
 def write_recipe() -> Callable[[Path, Path], str]:
     """Text of a recipe for a model and a text."""
     return smoke_recipe
+
+
+@pytest.fixture
+def own_trainer(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Learn as the recipe says in a program of one's own: a bare trainer with these callbacks, folder `runs`."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.chdir(recipe.parent)
+
+    def fit(*callbacks: L.Callback) -> None:
+        settings = yaml.safe_load(recipe.read_text())["data"]["init_args"]
+        text, rows = settings["capture"]["text"], settings["capture"]["rows"]
+        data = ActivationDataModule(
+            CaptureSpec(settings["capture"]["model"], TextSpec(**text), rows),
+            **{name: settings[name] for name in ("store", "steps", "batch_rows", "validation_rows")},
+        )
+        module = KurTailModule(data.layers, data.hidden_size, data.head_dim, data.kv_heads, data.rms_norm_eps)
+        trainer = L.Trainer(
+            default_root_dir="runs", max_epochs=1, accelerator="cpu", deterministic=True, callbacks=list(callbacks),
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, data)
+
+    yield fit
+    torch.use_deterministic_algorithms(deterministic)

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from kurtail_pl.cli.naming import RUNS
+from kurtail_pl.lit.callbacks.quantization import ARTEFACTS
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPARISONS = "comparisons"
-"""Where `kurtail compare` writes when it is not told."""
+DEFAULTS = (COMPARISONS, str(RUNS), str(ARTEFACTS))
+"""Where commands write when they are not told."""
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,8 +34,8 @@ def written(tracked: list[str]) -> list[str]:
     """Folders at the root that the README's commands and the recipes write to."""
     options = re.findall(r"^kurtail .*--(?:out|folder|store) ([\w-]+)/", (ROOT / "README.md").read_text(), re.M)
     recipes = [(ROOT / name).read_text() for name in tracked if re.fullmatch(r"configs/.*\.yaml", name)]
-    keys = r"\b(?:default_root_dir|store|artifacts|dirpath|save_dir): ([\w-]+)/"
-    return sorted({COMPARISONS, *options, *(folder for recipe in recipes for folder in re.findall(keys, recipe))})
+    keys = r"\b(?:default_root_dir|store|out): ([\w-]+)/"
+    return sorted({*DEFAULTS, *options, *(folder for recipe in recipes for folder in re.findall(keys, recipe))})
 
 
 def test_the_commands_write_where_git_does_not_look(written: list[str]) -> None:

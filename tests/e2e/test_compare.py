@@ -18,37 +18,48 @@ pytestmark = [
 Kurtail = Callable[..., None]
 
 
-def spinquant(recipe: Path) -> Path:
-    """The recipe with SpinQuant in KurTail's place, in run folders of its own."""
-    settings = yaml.safe_load(recipe.read_text().replace("dirpath: runs/", "dirpath: runs-spin/"))
-    settings["trainer"]["default_root_dir"] = "runs-spin"
+def spinquant(recipe: Path) -> str:
+    """An overlay that puts SpinQuant in KurTail's place."""
     optimizer = {"class_path": "kurtail_pl.optim.CayleySGD", "init_args": {"lr": 0.2, "momentum": 0.0}}
-    scheme = {"weights": None}
-    arguments = {"rotation_seed": 0, "scheme": scheme, "optimizer": optimizer}
-    settings["model"] = {"class_path": "kurtail_pl.lit.SpinQuantModule", "init_args": arguments}
-    data = settings["data"]["init_args"]
-    text = {"source": data["capture"]["text"]["source"], "windows": 4, "seqlen": 32}
-    kept = {name: data[name] for name in ("capture", "store", "validation_rows")}
-    arguments = {**kept, "steps": 2, "batch_windows": 2, "text": text}
-    settings["data"] = {"class_path": "kurtail_pl.lit.WindowDataModule", "init_args": arguments}
+    source = yaml.safe_load(recipe.read_text())["data"]["init_args"]["capture"]["text"]["source"]
+    text = {"source": source, "windows": 4, "seqlen": 32}
+    settings = {
+        "model": {"class_path": "kurtail_pl.lit.SpinQuantModule", "init_args": {"optimizer": optimizer}},
+        "data": {
+            "class_path": "kurtail_pl.lit.WindowDataModule",
+            "init_args": {"steps": 2, "batch_windows": 2, "text": text},
+        },
+    }
     path = recipe.with_name("spinquant.yaml")
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    return path.name
 
 
-def lines_of(place: Path) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = json.loads((place / "comparisons" / "recipe" / "compare.json").read_text())["lines"]
-    return lines
+def compared(place: Path) -> dict[str, Any]:
+    """What the table was made of."""
+    found: dict[str, Any] = json.loads((place / "comparisons" / "recipe" / "compare.json").read_text())
+    return found
+
+
+def artefact(place: Path, name: str, seed: int) -> Path:
+    """The folder of the table whose name begins so."""
+    (folder,) = (
+        place / made["folder"]
+        for made in compared(place)["folders"]
+        if Path(made["folder"]).name.startswith(name) and made["seed"] == seed
+    )
+    return folder
 
 
 def test_methods_roundings_and_seeds_in_one_table(
     kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = recipe.parent
-    arguments = ["compare", "--config", recipe, spinquant(recipe), "--weights", "float", "rtn", "--seeds", 0, 1]
+    arguments = ["compare", "--config", recipe, "--with", spinquant(recipe)]
+    arguments += ["--weights", "float", "rtn", "--seeds", 0, 1]
     kurtail(place, *arguments)
     printed = capsys.readouterr()
-    lines = lines_of(place)
+    lines = compared(place)["lines"]
     assert [(line["method"], line["bits"], line["weights"], line["seeds"]) for line in lines] == [
         ("float", "w16a16kv16", "-", [0]),
         *[
@@ -64,16 +75,18 @@ def test_methods_roundings_and_seeds_in_one_table(
             line["bits"]: [v["learn_seconds"] for v in line["values"]] for line in lines if line["method"] == method
         }
         assert costs["w16a4kv4"] == costs["w4a4kv4"]
-    rotations = [load_file(place / folder / "rotations.safetensors")["residual"] for folder in ("runs", "runs-spin")]
-    rotations += [load_file(place / f"{f}-seed1" / "rotations.safetensors")["residual"] for f in ("runs", "runs-spin")]
+    # The recipe names a run folder, which is KurTail's of the first seed.
+    runs = [place / "runs", *(run for m in ("kurtail", "spinquant") for run in (place / "runs/tied").glob(f"{m}-*"))]
+    assert [run.name.split("-")[0] for run in runs] == ["runs", "kurtail", "spinquant", "spinquant"]
+    rotations = [load_file(run / "rotations.safetensors")["residual"] for run in runs]
     assert all(not torch.equal(a, b) for i, a in enumerate(rotations) for b in rotations[:i])
-    card = json.loads((place / "artifacts" / "tied-spinquant-w16a4kv4" / "kurtail.json").read_text())
+    card = json.loads((artefact(place, "tied-spinquant-w16a4kv4", seed=0) / "kurtail.json").read_text())
     assert card["method"] == card["rotations"]["method"] == "spinquant"
     assert (card["rotations"]["steps"], card["rotations"]["data"]["batch_windows"]) == (2, 2)
     assert (place / "comparisons" / "recipe" / "compare.md").read_text().endswith(printed.out.rstrip("\n") + "\n")
 
     # Again: nothing is made, and what was interrupted is made alone.
-    lost = place / "artifacts" / "seed1" / "rtn" / "tied-kurtail-w4a4kv4"
+    lost = artefact(place, "tied-kurtail-w4a4kv4", seed=1)
     (lost / "results.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
     kurtail(place, *arguments)
@@ -82,7 +95,7 @@ def test_methods_roundings_and_seeds_in_one_table(
         lost / "results.json",
         lost / "figures" / "figures.json",
     }
-    again = lines_of(place)
+    again = compared(place)["lines"]
     assert [[v["perplexity"] for v in line["values"]] for line in again] == [
         [v["perplexity"] for v in line["values"]] for line in lines
     ]
@@ -102,11 +115,12 @@ def test_what_was_made_of_another_text_is_neither_reused_nor_lost(
     kurtail: Kurtail, recipe: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file of the calibration text has another content under the same name."""
-    place, text = recipe.parent, recipe.with_name("calibration.txt")
-    text.write_text(text_file.read_text())
+    place, text, other = recipe.parent, recipe.with_name("calibration.txt"), recipe.with_name("gptq.txt")
     settings = yaml.safe_load(recipe.read_text())
-    evaluation = settings["trainer"]["callbacks"][-1]["init_args"]["text"]["source"]
-    recipe.write_text(recipe.read_text().replace(f"source: {evaluation}", f"source: {text}", 2))
+    for part, file in ((settings["data"]["init_args"]["capture"], text), (settings["quantization"], other)):
+        file.write_text(text_file.read_text())
+        part["text"]["source"] = str(file)
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     arguments = ["compare", "--config", recipe, "--weights", "gptq"]
     kurtail(place, *arguments)
     before = artefacts_of(place)
@@ -119,13 +133,13 @@ def test_what_was_made_of_another_text_is_neither_reused_nor_lost(
         assert artefacts_of(place) == before
     # Only the text of GPTQ: whatever was learned stands, and the artefacts are made anew when that is asked for.
     text.write_text(text_file.read_text())
-    other = recipe.with_name("gptq.txt")
     other.write_text(text_file.read_text().swapcase())
-    recipe.write_text(recipe.read_text()[::-1].replace(str(text)[::-1], str(other)[::-1], 1)[::-1])
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, *arguments)
     assert "another calibration text" in capsys.readouterr().err
     assert artefacts_of(place) == before
     kurtail(place, *arguments, "--overwrite")
-    changed = {path.parent.name for path, data in artefacts_of(place).items() if before.get(path) != data}
-    assert {"tied-gptq-w4a4kv4", "tied-quarot-w4a4kv4", "tied-kurtail-w4a4kv4"} <= changed
+    changed = {path.parent for path, data in artefacts_of(place).items() if before.get(path) != data}
+    made = {artefact(place, f"tied-{method}-w4a4kv4", seed=0) for method in ("gptq", "quarot", "kurtail")}
+    assert made <= changed
+    assert {path.parent for path in before} == {path.parent for path in artefacts_of(place)}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +10,9 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.callbacks import Figures, Fusion, RotationWriter, WeightQuantization
+from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.surgery.rotations import Rotations
 
@@ -23,22 +25,6 @@ Kurtail = Callable[..., None]
 SITES = ["layer001.attn_in", "layer001.ffn_in"]
 FIGURES = {"kurtosis_by_layer", *(f"{kind}/{s}" for kind in ("surface", "sensitivity", "histogram") for s in SITES)}
 HISTOGRAMS = {f"activation/{site}/{method}" for site in SITES for method in ("vanilla", "hadamard", "kurtail")}
-
-
-def edit(recipe: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    settings = yaml.safe_load(recipe.read_text())
-    change(settings)
-    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def keep(recipe: Path, *names: str) -> None:
-    """Leave the recipe these callbacks, in this order."""
-
-    def change(settings: dict[str, Any]) -> None:
-        listed = {c["class_path"].rsplit(".")[-1]: c for c in settings["trainer"]["callbacks"]}
-        settings["trainer"]["callbacks"] = [listed[name] for name in names]
-
-    edit(recipe, change)
 
 
 def events(place: Path) -> EventAccumulator:
@@ -82,12 +68,11 @@ def test_fit_leaves_figures_in_the_artefact_and_in_tensorboard(kurtail: Kurtail,
 
 def test_the_number_of_tags_does_not_grow_with_the_steps(kurtail: Kurtail, recipe: Path) -> None:
     place = recipe.parent
-    keep(recipe, "RotationWriter", "Figures")
     tags = []
     for steps in (1, 6):
         runs = f"steps{steps}"
-        settings = ("--trainer.default_root_dir", runs, "--trainer.logger.init_args.save_dir", runs)
-        kurtail(place, "fit", "--config", recipe, "--data.init_args.steps", steps, *settings)
+        folders = ("--trainer.default_root_dir", runs, "--quantization.out", f"artifacts/{runs}")
+        kurtail(place, "fit", "--config", recipe, "--data.init_args.steps", steps, *folders)
         found = events(place / runs).Tags()
         tags.append({kind: set(found[kind]) for kind in ("scalars", "images", "histograms", "tensors")})
     assert tags[0] == tags[1]
@@ -95,11 +80,10 @@ def test_the_number_of_tags_does_not_grow_with_the_steps(kurtail: Kurtail, recip
 
 
 def test_without_quantization_and_logger_the_figures_go_to_the_root_and_the_verb_draws_the_same(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+    own_trainer: Callable[..., None], kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
     place = recipe.parent
-    keep(recipe, "RotationWriter", "Figures")
-    kurtail(place, "fit", "--config", recipe, "--trainer.logger", "false")
+    own_trainer(RotationWriter(), Figures(layers=[1]))
     drawn = place / "runs" / "figures"
     assert pictures(drawn) == {tag.replace("/", "-") for tag in FIGURES}
     capsys.readouterr()
@@ -126,36 +110,38 @@ def test_without_quantization_and_logger_the_figures_go_to_the_root_and_the_verb
 @pytest.mark.parametrize(
     ("order", "needed"),
     [
-        (["Figures", "RotationWriter"], "RotationWriter"),
-        (["RotationWriter", "Fusion", "Figures", "WeightQuantization"], "WeightQuantization"),
+        ("Figures RotationWriter", "RotationWriter"),
+        ("RotationWriter Fusion Figures WeightQuantization", "WeightQuantization"),
     ],
 )
 def test_a_wrong_order_is_refused_before_training(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path, order: list[str], needed: str
+    own_trainer: Callable[..., None], recipe: Path, order: str, needed: str
 ) -> None:
-    keep(recipe, *order)
-    with pytest.raises(SystemExit, match="1"):
-        kurtail(recipe.parent, "fit", "--config", recipe)
-    assert f"Figures needs {needed} before it" in capsys.readouterr().err
+    text = TextSpec(**yaml.safe_load(recipe.read_text())["quantization"]["text"])
+    made = {
+        "RotationWriter": RotationWriter(),
+        "Fusion": Fusion(),
+        "Figures": Figures(layers=[1]),
+        "WeightQuantization": WeightQuantization(text=text),
+    }
+    with pytest.raises(ConfigError, match=f"Figures needs {needed} before it"):
+        own_trainer(*(made[name] for name in order.split()))
     assert not (recipe.parent / "runs" / "rotations.safetensors").exists()
 
 
 def test_a_layer_that_is_not_there_is_refused_before_training(
     kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
-    keep(recipe, "RotationWriter", "Figures")
-    edit(recipe, lambda settings: settings["trainer"]["callbacks"][1]["init_args"].update(layers=[1, 4]))
     with pytest.raises(SystemExit, match="1"):
-        kurtail(recipe.parent, "fit", "--config", recipe)
+        kurtail(recipe.parent, "fit", "--config", recipe, "--figures.layers", "[1, 4]")
     assert "layers has 4; the model's are 0 to 3" in capsys.readouterr().err
     assert not (recipe.parent / "runs" / "rotations.safetensors").exists()
 
 
 def test_rotations_that_rotate_nothing_are_refused(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+    own_trainer: Callable[..., None], kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
-    keep(recipe, "RotationWriter")
-    kurtail(recipe.parent, "fit", "--config", recipe)
+    own_trainer(RotationWriter())
     write_rotations(recipe.parent / "none.safetensors", Rotations())
     verb = ["figures", "--store", "runs/store", "--folder", "drawn", "--validation_rows", 128]
     with pytest.raises(SystemExit, match="1"):

@@ -14,6 +14,9 @@ from transformers import AutoTokenizer
 from walks import perplexity_of
 
 import kurtail_pl
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.callbacks import Evaluation, Fusion, RotationWriter, WeightQuantization
+from kurtail_pl.stages.text import TextSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
@@ -37,11 +40,6 @@ def edit(recipe: Path, change: Callable[[dict[str, Any]], None]) -> None:
     settings = yaml.safe_load(recipe.read_text())
     change(settings)
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def callback(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [c for c in settings["trainer"]["callbacks"] if c["class_path"].endswith(f".{name}")]
-    return found
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -82,16 +80,15 @@ def test_an_existing_folder_is_refused_before_training_and_replaced_when_asked(
 def test_evaluation_text_that_is_too_short_is_refused_before_training(
     kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
-    edit(recipe, lambda settings: callback(settings, "Evaluation")["init_args"]["text"].update(windows=10**5))
-    assert "100000 were asked for" in refused(kurtail, capsys, recipe)
+    line = refused(kurtail, capsys, recipe, "--evaluation.text.windows", 10**5)
+    assert "100000 were asked for" in line
     assert not trained(recipe)
 
 
 def test_calibration_text_that_does_not_exist_is_refused_before_anything(
     kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
-    edit(recipe, lambda settings: settings["data"]["init_args"]["capture"]["text"].update(source="nowhere.txt"))
-    assert "nowhere.txt" in refused(kurtail, capsys, recipe)
+    assert "nowhere.txt" in refused(kurtail, capsys, recipe, "--data.init_args.capture.text.source", "nowhere.txt")
     assert {path.name for path in recipe.parent.iterdir()} <= {recipe.name, "runs"}
     assert not trained(recipe)
 
@@ -99,43 +96,39 @@ def test_calibration_text_that_does_not_exist_is_refused_before_anything(
 def test_gptq_text_that_is_too_short_is_refused_before_training(
     kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
-    def lengthen(settings: dict[str, Any]) -> None:
-        callback(settings, "WeightQuantization")["init_args"]["quantize"]["text"]["windows"] = 10**5
-
-    edit(recipe, lengthen)
-    assert "100000 were asked for" in refused(kurtail, capsys, recipe)
+    assert "100000 were asked for" in refused(kurtail, capsys, recipe, "--quantization.text.windows", 10**5)
     assert not trained(recipe)
 
 
-def test_evaluation_without_quantization_is_refused_before_training(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
+@pytest.mark.parametrize(
+    ("order", "refusal"),
+    [
+        ("RotationWriter Fusion Evaluation", "Evaluation needs WeightQuantization before it"),
+        ("RotationWriter Fusion Evaluation WeightQuantization", "Evaluation needs WeightQuantization before it"),
+        ("RotationWriter WeightQuantization Evaluation", "WeightQuantization needs Fusion before it"),
+        ("Fusion WeightQuantization Evaluation", "WeightQuantization needs RotationWriter before it"),
+    ],
+)
+def test_callbacks_of_an_own_trainer_without_what_they_need_are_refused_before_training(
+    order: str, refusal: str, own_trainer: Callable[..., None], recipe: Path
 ) -> None:
-    edit(recipe, lambda s: s["trainer"]["callbacks"].remove(callback(s, "WeightQuantization")))
-    assert "Evaluation needs WeightQuantization before it" in refused(kurtail, capsys, recipe)
-    assert not trained(recipe)
-
-
-def test_evaluation_listed_before_quantization_is_refused_before_training(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
-) -> None:
-    edit(recipe, lambda s: s["trainer"]["callbacks"].reverse())
-    assert "WeightQuantization" in refused(kurtail, capsys, recipe)
-    assert not trained(recipe)
-
-
-def test_quantization_without_fusion_is_refused_before_training(
-    kurtail: Kurtail, capsys: pytest.CaptureFixture[str], recipe: Path
-) -> None:
-    edit(recipe, lambda s: s["trainer"]["callbacks"].remove(callback(s, "Fusion")))
-    assert "Fusion" in refused(kurtail, capsys, recipe)
+    settings = yaml.safe_load(recipe.read_text())
+    made = {
+        "RotationWriter": RotationWriter(),
+        "Fusion": Fusion(),
+        "WeightQuantization": WeightQuantization(text=TextSpec(**settings["quantization"]["text"])),
+        "Evaluation": Evaluation(TextSpec(**settings["evaluation"]["text"])),
+    }
+    with pytest.raises(ConfigError, match=refusal):
+        own_trainer(*(made[name] for name in order.split()))
     assert not trained(recipe)
 
 
 def fuse_with(settings: dict[str, Any], part: str, windows: int) -> None:
     """Scale channels, or choose signs."""
-    text = callback(settings, "Evaluation")["init_args"]["text"] | {"windows": windows, "seqlen": 32}
+    text = settings["evaluation"]["text"] | {"windows": windows, "seqlen": 32}
     asked = {"scales": {"parts": ["values", "mlp_hidden", "keys", "mlp_input"]}, "signs": {"candidates": 3}}[part]
-    callback(settings, "Fusion")["init_args"][part] = {**asked, "text": text, "seed": 0}
+    settings["fusion"][part] = {**asked, "text": text, "seed": 0}
 
 
 @pytest.mark.parametrize("part", ["scales", "signs"])
@@ -153,9 +146,9 @@ def test_scales_signs_searched_clips_and_sinks_together(kurtail: Kurtail, recipe
     def switch(settings: dict[str, Any]) -> None:
         fuse_with(settings, "scales", 4)
         fuse_with(settings, "signs", 4)
-        quantize = callback(settings, "WeightQuantization")["init_args"]["quantize"]
-        quantize |= {"quantized_activations": True, "search_clips": ["activations", "keys", "values"]}
-        quantize["scheme"]["sinks"] = {"tokens": 2, "bits": 8}
+        quantization = settings["quantization"]
+        quantization |= {"quantized_activations": True, "search_clips": ["activations", "keys", "values"]}
+        quantization["scheme"]["sinks"] = {"tokens": 2, "bits": 8}
 
     edit(recipe, switch)
     kurtail(recipe.parent, "fit", "--config", recipe)
@@ -174,12 +167,8 @@ def test_scales_signs_searched_clips_and_sinks_together(kurtail: Kurtail, recipe
     assert evaluation["perplexity"] == pytest.approx(own, rel=1e-5)
 
 
-def test_rotations_alone_can_be_learned(kurtail: Kurtail, recipe: Path) -> None:
-    def shorten(settings: dict[str, Any]) -> None:
-        settings["trainer"]["callbacks"] = [callback(settings, "RotationWriter")]
-
-    edit(recipe, shorten)
-    kurtail(recipe.parent, "fit", "--config", recipe)
+def test_rotations_alone_can_be_learned(own_trainer: Callable[..., None], recipe: Path) -> None:
+    own_trainer(RotationWriter())
     assert (recipe.parent / "runs" / "rotations.safetensors").is_file()
     assert not (recipe.parent / "artifacts").exists()
 
@@ -262,8 +251,7 @@ def test_a_training_stopped_early_stays_stopped(kurtail: Kurtail, recipe: Path) 
         settings["trainer"]["val_check_interval"] = 2
         stop = {"monitor": "error/validation", "min_delta": 1.0, "patience": 1}
         early = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
-        settings["trainer"]["callbacks"].append(early)
-        del callback(settings, "ModelCheckpoint")["init_args"]["every_n_train_steps"]
+        settings["trainer"]["callbacks"] = [early]
 
     edit(recipe, stop_at_the_second_look)
     file, card = recipe.parent / "runs" / "rotations.safetensors", recipe.parent / ARTEFACT / "kurtail.json"

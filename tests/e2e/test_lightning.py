@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,34 @@ pytestmark = [
 SCRIPT = "from lightning.pytorch.cli import LightningCLI\n\nLightningCLI()\n"
 
 
+SECTIONS = {
+    "checkpoints": "Checkpoints",
+    "fusion": "Fusion",
+    "quantization": "WeightQuantization",
+    "figures": "Figures",
+    "evaluation": "Evaluation",
+}
+
+
+def in_class_path_form(recipe: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as `LightningCLI` alone understands it: sections as callbacks, and nothing that is linked."""
+    callbacks = [
+        {"class_path": f"kurtail_pl.lit.callbacks.{name}", "init_args": recipe.pop(section)}
+        for section, name in SECTIONS.items()
+    ]
+    callbacks.insert(1, {"class_path": "kurtail_pl.lit.callbacks.RotationWriter"})
+    recipe["trainer"]["callbacks"] = callbacks
+    recipe["model"]["init_args"] |= {
+        "layers": model["num_hidden_layers"],
+        "hidden_size": model["hidden_size"],
+        "head_dim": model["head_dim"],
+        "kv_heads": model["num_key_value_heads"],
+        "rms_norm_eps": model["rms_norm_eps"],
+        "centre": callbacks[3]["init_args"]["scheme"]["centre"],
+    }
+    return recipe
+
+
 def test_a_recipe_with_the_sizes_written_out_runs_under_a_bare_script(
     kurtail: Callable[..., None], start: Callable[..., subprocess.Popen[str]], recipe: Path, tied: Path
 ) -> None:
@@ -24,14 +53,7 @@ def test_a_recipe_with_the_sizes_written_out_runs_under_a_bare_script(
     (place / "bare").mkdir()
     (place / "bare" / "script.py").write_text(SCRIPT)
     settings, model = yaml.safe_load(recipe.read_text()), json.loads((tied / "config.json").read_text())
-    settings["model"]["init_args"] |= {
-        "layers": model["num_hidden_layers"],
-        "hidden_size": model["hidden_size"],
-        "head_dim": model["head_dim"],
-        "kv_heads": model["num_key_value_heads"],
-        "rms_norm_eps": model["rms_norm_eps"],
-    }
-    (place / "bare" / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (place / "bare" / "recipe.yaml").write_text(yaml.safe_dump(in_class_path_form(settings, model)))
     command = ["fit", "--config", "recipe.yaml", "--trainer.max_steps", 3]
     process = start(place / "bare", *command, program=("script.py",))
     _, messages = process.communicate(timeout=300)

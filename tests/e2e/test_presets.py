@@ -1,4 +1,4 @@
-"""Recipes of the paper and of the protocols: planned as they stand, and run on a tiny model of their family."""
+"""Recipes that come along: each planned as it stands, and many run on a tiny model of their family."""
 
 import json
 import math
@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import sentences
+from e2e.conftest import merged
 from families import tiny_family
 from transformers import AutoTokenizer
 
+from kurtail_pl.cli.recipes import recipe_file, shipped
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.storage.folder import read_card, scheme_of
 from kurtail_pl.surgery.scheme import Scheme
@@ -21,25 +23,48 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
 ]
 Kurtail = Callable[..., None]
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-PAPER, PROTOCOLS, ABLATION = CONFIGS / "paper", CONFIGS / "protocols", CONFIGS / "ablation"
-WHOLE = sorted([*(path for path in PAPER.glob("*.yaml") if path.stem != "spinquant"), *PROTOCOLS.glob("*.yaml")])
-TINY: dict[str, Any] = {
-    "rows": 120, "steps": 2, "batch_rows": 32, "batch_windows": 2, "validation_rows": 40, "tasks": None
-}  # fmt: skip
-RUN: dict[str, tuple[list[Path], str]] = {
-    "kurtail-w4a4kv4": ([PROTOCOLS / "kurtail.yaml"], "llama3"),
-    "quarot-w4a4kv4": ([PROTOCOLS / "quarot.yaml"], "llama3"),
-    "spinquant-w4a4kv4": ([PROTOCOLS / "spinquant.yaml"], "llama3"),
-    "flatquant": ([PROTOCOLS / "flatquant.yaml"], "llama3"),
-    "dartquant": ([PROTOCOLS / "dartquant.yaml"], "llama3"),
-    "paper-llama": ([PAPER / "llama-3-8b.yaml"], "llama3"),
-    "paper-llama-rtn": ([PAPER / "llama-3-8b-rtn.yaml"], "llama3"),
-    "paper-spinquant": ([PAPER / "llama-3-8b.yaml", PAPER / "spinquant.yaml"], "llama3"),
-    "paper-phi": ([PAPER / "phi-3-mini.yaml"], "phi3"),
-    "paper-mixtral": ([PAPER / "mixtral-8x7b.yaml"], "mixtral"),
-    "ablation-combined": ([ABLATION / "smollm2-135m.yaml", ABLATION / "calibration-combined.yaml"], "llama3"),
+FAMILIES = {"phi-3-mini": "phi3", "mixtral-8x7b": "mixtral"}
+"""Of models that are no Llama."""
+PAPER = [
+    *(
+        f"{model} kurtail-protocol paper/tasks"
+        for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b", "phi-3-mini")
+    ),
+    *(f"{model} kurtail-protocol paper/samples-256 paper/tasks" for model in ("llama-2-70b", "llama-3-70b")),
+    "mixtral-8x7b kurtail-protocol paper/samples-256 rtn paper/tasks",
+    "llama-3-8b kurtail-protocol rtn paper/tasks",
+    "llama-3-70b kurtail-protocol paper/samples-256 rtn paper/tasks",
+]
+"""Rows of the paper's tables."""
+OVERLAYS = {"protocols": "", "methods": "", "bits": "kurtail-plus ", "ablation": "kurtail-plus "}
+"""Recipes of these folders go over others."""
+PLANNED = [
+    *PAPER,
+    *(f"{OVERLAYS[name.split('/')[0]]}{name}" for name in shipped() if name.split("/")[0] in OVERLAYS),
+]
+RUN = {
+    "kurtail-protocol": "kurtail",
+    "quarot-protocol": "quarot",
+    "spinquant-protocol": "spinquant",
+    "flatquant-protocol": "kurtail",
+    "dartquant-protocol": "kurtail",
+    "llama-3-8b kurtail-protocol paper/tasks": "kurtail",
+    "llama-3-8b kurtail-protocol rtn paper/tasks": "kurtail",
+    "llama-3-8b kurtail-protocol spinquant": "spinquant",
+    "phi-3-mini kurtail-protocol paper/tasks": "kurtail",
+    "mixtral-8x7b kurtail-protocol paper/samples-256 rtn paper/tasks": "kurtail",
+    "kurtail-protocol calibration-combined": "kurtail",
+    "wikitext kurtail-plus": "kurtail-plus",
 }
+"""Recipes, and the method of their artefacts."""
+
+
+def flags(recipes: str) -> list[str]:
+    return [part for name in recipes.split() for part in ("--config", name)]
+
+
+def family_of(recipes: str) -> str:
+    return FAMILIES.get(recipes.split()[0], "llama3")
 
 
 @pytest.fixture(scope="session")
@@ -68,30 +93,33 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def shrunk(node: Any, model: Path) -> Any:
-    """A recipe for a tiny model: short windows, few of them, few rows and steps; whole texts stay whole."""
-    if isinstance(node, list):
-        return [shrunk(child, model) for child in node]
-    if not isinstance(node, dict):
-        return node
-    small = {key: TINY.get(key, shrunk(child, model)) for key, child in node.items()}
-    if "seqlen" in node or "windows" in node:
-        small |= {"seqlen": 48, "windows": None if node.get("windows", 0) is None else 4}
-    if isinstance(node.get("model"), str):
-        small["model"] = str(model)
-    if node.get("group_size") is not None:
-        small["group_size"] = 4
-    return small
+def settings_of(*recipes: Path) -> dict[str, Any]:
+    """All settings of recipes, one over the other."""
+    settings: dict[str, Any] = {}
+    for path in (recipe_file("base"), *recipes):
+        settings = merged(settings, yaml.safe_load(path.read_text()))
+    return settings
 
 
-def quantization(recipe: dict[str, Any]) -> dict[str, Any]:
-    callbacks = {c["class_path"].rsplit(".", 1)[1]: c.get("init_args") for c in recipe["trainer"]["callbacks"]}
-    return {**callbacks["WeightQuantization"], "evaluation": callbacks["Evaluation"]["text"]}
+def tiny(settings: dict[str, Any], model: Path) -> dict[str, Any]:
+    """What goes over a recipe for a tiny model: few short windows, few rows and steps; whole texts stay whole."""
+    text = {"windows": 4, "seqlen": 48}
+    data = {"capture": {"model": str(model), "text": text, "rows": 120}, "steps": 2, "validation_rows": 40}
+    by_window = settings["data"]["class_path"].endswith("WindowDataModule")
+    data |= {"text": text, "batch_windows": 2} if by_window else {"batch_rows": 32}
+    whole = settings["evaluation"]["text"]["windows"] is None
+    group_size = settings["quantization"]["scheme"]["weights"]["group_size"] and 4
+    return {
+        "data": {"init_args": data},
+        "fusion": {"scales": settings["fusion"]["scales"] and {"text": text}},
+        "quantization": {"text": text, "scheme": {"weights": {"group_size": group_size}}},
+        "evaluation": {"text": {**text, "windows": None if whole else 4}, "tasks": None},
+    }
 
 
-@pytest.mark.parametrize("recipe", WHOLE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("recipes", PLANNED)
 def test_a_plan_needs_neither_weights_nor_text(
-    recipe: Path,
+    recipes: str,
     kurtail: Kurtail,
     models: Callable[[str], Path],
     tmp_path: Path,
@@ -99,19 +127,18 @@ def test_a_plan_needs_neither_weights_nor_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("KURTAIL_TEXT", str(tmp_path / "nowhere"))
-    family = {"phi-3-mini": "phi3", "mixtral-8x7b": "mixtral"}.get(recipe.stem, "llama3")
     config = tmp_path / "config"
     config.mkdir()
-    tiny = json.loads((models(family) / "config.json").read_text())
-    (config / "config.json").write_text(json.dumps({**tiny, "max_position_embeddings": 8192}))
-    kurtail(tmp_path, "plan", "--config", recipe, "--data.init_args.capture.model", config)
+    small = json.loads((models(family_of(recipes)) / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps({**small, "max_position_embeddings": 8192}))
+    kurtail(tmp_path, "plan", *flags(recipes), "--data.init_args.capture.model", config)
     stages = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert stages == ["stage", "--------", "capture", "learn", "fuse", "quantize", "evaluate"]
 
 
-@pytest.mark.parametrize("case", RUN)
+@pytest.mark.parametrize("recipes", RUN)
 def test_a_recipe_runs(
-    case: str,
+    recipes: str,
     kurtail: Kurtail,
     models: Callable[[str], Path],
     texts: Path,
@@ -120,27 +147,25 @@ def test_a_recipe_runs(
 ) -> None:
     """From texts by name to results on the whole of WikiText's test split."""
     monkeypatch.setenv("KURTAIL_TEXT", str(texts))
-    paths, family = RUN[case]
-    model, flags = models(family), []
-    for number, path in enumerate(paths):
-        small = shrunk(yaml.safe_load(path.read_text()), model)
-        (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(small))
-        flags += ["--config", f"{number}.yaml"]
-    kurtail(tmp_path, "fit", *flags)
+    model, paths, over = models(family_of(recipes)), map(recipe_file, recipes.split()), tmp_path / "tiny.yaml"
+    settings = settings_of(*paths)
+    over.write_text(yaml.safe_dump(tiny(settings, model)))
+    kurtail(tmp_path, "fit", *flags(recipes), "--config", over)
 
-    asked = quantization(shrunk(yaml.safe_load(paths[0].read_text()), model))
-    (folder,) = (tmp_path / asked["artefacts"]).iterdir()
-    method = {"quarot": "quarot", "spinquant": "spinquant"}.get(paths[-1].stem, "kurtail")
-    assert folder.name == f"{model.name}-{method}-w4a4kv4"
-    assert scheme_of(folder) == Scheme.from_dict(asked["quantize"]["scheme"])
+    asked = merged(settings, yaml.safe_load(over.read_text()))
+    quantize = {name: value for name, value in asked["quantization"].items() if name != "out"}
+    quantize["text"]["source"] = "wikitext"
+    (folder,) = (tmp_path / "artifacts").iterdir()
+    assert folder.name.startswith(f"{model.name}-{RUN[recipes]}-w4a4kv4-")
+    assert scheme_of(folder) == Scheme.from_dict(quantize["scheme"])
     card, results = read_card(folder), json.loads((folder / "results.json").read_text())
-    assert card["method"] == results["method"] == method
-    assert card["quantize"] == json.loads(json.dumps(asked["quantize"]))
-    assert set(asked["quantize"]) == set(QuantizeSpec.__dataclass_fields__)
+    assert card["method"] == results["method"] == RUN[recipes]
+    assert card["quantize"] == json.loads(json.dumps(quantize))
+    assert set(quantize) == set(QuantizeSpec.__dataclass_fields__)
     evaluation = results["evaluation"]
     assert (evaluation["source"], evaluation["seqlen"]) == ("wikitext", 48)
     ids = AutoTokenizer.from_pretrained(model)((texts / "wikitext" / "test.txt").read_text())["input_ids"]
-    windows = len(ids) // 48 if asked["evaluation"]["windows"] is None else 4
+    windows = len(ids) // 48 if asked["evaluation"]["text"]["windows"] is None else 4
     assert windows >= 4
     assert (evaluation["windows"], evaluation["tokens"]) == (windows, 47 * windows)
     assert math.isfinite(evaluation["perplexity"])

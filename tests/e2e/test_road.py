@@ -34,16 +34,14 @@ class Road:
     place: Path
     model: Path
     text: Path
+    folders: dict[str, Path]
+    """Artefacts of the table, by their methods."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe's quantization."""
-        callbacks = yaml.safe_load((self.place / "recipe.yaml").read_text())["trainer"]["callbacks"]
-        (settings,) = [c["init_args"]["quantize"] for c in callbacks if c["class_path"].endswith("WeightQuantization")]
-        return dict(settings)
-
-    def folder(self, method: str, bits: str = "w4a4kv4") -> Path:
-        return self.place / "artifacts" / f"{self.model.name}-{method}-{bits}"
+        settings = yaml.safe_load((self.place / "recipe.yaml").read_text())["quantization"]
+        return {name: value for name, value in settings.items() if name != "out"}
 
 
 @pytest.fixture(scope="module", params=["tied", "stories"])
@@ -59,7 +57,10 @@ def road(
     (place / "recipe.yaml").write_text(write_recipe(model, text_file))
     kurtail(place, "fit", "--config", "recipe.yaml")
     kurtail(place, "compare", "--config", "recipe.yaml")
-    return Road(place, model, text_file)
+    results = list((place / "artifacts").glob("*/results.json"))
+    folders = {json.loads(path.read_text())["method"]: path.parent for path in results}
+    assert len(folders) == len(results)
+    return Road(place, model, text_file, folders)
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -84,23 +85,24 @@ def table_rows(markdown: str) -> list[list[str]]:
 
 
 def test_the_folder_is_complete(road: Road) -> None:
-    names = {path.name for path in road.folder("kurtail").iterdir()}
+    names = {path.name for path in road.folders["kurtail"].iterdir()}
     assert names >= {"config.json", "rotations.safetensors", "tokenizer.json", "kurtail.json", "README.md"}
     assert names >= {"results.json", "report.md", "model.safetensors.index.json"}
     assert list(road.place.rglob("*.partial")) == []
-    card = json.loads((road.folder("kurtail") / "kurtail.json").read_text())
+    card = json.loads((road.folders["kurtail"] / "kurtail.json").read_text())
     assert card["quantize"] == road.settings
     assert card["method"] == "kurtail"
 
 
 def test_the_report_compares_the_five_methods(road: Road, kurtail: Kurtail, capsys: pytest.CaptureFixture[str]) -> None:
-    kurtail(road.place, "report", "--folder", road.folder("kurtail"))
+    kurtail(road.place, "report", "--folder", road.folders["kurtail"])
     printed = capsys.readouterr().out
-    written = (road.folder("kurtail") / "report.md").read_text()
+    written = (road.folders["kurtail"] / "report.md").read_text()
     assert [row[0] for row in table_rows(written)] == METHODS
     assert table_rows(printed) == table_rows(written)
     for row, method, bits in zip(table_rows(written), METHODS, ["w16a16kv16"] + 4 * ["w4a4kv4"], strict=True):
-        results = json.loads((road.folder(method.lower(), bits) / "results.json").read_text())
+        assert road.folders[method.lower()].name.startswith(f"{road.model.name}-{method.lower()}-{bits}")
+        results = json.loads((road.folders[method.lower()] / "results.json").read_text())
         assert row[1] == bits
         assert row[2] == f"{results['kurtosis']['mean']:.2f}"
         assert row[4] == f"{results['evaluation']['perplexity']:.2f}"
@@ -109,10 +111,10 @@ def test_the_report_compares_the_five_methods(road: Road, kurtail: Kurtail, caps
 @pytest.mark.parametrize("method", ["float", "rtn", "quarot", "kurtail"])
 def test_perplexity_is_that_of_the_loaded_model(road: Road, method: str) -> None:
     if method == "float":
-        folder = road.folder("float", "w16a16kv16")
+        folder = road.folders["float"]
         model = AutoModelForCausalLM.from_pretrained(road.model, dtype=torch.float32)
     else:
-        folder = road.folder(method)
+        folder = road.folders[method]
         model = kurtail_pl.load(folder)
     evaluation = json.loads((folder / "results.json").read_text())["evaluation"]
     assert (evaluation["windows"], evaluation["seqlen"], evaluation["tokens"]) == (2, 128, 254)
@@ -129,7 +131,7 @@ def test_fused_model_is_the_original(road: Road) -> None:
 
 
 def test_loaded_model_generates_text(road: Road) -> None:
-    folder = road.folder("kurtail")
+    folder = road.folders["kurtail"]
     model, tokenizer = kurtail_pl.load(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("the old king", return_tensors="pt", return_token_type_ids=False)
     length = prompt["input_ids"].shape[1]
@@ -143,9 +145,9 @@ def test_loaded_model_generates_text(road: Road) -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "kurtail"])
 def test_kurtosis_is_scipys_on_the_rows_kept_out_of_training(road: Road, method: str) -> None:
-    rotation = load_file(road.folder(method) / "rotations.safetensors").get("residual")
+    rotation = load_file(road.folders[method] / "rotations.safetensors").get("residual")
     config = json.loads((road.model / "config.json").read_text())
-    measured = json.loads((road.folder(method) / "results.json").read_text())["kurtosis"]["sites"]
+    measured = json.loads((road.folders[method] / "results.json").read_text())["kurtosis"]["sites"]
     assert len(measured) == 2 * config["num_hidden_layers"]
     for site, value in measured.items():
         rows = load_file(road.place / "runs" / "store" / f"{site}.safetensors")["rows"][-128:].double().numpy()
@@ -156,14 +158,14 @@ def test_kurtosis_is_scipys_on_the_rows_kept_out_of_training(road: Road, method:
 
 def test_written_rotations_are_orthogonal_and_learned(road: Road) -> None:
     learned = load_file(road.place / "runs" / "rotations.safetensors")
-    random = load_file(road.folder("quarot") / "rotations.safetensors")
+    random = load_file(road.folders["quarot"] / "rotations.safetensors")
     assert set(learned) == set(random) >= {"residual", "value"}
     for name, matrix in learned.items():
         error = matrix.mT @ matrix - torch.eye(matrix.shape[-1]).double()
         assert error.abs().max() < 1e-12
         # R1 and R2 moved from QuaRot's; the online ones are QuaRot's own.
         assert torch.equal(matrix, random[name]) == (name not in ("residual", "value"))
-    assert load_file(road.folder("rtn") / "rotations.safetensors") == {}
+    assert load_file(road.folders["rtn"] / "rotations.safetensors") == {}
 
 
 def test_the_verbs_one_by_one_give_the_same_folder(
@@ -185,7 +187,7 @@ def test_the_verbs_one_by_one_give_the_same_folder(
 
     (tmp_path / "quantize.yaml").write_text(yaml.safe_dump({"spec": road.settings}))
     kurtail(tmp_path, "quantize", "--config", "quantize.yaml", "--fused", "fused", "--folder", "own")
-    assert_same_weights(tmp_path / "own", road.folder("kurtail"))
+    assert_same_weights(tmp_path / "own", road.folders["kurtail"])
 
     text = ["--text.source", road.text, "--text.windows", 2, "--text.seqlen", 128]
     capsys.readouterr()
@@ -193,7 +195,7 @@ def test_the_verbs_one_by_one_give_the_same_folder(
     printed = capsys.readouterr().out
     assert not (tmp_path / "own" / "results.json").exists()
     kurtail(tmp_path, "eval", "--model", "own", *text, "--store", "store", "--validation_rows", 128)
-    own, first = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "own", road.folder("kurtail")))
+    own, first = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "own", road.folders["kurtail"]))
     assert own["evaluation"]["perplexity"] == first["evaluation"]["perplexity"]
     assert own["kurtosis"] == first["kurtosis"]
     assert f"perplexity {own['evaluation']['perplexity']:.4f} " in printed
@@ -206,7 +208,7 @@ def test_the_verbs_one_by_one_give_the_same_folder(
 def test_more_validation_rows_than_the_store_has_are_refused(
     road: Road, kurtail: Kurtail, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(road.folder("rtn"), tmp_path / "own")
+    shutil.copytree(road.folders["rtn"], tmp_path / "own")
     (tmp_path / "own" / "results.json").unlink()
     text = ["--text.source", road.text, "--text.windows", 2, "--text.seqlen", 128]
     with pytest.raises(SystemExit, match="1"):
@@ -217,13 +219,14 @@ def test_more_validation_rows_than_the_store_has_are_refused(
 
 def test_fuse_draws_quarots_rotations(road: Road, kurtail: Kurtail, tmp_path: Path) -> None:
     kurtail(tmp_path, "fuse", "--model", road.model, "--method", "quarot", "--folder", "fused")
-    assert_same_weights(tmp_path / "fused", road.place / "runs-quarot" / "fused")
+    (run,) = (road.place / "runs" / road.model.name).glob("quarot-*")
+    assert_same_weights(tmp_path / "fused", run / "fused")
 
 
 def test_compare_again_reuses_and_other_settings_are_refused(
     road: Road, kurtail: Kurtail, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    baselines = [road.folder(method) for method in ("rtn", "gptq", "quarot")]
+    baselines = [road.folders[method] for method in ("rtn", "gptq", "quarot")]
     before = [stamps(folder) for folder in baselines]
     kurtail(road.place, "compare", "--config", "recipe.yaml")
     assert [row[0] for row in table_rows(capsys.readouterr().out)] == METHODS
@@ -238,14 +241,14 @@ def test_compare_again_reuses_and_other_settings_are_refused(
 
 def test_fit_again_reuses_the_store_and_gives_the_same_artefact(road: Road, kurtail: Kurtail) -> None:
     store, rotations = road.place / "runs" / "store", road.place / "runs" / "rotations.safetensors"
-    before, learned, weights = stamps(store), load_file(rotations), weights_of(road.folder("kurtail"))
-    made = stamps(road.folder("kurtail"))
+    before, learned, weights = stamps(store), load_file(rotations), weights_of(road.folders["kurtail"])
+    made = stamps(road.folders["kurtail"])
     kurtail(road.place, "fit", "--config", "recipe.yaml", "--overwrite")
     assert stamps(store) == before
-    again = {**load_file(rotations), **weights_of(road.folder("kurtail"))}
+    again = {**load_file(rotations), **weights_of(road.folders["kurtail"])}
     assert again.keys() == {**learned, **weights}.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in {**learned, **weights}.items())
-    remade = stamps(road.folder("kurtail"))
+    remade = stamps(road.folders["kurtail"])
     assert all(remade[name] != made[name] for name in made if name != "report.md")
 
 

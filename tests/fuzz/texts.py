@@ -22,7 +22,7 @@ from kurtail_pl.stages.tasks.harness import parts_of
 from kurtail_pl.stages.tasks.spec import MMLU, TASKS, TaskSpec, split_of
 from kurtail_pl.stages.text import read_text
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "smollm2-135m.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 BOMB = "\n".join(f"{name}: &{name} [{', '.join([f'*{inner}'] * 8)}]" for inner, name in pairwise("abcdefgh"))
 """Eight to the seventh values in a few lines."""
 YAML = [

@@ -29,7 +29,7 @@ from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model
 from kurtail_pl.surgery.scheme import FLOAT
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "smollm2-135m.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 CODE = """
 from pathlib import Path
 

@@ -19,6 +19,8 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
+LONG_WINDOWS = TextSpec(windows=6, seqlen=2048)
+
 
 class Evaluation(CheckedCallback):
     """Writes `results.json`, `report.md` and the model card of the artefact.
@@ -33,7 +35,7 @@ class Evaluation(CheckedCallback):
         ConfigError: when no `WeightQuantization` comes before.
     """
 
-    def __init__(self, text: TextSpec, tasks: TaskSpec | None = None) -> None:
+    def __init__(self, text: TextSpec = LONG_WINDOWS, tasks: TaskSpec | None = None) -> None:
         self.text = text
         self.tasks = tasks
 

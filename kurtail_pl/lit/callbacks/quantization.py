@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
@@ -17,39 +18,56 @@ from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.folder import is_ours, read_card
 from kurtail_pl.storage.keys import folder_sha256, settings_key, unspelled
+from kurtail_pl.surgery.scheme import Scheme
+
+ARTEFACTS = Path("artifacts")
 
 
 class WeightQuantization(CheckedCallback):
-    """Writes the artefact folder `<artefacts>/<model>-<method>-<bits>`; without rotations, the method is how it rounds.
+    """Writes the artefact folder.
 
     Args:
-        quantize: bits, how weights are rounded, calibration.
-        artefacts: folder of all artefacts.
+        out: the folder; null for `artifacts/<model>-<method>-<bits>`.
+        settings: those of `QuantizeSpec`: bits, how weights are rounded, calibration.
 
     Raises:
         ArtefactError: before training, when the artefact exists and `--overwrite` was not given.
     """
 
-    def __init__(self, quantize: QuantizeSpec, artefacts: str = "artifacts") -> None:
-        self.quantize_spec, self.artefacts = quantize, Path(artefacts)
+    def __init__(self, out: str | None = None, **settings: Any) -> None:
+        self.out = None if out is None else Path(out)
+        self.spec = QuantizeSpec(**settings)
         self.overwrite = False
         self._text_sha256: str | None = None
 
+    @property
+    def scheme(self) -> Scheme:
+        """What is quantized; linked to modules that learn through a quantized model."""
+        return self.spec.scheme
+
+    @property
+    def centre(self) -> bool:
+        """Whether inputs are centred; linked to the module, which then learns for centred inputs."""
+        return self.spec.scheme.centre
+
     def folder(self, module: RotationModule, data: StoredModel) -> Path:
         """Where the artefact of a module's method goes."""
-        method = self.quantize_spec.method_name(module.method)
-        return self.artefacts / artefact_name(data.capture_spec.model, method, self.quantize_spec.scheme_name)
+        if self.out is not None:
+            return self.out
+        return ARTEFACTS / artefact_name(
+            data.capture_spec.model, self.spec.method_name(module.method), self.spec.scheme_name
+        )
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse a folder that must not be replaced, groups that fit no width, and a text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         folder = self.folder(module, data)
-        require_fit(data.checkpoint.config, self.quantize_spec)
-        text = calibration_windows(data.checkpoint, self.quantize_spec)
+        require_fit(data.checkpoint.config, self.spec)
+        text = calibration_windows(data.checkpoint, self.spec)
         self._text_sha256 = None if text is None else text.text_sha256
         if not self._awaits_evaluation(folder, data):
             refuse_existing(folder, self.overwrite)
-        learning_windows(data.checkpoint, self.quantize_spec)
+        learning_windows(data.checkpoint, self.spec)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote; all processes share the calibration windows."""
@@ -62,7 +80,7 @@ class WeightQuantization(CheckedCallback):
         made = awaits and read_card(folder)["fused_sha256"] == folder_sha256(fused)
         data.ranks.barrier()  # All have looked before the first evaluates.
         if not made:
-            quantize(fused, self.quantize_spec, folder, self.overwrite, data.compute, data.ranks)
+            quantize(fused, self.spec, folder, self.overwrite, data.compute, data.ranks)
 
     def _awaits_evaluation(self, folder: Path, data: StoredModel) -> bool:
         """Whether an interrupted run of the same recipe left its artefact there, not or not wholly measured."""
@@ -70,7 +88,7 @@ class WeightQuantization(CheckedCallback):
             return False
         card = read_card(folder)
         return bool(
-            unspelled(card.get("quantize", {})) == settings_key(self.quantize_spec)
+            unspelled(card.get("quantize", {})) == settings_key(self.spec)
             and card.get("dtype") == data.compute.dtype
             and card.get("calibration_text_sha256") == self._text_sha256
         )

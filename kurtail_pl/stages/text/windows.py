@@ -24,12 +24,13 @@ class TextSpec:
         source: ``pydoc`` (the language reference that comes with Python, split in two), ``wikitext``, ``c4``, ``ptb``
             or ``alpaca`` (from the folder that `KURTAIL_TEXT` names, else from the Hugging Face hub), or a file: plain
             text, WikiText's ``.raw``, JSONL or JSON with a field `text` or Alpaca's fields. Several, joined by ``+``,
-            give equal numbers of windows; ``combined`` is ``wikitext+c4+ptb+alpaca``.
+            give equal numbers of windows; ``combined`` is ``wikitext+c4+ptb+alpaca``. Null is, in a recipe, the text
+            that activations are captured from, and ``pydoc`` elsewhere.
         windows: how many windows; None takes all that the text has.
         seqlen: tokens in a window.
     """
 
-    source: str = EMBEDDED
+    source: str | None = None
     windows: int | None = 16
     seqlen: int = 1024
 
@@ -38,6 +39,11 @@ class TextSpec:
             raise ConfigError(f"windows is {self.windows}; give a positive number, or null for all of them")
         if self.seqlen < 2:
             raise ConfigError(f"seqlen is {self.seqlen}; a window needs at least 2 tokens")
+
+    @property
+    def name(self) -> str:
+        """The source that is read."""
+        return self.source or EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = 
         TextError: when a text has fewer windows than asked for.
     """
     require_positions(spec.seqlen, model.positions)
-    tokenizer, parts = model.tokenizer(), parts_of(spec.source)
+    tokenizer, parts = model.tokenizer(), parts_of(spec.name)
     texts = [read_text(part, split) for part in parts]
     tokens = [_tokens(tokenizer, text) for text in texts]
     available = [len(ids) // spec.seqlen for ids in tokens]
@@ -99,7 +105,9 @@ def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = 
         if seed is not None:
             windows = windows[torch.randperm(there, generator=torch.Generator().manual_seed(seed))]
         chosen.append(windows[:count])
-    return Windows(replace(spec, windows=sum(counts)), torch.cat(chosen), sha256_of_text("\n\n".join(texts)))
+    return Windows(
+        replace(spec, source=spec.name, windows=sum(counts)), torch.cat(chosen), sha256_of_text("\n\n".join(texts))
+    )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

@@ -41,7 +41,13 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> N
     assert exit_code(verb, "--help") == 0
     printed = capsys.readouterr().out
     assert {"usage:", "kurtail", verb} <= set(printed.split("\n\n")[0].split())
-    required = {"fit": "--config", "validate": "--ckpt_path", "compare": "--overwrite", "capture": "--spec.text.seqlen"}
+    required = {
+        "fit": "--config",
+        "validate": "--ckpt_path",
+        "compare": "--overwrite",
+        "capture": "--spec.text.seqlen",
+        "recipes": "--help",
+    }
     assert required.get(verb, "--config") in printed
 
 

@@ -1,0 +1,70 @@
+"""Folders that a recipe leaves open: `runs/MODEL/store`, `runs/MODEL/METHOD` and `artifacts/MODEL-METHOD-BITS`.
+
+Where settings that decide what is in a folder are others than those of `configs/base.yaml`, six digits of their hash
+follow, so that what differs has different names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kurtail_pl.stages.results import model_name
+from kurtail_pl.storage.files import sha256_of_text
+
+RUNS = Path("runs")
+Settings = dict[str, Any]
+
+
+def run_folder(settings: Settings, base: Settings, method: str) -> Path:
+    """Where a method's rotations, checkpoints and fused model go."""
+    return _of_model(settings) / f"{method}{_suffix(learned_by(settings), learned_by(base))}"
+
+
+def store_folder(settings: Settings, base: Settings) -> Path:
+    """Where captured activations go."""
+    return _of_model(settings) / f"store{_suffix(_captured_by(settings), _captured_by(base))}"
+
+
+def artefact_suffix(settings: Settings, base: Settings) -> str:
+    """What tells an artefact apart from others of the same model, method and bits."""
+    return _suffix(made_by(settings), made_by(base))
+
+
+def reference_suffix(settings: Settings, base: Settings) -> str:
+    """What tells measurements of the float model apart."""
+    measured, usual = ([_captured_by(each), each["evaluation"]] for each in (settings, base))
+    return _suffix(measured, usual)
+
+
+def made_by(settings: Settings) -> Settings:
+    """The settings of a recipe that decide its artefact: not where things are put or computed, nor the model."""
+    return {
+        **learned_by(settings),
+        "fusion": settings["fusion"],
+        "quantization": {name: value for name, value in settings["quantization"].items() if name != "out"},
+    }
+
+
+def learned_by(settings: Settings) -> Settings:
+    """Those that decide its rotations."""
+    data = {name: value for name, value in settings["data"]["init_args"].items() if name not in ("store", "compute")}
+    return {
+        "model": settings["model"],
+        "data": {**data, "capture": _captured_by(settings)},
+        "dtype": settings["data"]["init_args"]["compute"]["dtype"],
+        "seed_everything": settings["seed_everything"],
+    }
+
+
+def _captured_by(settings: Settings) -> Settings:
+    return {name: value for name, value in settings["data"]["init_args"]["capture"].items() if name != "model"}
+
+
+def _of_model(settings: Settings) -> Path:
+    return RUNS / model_name(settings["data"]["init_args"]["capture"]["model"])
+
+
+def _suffix(settings: Any, usual: Any) -> str:
+    return "" if settings == usual else "-" + sha256_of_text(json.dumps(settings, sort_keys=True))[:6]
