@@ -89,13 +89,13 @@ OF_GPTQ: dict[str, dict[str, Any]] = {
     "GPTAQ": {
         f"{QUANTIZE}.quantized_activations": True,
         f"{QUANTIZE}.match_outputs": False,
-        f"{QUANTIZE}.gptq.correction": "gptaq",
-        f"{QUANTIZE}.gptq.refine": 0,
+        f"{QUANTIZE}.rounder.correction": "gptaq",
+        f"{QUANTIZE}.rounder.refine": 0,
     },
-    "FOEM": {f"{QUANTIZE}.gptq.correction": "foem", f"{QUANTIZE}.gptq.refine": 0},
-    "codes not refined": {f"{QUANTIZE}.gptq.refine": 0},
-    "columns in their order": {f"{QUANTIZE}.gptq.act_order": False},
-    "GPTQ damping 0.1": {f"{QUANTIZE}.gptq.percdamp": 0.1},
+    "FOEM": {f"{QUANTIZE}.rounder.correction": "foem", f"{QUANTIZE}.rounder.refine": 0},
+    "codes not refined": {f"{QUANTIZE}.rounder.refine": 0},
+    "columns in their order": {f"{QUANTIZE}.rounder.act_order": False},
+    "GPTQ damping 0.1": {f"{QUANTIZE}.rounder.percdamp": 0.1},
     "32 windows for GPTQ": {f"{QUANTIZE}.text.windows": 32},
     "scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["weights"]}},
     "clips and scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values", "weights"]}},
@@ -113,13 +113,14 @@ def measure(recipes: list[str], name: str, seed: int, weights: str, evaluation: 
         "trainer.logger": False,
         "evaluation.text.source": evaluation,
         f"{QUANTIZE}.out": str(folder / "artefact"),
-        **({f"{SCHEME}.weights": None} if weights == "float" else {f"{QUANTIZE}.method": weights}),
+        **({f"{SCHEME}.weights": None} if weights == "float" else {}),
     }
     if not (folder / "artefact" / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         change = folder / "change.yaml"
         change.write_text(yaml.safe_dump(nested(common | (CHANGES | OF_GPTQ)[name]), sort_keys=False))
-        stacked = [argument for each in (*recipes, str(change)) for argument in ("--config", each)]
+        rounding = [] if weights == "float" else [weights]
+        stacked = [argument for each in (*recipes, *rounding, str(change)) for argument in ("--config", each)]
         subprocess.run([sys.executable, "-m", "kurtail_pl", "fit", *stacked], check=True)
     results = json.loads((folder / "artefact" / "results.json").read_text())
     perplexity: float = results["evaluation"]["perplexity"]

@@ -20,7 +20,7 @@ from statistics import mean
 import lightning as L
 
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import Uniform
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.evaluate import perplexity
@@ -36,7 +36,7 @@ from kurtail_pl.surgery.scheme import Scheme
 SCHEMES = {
     "rtn": (Scheme(), "rtn"),
     "w16": (Scheme(weights=None), "rtn"),
-    "gptq": (Scheme(weights=Quantizer()), "gptq"),
+    "gptq": (Scheme(weights=Uniform()), "gptq"),
 }
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kurtail_pl.cli.api import quantize
     from kurtail_pl.stages.artefact import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "quantize"]
+
+
+_PLACES = {"load": "kurtail_pl.stages.artefact", "quantize": "kurtail_pl.cli.api"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` when it is asked for, so that `import kurtail_pl` loads neither torch nor transformers."""
-    if name == "load":
-        from kurtail_pl.stages.artefact import load
-
-        return load
+    """Import what is asked for only then, so that `import kurtail_pl` loads neither torch nor transformers."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

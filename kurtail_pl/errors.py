@@ -81,9 +81,14 @@ LIST_LENGTH = 160
 """Characters of a list of remarks in a message."""
 
 
+def _visible(character: str) -> str:
+    """A character, or its number where it has no form of its own: half of a pair, a control."""
+    return character if character.isprintable() else f"\\u{ord(character):04x}"
+
+
 def shortened(text: str, length: int) -> str:
     """A text on one line, or its beginning where it is longer."""
-    text = " ".join(text.splitlines())
+    text = "".join(map(_visible, " ".join(text.splitlines())))
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from kurtail_pl.maths.gptq import GPTQ
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import GPTQ, RTN, Uniform
+from kurtail_pl.methods.rounders import gptq as rounder_module
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages import solver as solver_module
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -44,9 +43,9 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
     for windows in (1, 3):
         _mixture(place / "mixture", WINDOWS[:windows], out / f"mixture{windows}", ranks)
     quantize(place / "fused", QuantizeSpec(text=text), out / "artefact", ranks=ranks)
-    quantize(place / "fused", QuantizeSpec(gptq=GPTQ(correction="gptaq"), text=text), out / "gptaq", ranks=ranks)
+    quantize(place / "fused", QuantizeSpec(rounder=GPTQ(correction="gptaq"), text=text), out / "gptaq", ranks=ranks)
     learning = ClipLearning(["activations", "weights"], steps=4, windows=3, seqlen=64)
-    spec = QuantizeSpec(method="rtn", text=text, quantized_activations=True, learn_clips=learning)
+    spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, learn_clips=learning)
     quantize(place / "fused", spec, out / "learned", ranks=ranks)
 
 
@@ -55,32 +54,32 @@ def _mixture(model: Path, windows: Tensor, out: Path, ranks: Ranks) -> None:
     """Write the Hessians and static scales of a layer's linears, experts included, and the notes."""
     walker = Walker(Checkpoint(model))
     equip_model(walker.model, FLOAT, Rotations())
-    solver = LayerSolver(walker, Scheme(Quantizer(8), activation_scales="static"), GPTQ(), ranks=ranks)
+    solver = LayerSolver(walker, Scheme(Uniform(8), activation_scales="static"), GPTQ(), ranks=ranks)
     hessians: list[Tensor] = []
-    real = solver_module.gptq
+    real = rounder_module.gptq
 
     def record(weight: Tensor, hessian: Tensor, *rest: Any) -> Any:
         hessians.append(hessian.clone())
         return real(weight, hessian, *rest)
 
-    solver_module.gptq = record
+    rounder_module.gptq = record
     mine = ranks.share(len(windows))
     with resumable_folder(out, False, {}, ranks) as work:
         _, layer = next(walker.layers("test", work))
-        solver.solve_layer(layer, "layer", walker.hidden_states(windows[mine.start : mine.stop], work))
+        solver.solve_layer(layer, "layer", walker.hidden_states(windows[mine.start : mine.stop], work), Uniform(8))
         save_file({str(n): hessian for n, hessian in enumerate(hessians)}, work.folder / f"hessians{ranks.rank}")
         scales = {name: t for name, t in layer.state_dict().items() if name.endswith("input_scale")}
         save_file(scales, work.folder / f"scales{ranks.rank}")
         (work.folder / f"notes{ranks.rank}").write_text(json.dumps(solver.notes))
-    solver_module.gptq = real
+    rounder_module.gptq = real
 
 
 def _die_in_gptq(layers: int) -> None:
     solve, solved = LayerSolver.solve_layer, 0
 
-    def solve_or_die(self: LayerSolver, layer: Any, prefix: str, hidden: Any) -> None:
+    def solve_or_die(self: LayerSolver, layer: Any, prefix: str, *rest: Any) -> None:
         nonlocal solved
-        solve(self, layer, prefix, hidden)
+        solve(self, layer, prefix, *rest)
         solved += prefix != "layer"
         if solved == layers:
             os.kill(os.getpid(), signal.SIGKILL)

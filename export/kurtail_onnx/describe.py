@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
@@ -79,7 +80,8 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
         folder: its files; they are hashed.
     """
     card, scheme = read_card(source.folder), source.scheme
-    parts = {"weights": scheme.weights, "activations": spec.activations(scheme)}
+    weights = None if scheme.weights is None else integers_of(scheme.weights)
+    parts = {"weights": weights, "activations": spec.activations(scheme)}
     parts |= {"attention_output": spec.output_activations(scheme, source.head_dim)}
     parts |= {"keys": scheme.keys, "values": scheme.values}
     border = rotary_border(source.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES
 from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
@@ -40,17 +41,13 @@ class ExportSpec:
 
     def require_exportable(self, scheme: Scheme) -> None:
         """Raise ConfigError where a scheme cannot be said in ONNX, naming the quantizer and what can."""
-        if scheme.higgs_bits is not None:
-            raise ConfigError(
-                "weights have higgs_bits, codes of levels that are not evenly spaced, and ONNX dequantizes by a scale "
-                "alone: quantize by method rtn or gptq to export, or use the artefact with kurtail_pl.load"
-            )
         if scheme.sinks is not None:
             raise ConfigError(
                 f"sinks keep the first {scheme.sinks.tokens} tokens in {scheme.sinks.bits} bits; the graph caches all "
                 "tokens alike: quantize with sinks: null to export, or use the artefact with kurtail_pl.load"
             )
-        parts = {"weights": scheme.weights, "activations": self.activations(scheme)}
+        weights = None if scheme.weights is None else integers_of(scheme.weights)
+        parts = {"weights": weights, "activations": self.activations(scheme)}
         for name, quantizer in {**parts, "keys": scheme.keys, "values": scheme.values}.items():
             if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
                 raise ConfigError(
@@ -64,14 +61,14 @@ class ExportSpec:
                 f"the kernel of --weights {self.weights} has no doubles; with --dtype fp64 use --weights qdq"
             )
         if self.weights == "integer":
-            _require_integer(scheme.weights, self.activations(scheme))
+            _require_integer(weights, self.activations(scheme))
             if scheme.attention_output != "token":
                 raise ConfigError(
                     "--weights integer multiplies codes with one scale a row, and the scheme has attention_output "
                     f"{scheme.attention_output!r}; use --weights qdq"
                 )
-        if self.weights == "matmulnbits" and scheme.weights is not None:
-            _require_blocks(scheme.weights)
+        if self.weights == "matmulnbits" and weights is not None:
+            _require_blocks(weights)
 
     def to_dict(self) -> dict[str, str]:
         """Plain data for JSON."""

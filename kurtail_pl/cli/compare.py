@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.cells import ROUNDINGS, cells_of
+from kurtail_pl.cli.cells import BASELINES, Recipe, cells_of
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
 from kurtail_pl.cli.recipes import recipe_file
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
@@ -41,7 +41,8 @@ def compare(arguments: list[str]) -> None:
     """Run recipes, their baselines and seeds, and print one table."""
     options, overrides = _options(arguments)
     common = [argument for path in options.config for argument in ("--config", path)]
-    recipes = [_effective([*common, *more, *overrides]) for more in ([], *map(_overlays, options.others))]
+    roundings = options.weights or BASELINES
+    recipes = [_recipe([*common, *more, *overrides], roundings) for more in ([], *map(_overlays, options.others))]
     folder = options.folder or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -61,6 +62,12 @@ def compare(arguments: list[str]) -> None:
 def _overlays(names: str) -> list[str]:
     """Recipes that go over the common ones, given by their names with commas between."""
     return [argument for name in names.split(",") for argument in ("--config", str(recipe_file(name)))]
+
+
+def _recipe(arguments: list[str], roundings: list[str]) -> Recipe:
+    """A recipe, and the same under each of the recipes that say how weights are rounded."""
+    own = _effective(arguments)
+    return Recipe(own, {name: _effective([*arguments, "--config", str(recipe_file(name))]) for name in roundings})
 
 
 def _make(cli: KurtailCLI, recipe: Path, overwrite: bool, begun: set[Path]) -> Path:
@@ -191,7 +198,10 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="another line of the table: these recipes over the common ones",
     )
     parser.add_argument(
-        "--weights", nargs="+", choices=ROUNDINGS, help="how weights become integers; as the recipe says if not given"
+        "--weights",
+        nargs="+",
+        metavar="RECIPE",
+        help="recipes for how weights are rounded, such as float, rtn, gptq, hqq; as the recipe says if not given",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of the rotations; the recipe's own if not given")
     parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPES)")

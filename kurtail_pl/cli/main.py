@@ -20,7 +20,7 @@ VERBS = {
     "fuse": ("kurtail_pl.cli.verbs:fuse", "Fuse rotations, learned or random, into a model's weights."),
     "quantize": (
         "kurtail_pl.cli.verbs:quantize",
-        "Quantize a fused model by RTN, GPTQ or HIGGS into an artefact folder.",
+        "Quantize a fused model into an artefact folder.",
     ),
     "export": ("kurtail_pl.cli.onnx:export", "Write an ONNX model of an artefact folder, and check it."),
     "generate": ("kurtail_pl.cli.onnx:generate", "Continue a prompt by an export, printing the text as it comes."),

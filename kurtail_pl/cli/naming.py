@@ -34,7 +34,7 @@ def artefact_suffix(settings: Settings, base: Settings) -> str:
 
 def reference_suffix(settings: Settings, base: Settings) -> str:
     """What tells measurements of the float model apart."""
-    measured, usual = ([_captured_by(each), each["evaluation"]] for each in (settings, base))
+    measured, usual = ([_captured_by(each), _relative(each["evaluation"], each)] for each in (settings, base))
     return _suffix(measured, usual)
 
 
@@ -42,8 +42,10 @@ def made_by(settings: Settings) -> Settings:
     """The settings of a recipe that decide its artefact: not where things are put or computed, nor the model."""
     return {
         **learned_by(settings),
-        "fusion": settings["fusion"],
-        "quantization": {name: value for name, value in settings["quantization"].items() if name != "out"},
+        "fusion": _relative(settings["fusion"], settings),
+        "quantization": _relative(
+            {name: value for name, value in settings["quantization"].items() if name != "out"}, settings
+        ),
     }
 
 
@@ -52,7 +54,7 @@ def learned_by(settings: Settings) -> Settings:
     data = {name: value for name, value in settings["data"]["init_args"].items() if name not in ("store", "compute")}
     return {
         "model": settings["model"],
-        "data": {**data, "capture": _captured_by(settings)},
+        "data": {**_relative(data, settings), "capture": _captured_by(settings)},
         "dtype": settings["data"]["init_args"]["compute"]["dtype"],
         "seed_everything": settings["seed_everything"],
     }
@@ -60,6 +62,17 @@ def learned_by(settings: Settings) -> Settings:
 
 def _captured_by(settings: Settings) -> Settings:
     return {name: value for name, value in settings["data"]["init_args"]["capture"].items() if name != "model"}
+
+
+def _relative(value: Any, settings: Settings) -> Any:
+    """A part of a recipe whose texts have no source where it is that of the activations, as before it was filled in."""
+    captured = settings["data"]["init_args"]["capture"]["text"]["source"]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: None if name == "source" and each == captured else _relative(each, settings)
+        for name, each in value.items()
+    }
 
 
 def _of_model(settings: Settings) -> Path:

@@ -18,10 +18,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.failures import UsageError, ours_in
+from kurtail_pl.cli.failures import ours_in
 from kurtail_pl.cli.naming import Settings, artefact_suffix, run_folder, store_folder
 from kurtail_pl.cli.recipes import BASE, FOLDER
-from kurtail_pl.cli.usage import NO_MAPPING, WRONG_SETTING, OneLine, explained
+from kurtail_pl.cli.usage import WRONG_SETTING, OneLine, late_errors_explained
 from kurtail_pl.errors import ConfigError, reason, require_seed
 from kurtail_pl.lit.callbacks import (
     Checkpoints,
@@ -232,13 +232,8 @@ class KurtailCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make everything of the settings; what jsonargparse finds wrong only now is said as it is when parsing."""
-        try:
+        with late_errors_explained():
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            late = any(said in str(error) for said in (WRONG_SETTING, NO_MAPPING))
-            if not late or ours_in(error) is not None:
-                raise
-            raise UsageError(explained(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Name the folders that are open, and bring the callbacks into their order.

@@ -6,13 +6,16 @@ import argparse
 import difflib
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from kurtail_pl.cli.failures import UsageError
+from kurtail_pl.cli.failures import UsageError, ours_in
 from kurtail_pl.errors import REASON_LENGTH, shortened
+from kurtail_pl.methods import Format, Rounder
+from kurtail_pl.methods.method import Method
 
 KEY = re.compile(r'Parser key "([^"]+)"')
 UNKNOWN = re.compile(
@@ -31,6 +34,9 @@ OTHER_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass o
 EXPECTED = re.compile(
     r"(?:Expected an? (?P<type>.+?)|Not a valid subclass of (?P<kind>\w+))(?:\. Got value: (?P<value>.*))?$"
 )
+NO_NAME = re.compile(r"Expected a dot import path string: (\S+)")
+SEAMS: dict[str, type[Method]] = {"rounder": Rounder, "weights": Format}
+"""Settings that hold a method."""
 GIVEN = re.compile(r"Given value: (.*)")
 PLAIN = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
@@ -63,6 +69,18 @@ class SettingsParser(OneLine, ArgumentParser):
     """Of the verbs that need no trainer."""
 
 
+@contextmanager
+def late_errors_explained() -> Iterator[None]:
+    """Say what jsonargparse finds wrong only when it makes objects as it is said when parsing."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        late = any(said in str(error) for said in (WRONG_SETTING, NO_MAPPING))
+        if not late or ours_in(error) is not None:
+            raise
+        raise UsageError(explained(str(error))) from error
+
+
 def explained(message: str) -> str:
     """A message of jsonargparse, often many lines, in one short one."""
     place = ".".join(dict.fromkeys(key for key in KEY.findall(message) if key != "config"))
@@ -85,6 +103,11 @@ def explained(message: str) -> str:
         return f"{place} is {shortened(text[1], VALUE_LENGTH)}, expected settings (name: value)"
     if other := OTHER_CLASS.search(message):
         return f"{start}{other[1]} is no {other[2]}"
+    seam = SEAMS.get(place.rpartition(".")[2])
+    if seam is not None and (name := NO_NAME.search(message)):
+        names = sorted(seam.kinds())
+        shown = shortened(name[1], VALUE_LENGTH)
+        return f"{place} is {shown}, expected one of {', '.join(names)}{_like(name[1].upper(), names)}"
     return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from jsonargparse import auto_cli
 
 from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.usage import SettingsParser
+from kurtail_pl.cli.usage import SettingsParser, late_errors_explained
 from kurtail_pl.errors import ConfigError, StoreMismatch
 from kurtail_pl.stages import capture as capture_stage
 from kurtail_pl.stages import figures as figures_stage
@@ -39,9 +39,10 @@ from kurtail_pl.surgery.rotations import Rotations, random_rotations
 def run(function: Callable[..., None], arguments: list[str], repeatable: tuple[str, ...] = ()) -> None:
     """Call a function with options from its signature."""
     name = f"kurtail {function.__name__.strip('_')}"
-    auto_cli(
-        function, args=prepared(arguments, repeatable), as_positional=False, parser_class=SettingsParser, prog=name
-    )
+    with late_errors_explained():
+        auto_cli(
+            function, args=prepared(arguments, repeatable), as_positional=False, parser_class=SettingsParser, prog=name
+        )
 
 
 def capture(arguments: list[str]) -> None:
@@ -70,7 +71,7 @@ def _fuse(
     model: str,
     folder: Path,
     rotations: Path | None = None,
-    method: Literal["kurtail", "quarot", "none"] = "kurtail",
+    method: Literal["quarot", "none"] | None = None,
     seed: int = 0,
     overwrite: bool = False,
     device: Device = "auto",
@@ -82,17 +83,18 @@ def _fuse(
     Args:
         model: name, folder or GGUF file.
         folder: where the fused model goes.
-        rotations: the learned `rotations.safetensors`, for method kurtail.
-        method: kurtail (learned rotations), quarot (random Hadamards) or none.
+        rotations: the learned `rotations.safetensors`, which name their method.
+        method: without such a file: quarot (random Hadamards) or none.
         seed: of the random Hadamards, for method quarot.
         overwrite: replace the folder if it exists.
         device: auto, cpu or cuda; float64 on either.
         scales: channels to scale; null for none.
         signs: of R4 and R5, chosen among several draws; null takes them as they are.
     """
-    if (rotations is None) == (method == "kurtail"):
+    if (rotations is None) == (method is None):
         raise ConfigError(
-            f"method {method} and rotations {rotations} do not go together; --rotations FILE is kurtail's"
+            f"method is {method} and rotations are {rotations}; give one of the two: --rotations FILE for learned "
+            "ones, or --method quarot or none"
         )
     checkpoint = open_model(model)
     if rotations is not None:
@@ -100,11 +102,12 @@ def _fuse(
         require_rotations_of(checkpoint.config, chosen, f"rotations {rotations}")
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
-    fuse_stage.fuse(checkpoint, chosen, method, folder, overwrite, device, scales, signs)
+    name = method or chosen.origin.get("method", "kurtail")
+    fuse_stage.fuse(checkpoint, chosen, name, folder, overwrite, device, scales, signs)
 
 
 def quantize(arguments: list[str]) -> None:
-    """Quantize a fused model by RTN, GPTQ or HIGGS into an artefact folder."""
+    """Quantize a fused model into an artefact folder."""
     run(_quantize, arguments)
 
 
@@ -115,7 +118,7 @@ def _quantize(
     overwrite: bool = False,
     compute: Compute = AUTO,
 ) -> None:
-    """Quantize a fused model by RTN, GPTQ or HIGGS into an artefact folder.
+    """Quantize a fused model into an artefact folder.
 
     Args:
         fused: folder that kurtail fuse wrote.

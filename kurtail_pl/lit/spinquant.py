@@ -48,7 +48,7 @@ class SpinQuantModule(RotationModule):
 
     Raises:
         ConfigError: when the scheme centres, has static scales or a prefix, which come from the finished rotations, or
-            has `higgs_bits`.
+            has `layer_bits` where weights are rounded.
     """
 
     method = "spinquant"
@@ -72,17 +72,15 @@ class SpinQuantModule(RotationModule):
             layers, hidden_size, head_dim, kv_heads, rms_norm_eps, rotation_seed, value_per_head, optimizer, scheduler
         )
         scheme = scheme or Scheme()
-        if quantized_weights and scheme.higgs_bits is not None:
-            raise ConfigError(
-                "quantized_weights is true and higgs_bits are given; SpinQuant learns through uniform codes"
-            )
+        if quantized_weights and scheme.layer_bits is not None:
+            raise ConfigError("quantized_weights is true and layer_bits are given; SpinQuant learns with equal bits")
         if scheme.calibrated or scheme.prefix is not None:
             raise ConfigError(
                 "the scheme of quantization centres, has static scales or a prefix, which are made after the rotations "
                 "are learned, and SpinQuant learns through the scheme: leave centre, centre_keys, activation_scales "
                 "and prefix as they are in base.yaml"
             )
-        self.scheme = scheme if quantized_weights else replace(scheme, weights=None, higgs_bits=None)
+        self.scheme = scheme if quantized_weights else replace(scheme, weights=None, layer_bits=None)
         # The vanilla weights are not what is learned: checkpoints leave them out.
         self.strict_loading = False
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
+from kurtail_pl.maths.quantizers import Grid, Quantized, dequantize
 
 
 class OutputError:
@@ -31,13 +31,15 @@ class OutputError:
         return ((lost @ self.hessian + self.damping * lost) * lost).sum(1)
 
 
-def refine(error: OutputError, quantized: Quantized, quantizer: Quantizer, rounds: int, block_size: int) -> Quantized:
+def refine(
+    error: OutputError, quantized: Quantized, code_range: tuple[int, int], rounds: int, block_size: int
+) -> Quantized:
     """Lower the output error of codes on a grid.
 
     Args:
         error: of what the codes stand for.
         quantized: codes ``[out, in]`` on a grid ``[out, groups]``.
-        quantizer: bits and symmetry of the grid.
+        code_range: smallest and largest code.
         rounds: how often all codes, and then all scales, are gone through.
         block_size: columns whose changes are passed on together; it changes nothing but the speed.
 
@@ -54,7 +56,7 @@ def refine(error: OutputError, quantized: Quantized, quantizer: Quantizer, round
     gradient = torch.addmm(lost, error.hessian, lost, beta=error.damping)
     del lost
     for _ in range(rounds):
-        _descend(error, gradient, steps, scales, zeros, quantizer, block_size)
+        _descend(error, gradient, steps, scales, zeros, code_range, block_size)
         _fit_scales(error, gradient, steps, scales)
     codes = steps.add_(zeros.repeat_interleave(size, 0)).T.contiguous().to(quantized.codes.dtype)
     return Quantized(codes, Grid(scales.T.contiguous().to(grid.scale.dtype), grid.zero_point))
@@ -66,7 +68,7 @@ def _descend(
     steps: Tensor,
     scales: Tensor,
     zeros: Tensor,
-    quantizer: Quantizer,
+    code_range: tuple[int, int],
     block_size: int,
 ) -> None:
     """Give each code in turn its best value, in place.
@@ -77,10 +79,10 @@ def _descend(
         steps: codes less their zero point, ``[in, out]``.
         scales: ``[groups, out]``.
         zeros: zero points, ``[groups, out]``.
-        quantizer: bits and symmetry.
+        code_range: smallest and largest code.
         block_size: see `refine`.
     """
-    low, high = quantizer.code_range
+    low, high = code_range
     diagonal = error.hessian.diagonal() + error.damping
     size = len(steps) // len(scales)
     for start in range(0, len(steps), block_size):

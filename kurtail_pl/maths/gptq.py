@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.descent import OutputError, refine
-from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
+from kurtail_pl.maths.quantizers import Grid, Quantized
 
 ALPHA = 0.25
 """Part of what the inputs lost that GPTAQ makes up for, as its authors' code has it."""
@@ -26,8 +26,23 @@ RATIOS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 """Of the given scale of each output channel, that refinement starts from the best of."""
 
 
+class Levels(Protocol):
+    """What codes stand for: a `Quantizer`, or a format of weights."""
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Type of codes."""
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+
+    def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Nearest codes of numbers, and what they stand for."""
+
+
 @dataclass(frozen=True)
-class GPTQ:
+class Settings:
     """Settings of GPTQ; the defaults are those of QuaRot's and SpinQuant's papers, with activation order.
 
     Args:
@@ -68,7 +83,7 @@ class GPTQ:
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid, quantizer: Quantizer, settings: GPTQ, cross: Tensor | None = None
+    weight: Tensor, hessian: Tensor, grid: Grid, levels: Levels, settings: Settings, cross: Tensor | None = None
 ) -> Quantized:
     """Quantize a weight against the inputs it will see.
 
@@ -80,7 +95,7 @@ def gptq(
         hessian: ``X^T X`` of the layer's inputs, ``[in, in]``, up to a factor; float32 or float64, which is then the
             type of its factorisation.
         grid: static grid ``[out, groups]``, from `search_grid`.
-        quantizer: bits, symmetry and group size of the grid.
+        levels: that codes stand for; refinement asks for evenly spaced ones.
         settings: block size, damping, column order, correction, refinement.
         cross: ``X^T Y`` of the float model's inputs X and those of the Hessian, Y, of the same tokens, ``[in, in]``;
             GPTAQ alone asks for it.
@@ -115,7 +130,7 @@ def gptq(
         # Columns are taken one at a time: held as rows, each is contiguous.
         columns = weight.float().T[order]
         columns[dead[order]] = 0
-        codes = _solve(columns, factor, grid, order, quantizer, settings, lost)
+        codes = _solve(columns, factor, grid, order, levels, settings, lost)
         unordered = torch.empty_like(codes)
         unordered[order] = codes
         return Quantized(unordered.T.contiguous(), grid)
@@ -124,7 +139,7 @@ def gptq(
         return solved(grid)
     error = OutputError(weight, hessian, float(damping))
     best = _best_rows((solved(grid._replace(scale=grid.scale * ratio)) for ratio in RATIOS), error)
-    return refine(error, best, quantizer, settings.refine, settings.block_size)
+    return refine(error, best, levels.code_range, settings.refine, settings.block_size)
 
 
 def _best_rows(found: Iterator[Quantized], error: OutputError) -> Quantized:
@@ -173,8 +188,8 @@ def _solve(
     factor: Tensor,
     grid: Grid,
     order: Tensor,
-    quantizer: Quantizer,
-    settings: GPTQ,
+    levels: Levels,
+    settings: Settings,
     lost: Tensor | None,
 ) -> Tensor:
     """Codes of the columns ``[in, out]``, taken from the last to the first; ``columns`` is used up.
@@ -184,12 +199,12 @@ def _solve(
         factor: upper half of ``[in, in]``: row i of its transpose says how an error in column i moves those before.
         grid: of each output channel and group.
         order: of each column, its place in the weight.
-        quantizer: of the grid.
+        levels: that codes stand for.
         settings: block size and correction.
         lost: of GPTAQ (`_lost_inputs`).
     """
     kept = columns.clone() if settings.correction == "foem" else None
-    codes = torch.empty_like(columns, dtype=torch.int8 if quantizer.symmetric else torch.uint8)
+    codes = torch.empty_like(columns, dtype=levels.code_dtype)
     scales = grid.scale.float().T.contiguous()
     zeros = None if grid.zero_point is None else grid.zero_point.float().T.contiguous()
     groups = (order // (len(columns) // len(scales))).tolist()
@@ -202,11 +217,7 @@ def _solve(
             column, scale, zero = columns[j], scales[groups[j]], None if zeros is None else zeros[groups[j]]
             if kept is not None:
                 column.lerp_(kept[j], BETA)
-            code = (column / scale).round_()
-            if zero is not None:
-                code += zero
-            codes[j] = code.clamp_(*quantizer.code_range)
-            value = (code if zero is None else code - zero) * scale
+            codes[j], value = levels.on_grid(column, scale, zero)
             passed_on = column if kept is None else column.lerp(kept[j], BETA)
             errors[i] = (passed_on - value) / local[i, i]
             columns[start:j].addr_(local[i, :i], errors[i], alpha=-1)

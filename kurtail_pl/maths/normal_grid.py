@@ -1,4 +1,4 @@
-"""Codes on the grids of least mean square error of the normal distribution (HIGGS, arXiv 2411.17525).
+"""The grids of least mean square error of the normal distribution (HIGGS, arXiv 2411.17525).
 
 A weight that was rotated at random is nearly normal whatever it was, so that one grid for each width serves all weights
 and no data is needed: a group is divided by its root mean square and each value goes to the nearest level (HIGGS,
@@ -10,36 +10,12 @@ to be undone where the weight is used; a model without rotations gets the grid, 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
-
 LLOYD_STEPS, NEWTON_STEPS = 100, 8
 """The first bring 4 to 256 levels to where the second, of which half would do, converge quadratically."""
-
-
-@dataclass(frozen=True)
-class NormalQuantizer:
-    """A quantizer of weights on the grid of the normal distribution.
-
-    Args:
-        bits: 2 to 8.
-        group_size: channels that share a scale; None for a whole row.
-
-    Raises:
-        ConfigError: naming the value and what is accepted.
-    """
-
-    bits: int = 4
-    group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"bits is {self.bits}; a grid of the normal distribution has 2 to 8 bits")
 
 
 @functools.cache
@@ -90,37 +66,10 @@ def normal_error(bits: int) -> float:
 
 def _cells(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Edges of the levels' cells, the infinite ones included, and the density of N(0, 1) there: both ``[n + 1]``."""
-    edges = torch.cat([levels.new_tensor([-torch.inf]), _between(levels), levels.new_tensor([torch.inf])])
+    edges = torch.cat([levels.new_tensor([-torch.inf]), midpoints(levels), levels.new_tensor([torch.inf])])
     return edges, (-edges.square() / 2).exp() / (2 * torch.pi) ** 0.5
 
 
-def _between(levels: Tensor) -> Tensor:
+def midpoints(levels: Tensor) -> Tensor:
+    """Where numbers go over from one level to the next, ``[n - 1]``."""
     return (levels[1:] + levels[:-1]) / 2
-
-
-def quantize_normal(weight: Tensor, quantizer: NormalQuantizer) -> Quantized:
-    """Codes of a weight, each the number of the level nearest to its value in root mean squares of its group.
-
-    Args:
-        weight: ``[out, in]``.
-        quantizer: bits and group size.
-
-    Returns:
-        Codes ``[out, in]`` uint8, and scales ``[out, groups]``, those root mean squares, in float32 at least.
-
-    Raises:
-        ValueError: when the group size does not divide the inputs.
-    """
-    grouped = split_groups(weight if weight.dtype == torch.float64 else weight.float(), quantizer.group_size)
-    scale = grouped.square().mean(-1).sqrt()
-    # A group of zeros keeps its scale of zero, by which any level is zero.
-    relative = grouped / torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
-    codes = torch.bucketize(relative, _between(normal_levels(quantizer.bits)).to(relative))
-    return Quantized(codes.to(torch.uint8).reshape(weight.shape), Grid(scale, None))
-
-
-def dequantize_normal(quantized: Quantized, quantizer: NormalQuantizer) -> Tensor:
-    """Values ``[out, in]`` of codes and scales from `quantize_normal`, in the scales' dtype."""
-    codes, grid = quantized
-    values = normal_levels(quantizer.bits).to(grid.scale)[codes.int()]
-    return (split_groups(values, quantizer.group_size) * grid.scale.unsqueeze(-1)).reshape(codes.shape)

@@ -81,6 +81,19 @@ class Quantizer:
             return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         return 0, (1 << self.bits) - 1
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Type of codes."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Nearest codes of numbers, half to even, and what they stand for; both float, all arguments broadcast."""
+        code = (x / scale).round_()
+        if zero_point is not None:
+            code += zero_point
+        code.clamp_(*self.code_range)
+        return code, (code if zero_point is None else code - zero_point) * scale
+
 
 @dataclass(frozen=True, eq=False)
 class LearnedClip(Quantizer):

@@ -1,4 +1,4 @@
-"""Weight grids chosen by mean error, round-to-nearest weights, and two 4-bit codes to a byte."""
+"""Weight grids chosen by mean error, and weights rounded to nearest on them."""
 
 from __future__ import annotations
 
@@ -72,24 +72,3 @@ def round_to_nearest(weight: Tensor, grid: Grid, quantizer: Quantizer) -> Quanti
     """Codes ``[out, in]`` of a weight on a given grid ``[out, groups]``, each rounded on its own (RTN)."""
     codes = codes_on(split_groups(weight, quantizer.group_size), grid, quantizer).reshape(weight.shape)
     return Quantized(codes.to(torch.int8 if quantizer.symmetric else torch.uint8), grid)
-
-
-def pack_codes(codes: Tensor) -> Tensor:
-    """Two 4-bit codes to a byte: ``[..., n]`` -> uint8 ``[..., n/2]``.
-
-    The low nibble holds the first half of the last dimension, the high nibble the second half, as two's complement
-    for signed codes.
-
-    Raises:
-        ValueError: when n is odd.
-    """
-    if codes.shape[-1] % 2:
-        raise ValueError(f"packing needs an even number of codes in a row, got {codes.shape[-1]}")
-    low, high = codes.to(torch.uint8).chunk(2, dim=-1)
-    return (low & 0xF) | (high << 4)
-
-
-def unpack_codes(packed: Tensor, signed: bool) -> Tensor:
-    """Inverse of `pack_codes`: uint8 ``[..., n/2]`` -> int8 (uint8 when not signed) ``[..., n]``."""
-    codes = torch.cat([packed & 0xF, packed >> 4], dim=-1)
-    return (codes.to(torch.int8) ^ 8) - 8 if signed else codes

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_pl.maths.allocation import allocate
-from kurtail_pl.maths.normal_grid import normal_error
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.ranks import Ranks
@@ -26,6 +25,7 @@ from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.hidden import MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.surgery.scheme import Scheme, with_bits
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,10 @@ NOISE = 0.01
 """Relative square size of the noise, about that of four bits."""
 
 
-def allocated_bits(alphas: list[float], average: float) -> list[int]:
-    """Bits of every layer's weights on normal grids, given the layers' ``alpha_l``."""
-    errors = torch.tensor([normal_error(bits) for bits in WIDTHS])
+def allocated_bits(scheme: Scheme, alphas: list[float], average: float) -> list[int]:
+    """Bits of every layer's weights in the scheme's format, given the layers' ``alpha_l``."""
+    assert scheme.weights is not None
+    errors = torch.tensor([with_bits(scheme.weights, bits).relative_error() for bits in WIDTHS])
     bits = allocate(torch.tensor(alphas)[:, None] * errors, WIDTHS, average)
     log.info("bits of each layer's weights, %g on average: %s", average, " ".join(map(str, bits)))
     return bits

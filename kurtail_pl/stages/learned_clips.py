@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import LearnedClip, Quantizer
+from kurtail_pl.methods import Format
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.stages.clips import relative
 from kurtail_pl.streaming.hidden import HiddenStates
@@ -79,13 +80,19 @@ class ClipLearning:
                 "search_clips: [] or learn_clips: null"
             )
         for part in self.parts:
-            quantizer: Quantizer | None = getattr(scheme, part)
+            quantizer: Quantizer | Format | None = getattr(scheme, part)
             if quantizer is None or not (part == "weights" or quantized_activations):
                 raise ConfigError(
                     f"learn_clips.parts names {part}; only what is quantized has a clip: give scheme.{part}, and for "
                     "all but weights set quantized_activations: true"
                 )
-            if quantizer.clip_kind != "ratio":
+            if isinstance(quantizer, Format):
+                if not quantizer.learnable:
+                    raise ConfigError(
+                        f"learn_clips.parts names weights, and they are {quantizer.sentence()}, whose scales are no "
+                        "plain numbers; leave weights out"
+                    )
+            elif quantizer.clip_kind != "ratio":
                 raise ConfigError(
                     f"learn_clips.parts names {part} and scheme.{part}.clip is {quantizer.clip!r}; learning starts "
                     "from a ratio: write ratio:1.0"
@@ -168,7 +175,7 @@ class BlockTraining:
 
     def _learning_scales(self, layer: nn.Module) -> dict[QuantizedLinear, _Scaled]:
         """Let the scales of all weights learn."""
-        scaled = {m: _Scaled(m.scale) for m in layer.modules() if isinstance(m, QuantizedLinear)}
+        scaled = {m: _Scaled(m.get_buffer("scale")) for m in layer.modules() if isinstance(m, QuantizedLinear)}
         for linear, module in scaled.items():
             parametrize.register_parametrization(linear, "scale", module)
         return scaled

@@ -259,7 +259,7 @@ def _quantize(run: _Run, spec: QuantizeSpec) -> StagePlan:
     copies = 1 + 2 * s.layers if spec.average_bits is not None else 0
     noisy = 2 * copies * WINDOWS * TOKENS * s.hidden * value
     felt = copies * (s.forward(WINDOWS * TOKENS, TOKENS) / 2 + 2.0 * WINDOWS * TOKENS * s.embedding)
-    searched = spec.scheme.weights is not None and spec.method != "higgs"
+    searched = spec.scheme.weights is not None and spec.scheme.weights.even
     embedding, solved = s.embedding * FLOAT32, max(_solving(run, spec), s.layer // 2 + training.memory)
     flops = models * s.forward(calibration, spec.text.seqlen) + felt
     flops += (2 * 2.0 * calibration + s.widest) * s.layers * s.active
@@ -290,8 +290,7 @@ def _solving(run: _Run, spec: QuantizeSpec) -> int:
         unsolved = s.layer * value + s.layer // 2  # The float model's layer lets go of its weights at the end.
     if not spec.needs_inputs:
         return max(s.layer * value, unsolved)
-    copies = 5 if spec.gptq.refine else 3 if spec.gptq.correction == "foem" else 2
-    solving = _hessians(s.widest, spec) + copies * s.wide * FLOAT32
+    solving = _hessians(s.widest, spec) + max(2, spec.rounder.copies) * s.wide * FLOAT32
     return max(unsolved + solving, s.layer * value + _hessians(s.hidden, spec))
 
 

@@ -1,18 +1,19 @@
-"""Quantize: a fused model's weights to integers by RTN, GPTQ or HIGGS, layer by layer, into an artefact folder."""
+"""Quantize: a fused model's weights to codes, layer by layer, into an artefact folder."""
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError, ConfigError, require_seed
-from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.methods import Needs, Rounder, default_rounder
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.allocation import WIDTHS, allocated_bits, sensitivities
 from kurtail_pl.stages.calibration import as_stored
@@ -37,10 +38,11 @@ from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.attention import put_prefix
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, require_scheme_fits
+from kurtail_pl.surgery.exact import exact_names
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme, require_normal
+from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +52,19 @@ INHERITED = ("source", "tokenizer_sha256", "rotations", "rotations_sha256", "gat
 
 @dataclass(frozen=True)
 class QuantizeSpec:
-    """How weights become integers.
+    """How weights become codes.
 
     Args:
         scheme: bits of weights, activations, keys and values.
-        method: ``rtn``, ``gptq``, or ``higgs``, which rounds to the levels that are best for a normal distribution
-            (`maths.normal_grid`) and needs no text.
-        average_bits: for ``higgs``: give each decoder layer's weights bits of its own, so many on average, by how much
-            their errors hurt on the first of the text's windows (`stages.allocation`); null gives all the same.
-        gptq: settings of GPTQ. Its correction ``gptaq`` runs the float model beside, layer by layer, and excludes
-            `match_outputs`, which makes up for the rounding of inputs already; ``foem`` goes with it.
-        text: calibration text of GPTQ.
+        rounder: how weights are rounded. GPTQ's correction ``gptaq`` runs the float model beside, layer by layer, and
+            excludes `match_outputs`, which makes up for the rounding of inputs already; ``foem`` goes with it.
+        average_bits: give each decoder layer's weights bits of its own, so many on average, by how much their errors
+            hurt on the first of the text's windows (`stages.allocation`); null gives all the same.
+        text: calibration text.
         quantized_activations: let the Hessians see activations and KV as quantized as they will be.
         match_outputs: before it is rounded, change each weight by least squares so that its product with the quantized
             inputs is nearest to its own with the float ones; needs `quantized_activations`.
+        match_damping: relative to the mean of the Hessian's diagonal, and added to it for that.
         by_attention: where the weight that makes values is matched and solved, let tokens count by the attention they
             get (`maths.received`): an error in the first token's value, which most others read, is else one of many.
         search_clips: parts of the scheme (``activations``, ``keys``, ``values``) whose clip is a ratio of its own at
@@ -74,12 +75,12 @@ class QuantizeSpec:
     """
 
     scheme: Scheme = field(default_factory=Scheme)
-    method: Literal["rtn", "gptq", "higgs"] = "gptq"
+    rounder: Rounder = field(default_factory=default_rounder)
     average_bits: float | None = None
-    gptq: GPTQ = field(default_factory=GPTQ)
     text: TextSpec = field(default_factory=TextSpec)
     quantized_activations: bool = False
     match_outputs: bool = False
+    match_damping: float = 0.01
     by_attention: bool = False
     search_clips: list[Part] = field(default_factory=list)
     learn_clips: ClipLearning | None = None
@@ -105,29 +106,26 @@ class QuantizeSpec:
             )
         if self.learn_clips is not None:
             self.learn_clips.require_learnable(self.scheme, self.quantized_activations, self.search_clips)
-        if self.match_outputs and self.gptq.correction == "gptaq":
+        if self.match_outputs and Needs.FLOAT_INPUTS in self.rounder.needs:
             raise ConfigError(
-                "match_outputs is true and gptq.correction is gptaq; both make up for the same loss: leave one out"
+                f"match_outputs is true and the weights are {self.rounder.sentence()}; both make up for the same loss: "
+                "leave one out"
             )
-        if self.method not in ("rtn", "gptq", "higgs"):
-            raise ConfigError(f"method is {self.method!r}; weights are quantized by rtn or gptq, or by higgs")
-        if self.method == "higgs":
-            if self.scheme.weights is not None:
-                require_normal(self.scheme.weights)
-        elif self.scheme.higgs_bits is not None:
-            raise ConfigError(
-                f"higgs_bits are given and method is {self.method}; write method: higgs, or leave them out"
-            )
+        if not 0 < self.match_damping < math.inf:
+            raise ConfigError(f"match_damping is {self.match_damping}; give a positive number, usually 0.01")
+        if self.scheme.weights is not None:
+            self.rounder.require(self.scheme.weights)
         if self.average_bits is not None:
             self._require_free_bits(self.average_bits)
 
     def _require_free_bits(self, average: float) -> None:
         if not min(WIDTHS) <= average <= max(WIDTHS):
             raise ConfigError(f"average_bits is {average}; layers have {min(WIDTHS)} to {max(WIDTHS)} bits")
-        if self.method != "higgs" or self.scheme.weights is None or self.scheme.higgs_bits is not None:
+        weights = self.scheme.weights
+        if weights is None or weights.relative_error() is None or self.scheme.layer_bits is not None:
             raise ConfigError(
-                f"average_bits is {average}; bits are chosen for method higgs (now {self.method}) with scheme.weights "
-                "given and scheme.higgs_bits null"
+                f"average_bits is {average}; bits are chosen where the error of a format is known: give scheme.weights "
+                "with levels of the normal distribution, and scheme.layer_bits null"
             )
 
     @property
@@ -137,16 +135,27 @@ class QuantizeSpec:
 
     def method_name(self, rotations: str) -> str:
         """Name of what a method's rotations and these weights make: without rotations, how the weights are rounded."""
-        return self.method if rotations == UNROTATED and self.scheme.weights is not None else rotations
+        return self.rounding if rotations == UNROTATED and self.scheme.weights is not None else rotations
 
     @property
-    def _solves(self) -> bool:
-        return self.scheme.weights is not None and self.method == "gptq"
+    def rounding(self) -> str:
+        """Short name of how weights are rounded, and to what where that is not integers."""
+        weights = self.scheme.weights
+        return "-".join(part for part in ("" if weights is None else weights.label, self.rounder.label) if part)
+
+    @property
+    def needs(self) -> Needs:
+        """What the rounder asks for, where it has something to do."""
+        return Needs.NOTHING if self.scheme.weights is None else self.rounder.needs
 
     @property
     def needs_float_model(self) -> bool:
         """Whether the calibration windows go through the float model too."""
-        return self._solves and self.gptq.correction == "gptaq"
+        return Needs.FLOAT_INPUTS in self.needs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, methods by their kinds."""
+        return {**asdict(self), "scheme": self.scheme.to_dict(), "rounder": self.rounder.to_dict()}
 
     @property
     def needs_text(self) -> bool:
@@ -157,7 +166,7 @@ class QuantizeSpec:
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
         searches = bool(self.search_clips) or self.learn_clips is not None
-        return self._solves or self.scheme.calibrated or self.match_outputs or searches
+        return bool(self.needs) or self.scheme.calibrated or self.match_outputs or searches
 
 
 def quantize(
@@ -199,14 +208,11 @@ def quantize(
     require_fit(checkpoint.config, spec)
     if scheme.prefix is not None:
         require_tokens(checkpoint.config, scheme.prefix)
-    if spec.method == "higgs" and scheme.weights is not None and scheme.higgs_bits is None:
-        scheme = replace(scheme, higgs_bits=[scheme.weights.bits] * checkpoint.config.num_hidden_layers)
     model = _equipped(checkpoint, scheme if spec.quantized_activations else FLOAT, rotations)
     float_model = _equipped(checkpoint, FLOAT, rotations) if spec.needs_float_model else None
     walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
-    settings = spec.gptq if spec.method == "gptq" else None
-    match = spec.gptq.percdamp if spec.match_outputs else None
-    solver = LayerSolver(walker, scheme, settings, match, ranks, spec.search_clips, spec.by_attention)
+    match = spec.match_damping if spec.match_outputs else None
+    solver = LayerSolver(walker, scheme, spec.rounder, match, ranks, spec.search_clips, spec.by_attention)
     text, learning_text = calibration_windows(checkpoint, spec), learning_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
@@ -219,14 +225,15 @@ def quantize(
         with Meter(work.state.get("cost")) as meter:
             if spec.average_bits is not None and text is not None:
                 alphas = sensitivities(checkpoint, text.tokens, spec.seed, compute, work, ranks)
-                scheme = replace(scheme, higgs_bits=allocated_bits(alphas, spec.average_bits))
+                scheme = replace(scheme, layer_bits=allocated_bits(scheme, alphas, spec.average_bits))
             _write_weights(walker, solver, float_model, scheme, text, learning_text, spec, work, meter)
         card: dict[str, Any] = {
             **{key: fused_card.get(key) for key in INHERITED},
             "fuse": fused_card.get("recipe", {}),
             "method": spec.method_name(fused_card["method"]),
             "scheme": scheme.to_dict(),
-            "quantize": asdict(spec),
+            "rounding": spec.rounding,
+            "quantize": spec.to_dict(),
             "dtype": compute.dtype,
             "calibration_text_sha256": recipe["calibration_text_sha256"],
             "fused_sha256": recipe["fused_sha256"],
@@ -297,8 +304,9 @@ def _write_weights(
 
     def state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
         tensors = checkpoint_state(module.state_dict(), architecture)
-        # Scales stay float32: there is one for thousands of weights.
-        return named(prefix, {k: v if k.endswith("scale") else as_stored(v) for k, v in tensors.items()})
+        # Scales stay as they are: there is one for thousands of weights.
+        exact = exact_names(module)
+        return named(prefix, {k: v if k.rpartition(".")[2] in exact else as_stored(v) for k, v in tensors.items()})
 
     solver.notes.update(work.state.get("notes", {}))
     solver.clips.extend(work.state.get("clips", []))
@@ -316,17 +324,15 @@ def _write_weights(
     learning = None if learning_text is None else walker.hidden_states(share(learning_text.tokens), work, "learning")
     exact = None if float_model is None else (layers_of(float_model, architecture), hidden.beside("exact"))
     prefix = list(prefix_states(walker.checkpoint, scheme.prefix, walker.dtype, walker.device)) if scheme.prefix else []
-    for index, layer in walker.layers(f"{spec.method} layers", work):
+    for index, layer in walker.layers(f"{spec.rounder.label} layers", work):
         if prefix:
             for each in (layer,) if exact is None else (layer, exact[0][index]):
                 put_prefix(each.get_submodule(architecture.attention), *prefix[index])
-        solver.quantizer = scheme.layer_weights(index)
-        if exact is not None:
-            solver.exact = FloatLayer(walker, exact[0][index], layer, exact[1])
+        beside = None if exact is None else FloatLayer(walker, exact[0][index], layer, exact[1])
         training = None
         if spec.learn_clips is not None and learning is not None:
             training = BlockTraining(walker, layer, spec.learn_clips, learning, ranks)
-        solver.solve_layer(layer, f"{layers}.{index}", hidden)
+        solver.solve_layer(layer, f"{layers}.{index}", hidden, scheme.layer_weights(index), beside)
         if training is not None:
             solver.clips.append(training.learn(layer))
             hidden.after.fill(walker.advance(layer, states) for states in hidden.before)

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.stages.results import LABELS, RESULTS, read_results
+from kurtail_pl.methods import Rounder
+from kurtail_pl.stages.results import LABELS, RESULTS, label_of, read_results
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_table
 from kurtail_pl.stages.text import title_of
@@ -51,7 +52,7 @@ def row(results: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table; the seconds are those of making the model, the memory also that of measuring it."""
     making = [cost for stage, cost in results["cost"].items() if stage != "evaluate"]
     return (
-        LABELS.get(results["method"], results["method"]),
+        label_of(results["method"]),
         Scheme.from_dict(results["scheme"]).name,
         f"{results['kurtosis']['mean']:.2f}",
         f"{results['kurtosis']['max']:.2f}",
@@ -79,7 +80,7 @@ def _tasks(own: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if "tasks" not in own:
         return ""
     columns = [
-        (LABELS.get(results["method"], results["method"]), results["tasks"])
+        (label_of(results["method"]), results["tasks"])
         for results in rows
         if "tasks" in results and measured_alike(results["tasks"], own["tasks"])
     ]
@@ -118,18 +119,21 @@ def _exceptions(card: dict[str, Any]) -> str:
 def _model_card(folder: Path) -> str:
     card, results = read_card(folder), read_results(folder)
     evaluation, scheme = results["evaluation"], Scheme.from_dict(card["scheme"])
-    parts = {"weights": scheme.weights, "activations": scheme.activations, "keys": scheme.keys, "values": scheme.values}
-    lines = [
+    parts = {"activations": scheme.activations, "keys": scheme.keys, "values": scheme.values}
+    lines = ["- weights: " + ("float" if scheme.weights is None else scheme.weights.sentence())]
+    lines += [
         f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
         for name, q in parts.items()
     ]
-    quantize = card.get("quantize") or {"method": "none"}
+    quantize = card.get("quantize") or {}
     if searched := quantize.get("search_clips"):
         lines.append(f"- clips: a ratio of its own at each site for {', '.join(searched)}")
     if learned := quantize.get("learn_clips"):
         lines.append(f"- learned on each block's float output: {', '.join(learned['parts'])}")
-    if scheme.higgs_bits is not None:
-        lines[0] = f"- weights: levels of the normal distribution, {_bits(scheme.higgs_bits)}"
+    if scheme.weights is not None and "rounder" in quantize:
+        lines[0] += f", {Rounder.from_dict(quantize['rounder']).sentence()}"
+    if scheme.layer_bits is not None:
+        lines[0] += f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
     if scheme.activations is not None and scheme.attention_output == "head":
         lines[1] += "; one scale a head in the input of the output projection"
     if scheme.static:
@@ -141,7 +145,7 @@ def _model_card(folder: Path) -> str:
     return (
         f"# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
-        f"{LABELS.get(card['method'], card['method'])}, weights by {quantize['method'].upper()}.\n\n"
+        f"{label_of(card['method'])}.\n\n"
         + "\n".join(lines)
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "

@@ -38,6 +38,11 @@ LABELS = {
 """Methods as the tables print them, in their order; without rotations, a method is how the weights are rounded."""
 
 
+def label_of(method: str) -> str:
+    """A method as tables print it."""
+    return LABELS.get(method, method)
+
+
 def artefact_name(model: str, method: str, bits: str) -> str:
     """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""
     return f"{model_name(model)}-{method}-{bits}"
@@ -150,12 +155,16 @@ class _Origin:
     model_sha256: str
 
 
+_Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
+"""JSON has whole numbers of any length, and no float is that large."""
+
+
 @with_config(OTHERS_TOO)
 @dataclass(frozen=True)
 class _Cost:
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: float
+    seconds: _Number
+    cpu_seconds: _Number
+    peak_bytes: _Number
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    perplexity: float
+    perplexity: _Number
     source: str
     windows: int
     seqlen: int
@@ -183,10 +192,10 @@ class _Evaluation:
 
 @dataclass(frozen=True)
 class _Kurtosis:
-    mean: float
-    max: float
+    mean: _Number
+    max: _Number
     rows: int
-    sites: dict[str, float]
+    sites: dict[str, _Number]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Calibration, RTN, GPTQ and HIGGS over a decoder layer: its linears in the order in which data reaches them."""
+"""Calibration and rounding over a decoder layer: its linears in the order in which data reaches them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from kurtail_pl.maths.gptq import GPTQ, gptq
 from kurtail_pl.maths.matching import matched
-from kurtail_pl.maths.normal_grid import NormalQuantizer, quantize_normal
-from kurtail_pl.maths.quantizers import Quantized, Quantizer
-from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.maths.quantizers import Quantized
+from kurtail_pl.methods import Format, Moments, Rounder
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.calibration import centre_inputs, centre_keys, fix_grid, received_by
 from kurtail_pl.stages.clips import Part, search_cache, search_inputs, some
@@ -50,17 +48,6 @@ class Notes(TypedDict):
     borrowers: list[str]
 
 
-class Moments(NamedTuple):
-    """Sums over tokens: ``Y^T Y`` of what a weight multiplies, and ``X^T Y`` with X what it should multiply.
-
-    That is what it multiplies in the float model or, where this does not run beside, Y before its quantizer. Both
-    ``[in, in]``, float64, or float32 where that would be the largest thing in memory.
-    """
-
-    hessian: Tensor | None
-    cross: Tensor | None
-
-
 class LayerSolver:
     """Turns the weights of decoder layers into codes.
 
@@ -70,8 +57,8 @@ class LayerSolver:
 
     Args:
         walker: runs the layers.
-        scheme: the quantizer of the weights, None leaving them float, and what is calibrated, which needs inputs.
-        settings: of GPTQ; None rounds to nearest, and needs no inputs.
+        scheme: what is calibrated, which needs inputs.
+        rounder: turns weights into codes.
         match: damping with which each weight is first matched to its quantized inputs (`maths.matching`), relative to
             the mean of the Hessian's diagonal; None leaves the weights as they are. The walker's layers must quantize.
         ranks: the processes that share the windows; each has the hidden states of its own, and all get the same codes.
@@ -79,8 +66,6 @@ class LayerSolver:
         by_attention: tokens count in the moments of the linear that makes values by the attention they get.
 
     Attributes:
-        quantizer: of the next layer's weights.
-        exact: the next layer in the float model, which GPTAQ asks for; it is taken on with that layer.
         clips: the ratios of each layer solved so far, by site: a quantizer's place in the layer.
     """
 
@@ -88,27 +73,37 @@ class LayerSolver:
         self,
         walker: Walker,
         scheme: Scheme,
-        settings: GPTQ | None,
+        rounder: Rounder,
         match: float | None = None,
         ranks: Ranks = ALONE,
         searched: Sequence[Part] = (),
         by_attention: bool = False,
     ) -> None:
-        self.walker, self.scheme, self.settings = walker, scheme, settings
-        self.quantizer: Quantizer | NormalQuantizer | None = scheme.weights
+        self.walker, self.scheme, self.rounder = walker, scheme, rounder
         self.match, self.ranks, self.searched, self.by_attention = match, ranks, searched, by_attention
-        self.exact: FloatLayer | None = None
+        self._weights: Format | None = None
+        self._exact: FloatLayer | None = None
         self.clips: list[dict[str, float]] = []
         self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
 
-    def solve_layer(self, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
+    def solve_layer(
+        self,
+        layer: nn.Module,
+        prefix: str,
+        hidden: HiddenStates,
+        weights: Format | None,
+        exact: FloatLayer | None = None,
+    ) -> None:
         """Quantize a layer's linears in place, and fill `hidden.after` with what the quantized layer writes.
 
         Args:
             layer: with weights, equipped.
             prefix: its name in the model.
             hidden: states of all windows; none where no inputs are needed.
+            weights: format of its weights; None leaves them float.
+            exact: the layer in the float model, for a rounder that asks for it; it is taken on with the layer.
         """
+        self._weights, self._exact = weights, exact
         architecture = self.walker.architecture
         if self.searched:
             self.clips.append({})
@@ -126,16 +121,16 @@ class LayerSolver:
             down = layer.get_submodule(f"{architecture.mlp}.{architecture.down}")
             assert isinstance(down, QuantizedLinear)
             inner = hidden.scratch(down.in_features)
-            wanted = self.exact.mlp_inputs if self.exact else None
+            wanted = self._exact.mlp_inputs if self._exact else None
             self._gated_mlp(layer, prefix, architecture.mlp, normed, wanted, inner)
             states.fill(h + down(x) for h, x in zip(states, inner, strict=True))
-        if self.exact is not None:
-            self.exact.add_mlp()
+        if self._exact is not None:
+            self._exact.add_mlp()
 
     def _attention(self, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
         architecture = self.walker.architecture
         norm, attention = (layer.get_submodule(n) for n in (architecture.attention_norm, architecture.attention))
-        exact = self.exact
+        exact = self._exact
         wanted = exact.attention_inputs if exact else None
 
         def attended(states: Iterable[Tensor] = hidden.before) -> Iterator[Tensor]:
@@ -168,7 +163,7 @@ class LayerSolver:
         inner: MappedStates | None = None,
     ) -> None:
         """Quantize a gated MLP, dense or one expert; keeps in `inner`, when given, what its down projection reads."""
-        architecture, exact = self.walker.architecture, self.exact
+        architecture, exact = self.walker.architecture, self._exact
         down, block = f"{mlp}.{architecture.down}", layer.get_submodule(mlp)
         self._solve(layer, prefix, architecture.gate_and_up(mlp), inputs, wanted)
         with set_aside(layer, down) as linear:
@@ -189,7 +184,7 @@ class LayerSolver:
         assert architecture.router is not None
         router, mlps = layer.get_submodule(architecture.router), architecture.gated_mlps(layer)
         index = [routed(router, x.flatten(0, 1)) for x in normed()]
-        needs_tokens = self.settings is not None or self.scheme.static
+        needs_tokens = bool(self.rounder.needs) or self.scheme.static
         for number, mlp in enumerate(mlps):
             chosen = [(window == number).any(-1) for window in index]
             if needs_tokens:
@@ -198,7 +193,7 @@ class LayerSolver:
             def rows(of: Inputs, chosen: list[Tensor] = chosen) -> Inputs:
                 return lambda: (x[:, mask] for x, mask in zip(of(), chosen, strict=True))
 
-            self._gated_mlp(layer, prefix, mlp, rows(normed), rows(self.exact.mlp_inputs) if self.exact else None)
+            self._gated_mlp(layer, prefix, mlp, rows(normed), rows(self._exact.mlp_inputs) if self._exact else None)
         if needs_tokens:
             counts = [self.notes["expert_tokens"][f"{prefix}.{mlp}"] for mlp in mlps]
             log.info("%s: tokens routed to each expert %s", prefix, counts)
@@ -263,7 +258,7 @@ class LayerSolver:
         counts: Sequence[Tensor] | None = None,
     ) -> Moments:
         """Of what the linear's weight multiplies, over all tokens as they count; None where a product has no use."""
-        solves = self.quantizer is not None and self.settings is not None
+        solves = self._weights is not None and bool(self.rounder.needs)
         if not solves and self.match is None:
             return Moments(None, None)
         assert isinstance(linear, QuantizedLinear)
@@ -291,8 +286,8 @@ class LayerSolver:
             assert linear.weight is not None
             weight = self._matched(f"{prefix}.{name}", linear.weight, moments)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            if self.quantizer is not None:
-                linear.pack(self._codes(f"{prefix}.{name}", weight, moments, self.quantizer), self.quantizer)
+            if self._weights is not None:
+                linear.pack(self._codes(f"{prefix}.{name}", weight, moments, self._weights), self._weights)
 
     def _matched(self, name: str, weight: Tensor, moments: Moments) -> Tensor:
         if self.match is not None and moments.hessian is not None and moments.cross is not None:
@@ -303,17 +298,13 @@ class LayerSolver:
                 self._note_fallback(name)
         return weight
 
-    def _codes(self, name: str, weight: Tensor, moments: Moments, quantizer: Quantizer | NormalQuantizer) -> Quantized:
-        if isinstance(quantizer, NormalQuantizer):
-            return quantize_normal(weight, quantizer)
-        grid = search_grid(weight, quantizer)
-        if moments.hessian is not None and self.settings is not None:
-            try:
-                return gptq(weight, moments.hessian, grid, quantizer, self.settings, moments.cross)
-            except LinAlgError:
-                log.warning("%s: the Hessian is not positive definite; its weight is rounded to nearest", name)
-                self._note_fallback(name)
-        return round_to_nearest(weight, grid, quantizer)
+    def _codes(self, name: str, weight: Tensor, moments: Moments, weights: Format) -> Quantized:
+        try:
+            return self.rounder.codes(weight, weights, moments)
+        except LinAlgError:
+            log.warning("%s: the Hessian is not positive definite; its weight is rounded to nearest", name)
+            self._note_fallback(name)
+            return weights.nearest(weight)
 
     def _note_fallback(self, name: str) -> None:
         if name not in self.notes["fallbacks"]:

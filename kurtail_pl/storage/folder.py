@@ -28,7 +28,7 @@ from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized,
 from kurtail_pl.surgery.rotations import Rotations
 from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
-FORMAT = 1
+FORMAT = 2
 AGAIN = "copy the folder again or make it again"
 
 
@@ -82,7 +82,7 @@ class _Learned:
 @with_config(OTHERS_TOO)
 @dataclass(frozen=True)
 class _Quantize:
-    method: str
+    rounder: dict[str, Any]
     search_clips: list[str] | None = None
     learn_clips: _Learned | None = None
 
@@ -99,6 +99,7 @@ class _Card:
     rotations: dict[str, Any] = field(default_factory=dict)
     clips: list[dict[str, float]] | None = None
     quantize: _Quantize | None = None
+    rounding: str = ""
     fallbacks: list[str] = field(default_factory=list)
     borrowers: list[str] = field(default_factory=list)
     expert_tokens: dict[str, int] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture, reason
+from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture, reason, shortened
 from kurtail_pl.storage.gguf_header import GgufHeader
 
 FAMILIES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
@@ -80,9 +80,8 @@ class _Keys:
         unread = [key for key, value in self.left.items() if value and key not in HARMLESS]
         if unread:
             more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-            raise CheckpointError(
-                f"{self.path} says {self.prefix}{unread[0]}{more}, which the conversion does not carry; {ELSEWHERE}"
-            )
+            first = shortened(self.prefix + unread[0], 60)
+            raise CheckpointError(f"{self.path} says {first}{more}, which the conversion does not carry; {ELSEWHERE}")
 
 
 def config_of(header: GgufHeader) -> PretrainedConfig:

@@ -49,8 +49,9 @@ COMPANIONS = (
 
 
 def settings_key(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings as plain data for JSON, without the names of files and folders."""
-    key: dict[str, Any] = json.loads(json.dumps(unspelled(asdict(settings))))
+    """A dataclass of settings as plain data for JSON, methods by their kinds, without names of files and folders."""
+    data = settings.to_dict() if hasattr(settings, "to_dict") else asdict(settings)
+    key: dict[str, Any] = json.loads(json.dumps(unspelled(data)))
     return key
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from kurtail_pl.errors import KurtailError, shortened
+from kurtail_pl.methods.method import adapter_of
 
 T = TypeVar("T")
+LONGEST_NAME = 255
+"""Bytes of a file's name, on every file system that is in use."""
 MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 """pydantic's names of one kind of error."""
-KNOWN_ONLY = ConfigDict(strict=True, extra="forbid")
 OTHERS_TOO = ConfigDict(strict=True, extra="ignore")
 """For dataclasses that are not all of what a file holds."""
 
@@ -64,7 +65,7 @@ def fields_of(data: object, kind: type[T], path: Path, wrong: type[KurtailError]
         raise wrong(f"{path} holds {shortened(repr(data), 40)} where an object should be; {remedy}")
     known = {name: data[name] for name in kind.__dataclass_fields__ if name in data}  # type: ignore[attr-defined]
     try:
-        return cast(T, _adapter(cast(Hashable, kind)).validate_json(json.dumps([known]))[0])
+        return cast(T, adapter_of(cast(Hashable, kind)).validate_json(json.dumps([known]))[0])
     except ValidationError as error:
         first = error.errors()[0]
         place = shortened(".".join(map(str, first["loc"][1:])), 40)
@@ -74,15 +75,17 @@ def fields_of(data: object, kind: type[T], path: Path, wrong: type[KurtailError]
         raise wrong(f"{path}: {place} is {found}: {expected}; {remedy}") from error
 
 
-@cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    # The configuration of a tuple reaches the dataclasses in it.
-    return TypeAdapter(tuple[kind], config=KNOWN_ONLY)  # type: ignore[valid-type]
-
-
 def require_inside(name: str, path: Path, wrong: type[KurtailError]) -> None:
     """Raise `wrong` unless a file's name, as a file says it, stays in the folder of that file."""
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or not parts.parts or not name.isprintable() or "\\" in name:
+    too_long = any(len(part.encode()) > LONGEST_NAME for part in parts.parts)
+    if (
+        parts.is_absolute()
+        or ".." in parts.parts
+        or not parts.parts
+        or not name.isprintable()
+        or "\\" in name
+        or too_long
+    ):
         shown = shortened(repr(name), 40)
         raise wrong(f"{path} names the file {shown}, which is not in its folder; get the folder from its source")

@@ -186,7 +186,9 @@ def differences(have: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str 
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(one, other, f"{prefix}{key}.")
         elif one != other and key.endswith(HASH):
-            found.append(f"another {prefix}{key.removesuffix(HASH).replace('_', ' ')}")
+            found.append(f"another {shortened(prefix + key.removesuffix(HASH).replace('_', ' '), 60)}")
         elif one != other:
-            found.append(f"{prefix}{key} is {shortened(repr(one), 40)}, wanted {shortened(repr(other), 40)}")
+            found.append(
+                f"{shortened(prefix + key, 60)} is {shortened(repr(one), 40)}, wanted {shortened(repr(other), 40)}"
+            )
     return found

@@ -32,7 +32,9 @@ def read_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a", add_special_tokens=False)  # Some values are looked at no sooner.
-    except Exception as error:  # Rust's and Python's tokenizers, and the packages they ask for, raise their own kinds.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Of Rust's and Python's tokenizers, all kinds; a panic of Rust's is no Exception.
         raise CheckpointError(f"the tokenizer in {folder} cannot be used ({reason(error)}); {AGAIN}") from error
     if tokenizer.vocab_size > vocabulary:
         raise CheckpointError(

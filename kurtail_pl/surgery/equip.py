@@ -22,6 +22,9 @@ from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.scheme import Scheme
 
+FLOAT32 = 4
+"""Bytes of a float."""
+
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without memory for its weights (device ``meta``), in evaluation mode.
@@ -61,12 +64,14 @@ def layers_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleLi
 
 def require_scheme_fits(config: PretrainedConfig, scheme: Scheme) -> None:
     """Raise ConfigError when a model's widths or layers are not what a scheme's groups or bits of layers need."""
-    bits, layers = scheme.higgs_bits, config.num_hidden_layers
+    bits, layers = scheme.layer_bits, config.num_hidden_layers
     if bits is not None and len(bits) != layers:
-        raise ConfigError(f"higgs_bits are {len(bits)} numbers and this model has {layers} layers; give one for each")
+        raise ConfigError(f"layer_bits are {len(bits)} numbers and this model has {layers} layers; give one for each")
     head_dim = head_dim_of(config)
     inputs = (config.hidden_size, config.num_attention_heads * head_dim, *mlp_widths(config))
-    widths = {"weights": inputs, "activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
+    if scheme.weights is not None:
+        scheme.weights.require("weights", inputs)
+    widths = {"activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
     for name, sizes in widths.items():
         quantizer: Quantizer | None = getattr(scheme, name)
         if quantizer is None or quantizer.group_size is None:
@@ -165,7 +170,7 @@ def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
 def unpacked_bytes(model: PreTrainedModel) -> int:
     """Bytes that `unpack_weights` will take."""
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.weight is None]
-    return sum(module.in_features * module.out_features * module.scale.element_size() for module in packed)
+    return sum(module.in_features * module.out_features * FLOAT32 for module in packed)
 
 
 def unpack_weights(model: PreTrainedModel) -> None:

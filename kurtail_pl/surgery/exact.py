@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ class Exact(nn.Module):
         exact: names of these buffers; None for all that the module itself has.
     """
 
-    exact: ClassVar[tuple[str, ...] | None] = None
+    exact: tuple[str, ...] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What every cast and move of a module comes down to."""
@@ -26,6 +26,11 @@ class Exact(nn.Module):
             if buffer is not None and after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+
+def exact_names(module: nn.Module) -> set[str]:
+    """Names of the buffers, in whatever module of this one, that no cast changes."""
+    return {name for part in module.modules() if isinstance(part, Exact) for name in part.exact or part._buffers}
 
 
 def exact_class(kind: type[nn.Module]) -> type[nn.Module]:

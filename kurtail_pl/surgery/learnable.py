@@ -11,8 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from kurtail_pl.maths.hadamard import hadamard_transform
-from kurtail_pl.maths.quantizers import Quantizer, values_of
-from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods import Format
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.attention import ATTENTION
@@ -127,15 +126,12 @@ def _compute_bias(linear: nn.Module, turn: Turn) -> None:
         _compute(linear, "bias", [lambda bias: turn(bias.unsqueeze(1)).squeeze(1)])
 
 
-def _rounded_to(quantizer: Quantizer) -> Turn:
-    """Round a weight to its own best grid; gradients pass straight through."""
+def _rounded_to(weights: Format) -> Turn:
+    """Round a weight to nearest; gradients pass straight through."""
 
     def rounded(weight: Tensor) -> Tensor:
         with torch.no_grad():
-            grid = search_grid(weight, quantizer)
-            codes = round_to_nearest(weight, grid, quantizer).codes.to(weight.dtype)
-            values = values_of(codes.view(*grid.scale.shape, -1), grid).reshape(weight.shape)
-            error: Tensor = values - weight
+            error: Tensor = weights.values(weights.nearest(weight)).to(weight.dtype) - weight
         return weight + error
 
     return rounded

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.normal_grid import NormalQuantizer, dequantize_normal
-from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize, fake_quantize
-from kurtail_pl.maths.weights import pack_codes, unpack_codes
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, fake_quantize
+from kurtail_pl.methods import Format
+from kurtail_pl.methods.format import Tensors
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.rotations import OnlineHadamard
 
@@ -21,10 +21,8 @@ class QuantizedLinear(Exact):
     bias holds. After `fix_grid` all tokens share one grid of Q_a, `input_scale` and `input_zero_point`, ``[1]`` both;
     else each has its own.
 
-    The weight is either a float `weight` ``[out, in]`` or packed `codes` (uint8, two 4-bit codes to a byte,
-    ``[out, in/2]``; one byte a code, ``[out, in]``, for more than 4 bits) with `scale` ``[out, groups]`` and, when
-    asymmetric, `zero_point`. Codes of a `NormalQuantizer` are numbers of levels and have no `zero_point`. The weight is
-    dequantized when used: the simulation is exact, not fast.
+    The weight is either a float `weight` ``[out, in]`` or the tensors that its format stores. It is dequantized when
+    used: the simulation is exact, not fast.
 
     Args:
         linear: the layer to stand in for; its parameters are shared, not copied.
@@ -32,21 +30,17 @@ class QuantizedLinear(Exact):
         activations: quantizer of the input.
     """
 
-    exact = ("scale", "input_scale")
-
     centre: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
 
     def __init__(self, linear: nn.Linear, rotation: HadamardFactors | None, activations: Quantizer | None) -> None:
         super().__init__()
+        self.exact = ("input_scale",)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rotation = None if rotation is None else OnlineHadamard(rotation)
         self.activations = activations
-        self.weights: Quantizer | NormalQuantizer | None = None
+        self.weights: Format | None = None
         self.weight: Tensor | None = linear.weight
         self.bias = linear.bias
         for name in ("centre", "input_scale", "input_zero_point"):
@@ -68,28 +62,32 @@ class QuantizedLinear(Exact):
         self.input_scale = grid.scale.clone()
         self.input_zero_point = None if grid.zero_point is None else grid.zero_point.to(torch.uint8)
 
-    def pack(self, quantized: Quantized, quantizer: Quantizer | NormalQuantizer) -> None:
+    def pack(self, quantized: Quantized, weights: Format) -> None:
         """Replace the float weight by codes."""
-        self.weights, self.weight = quantizer, None
-        codes = quantized.codes
-        self.register_buffer("codes", pack_codes(codes) if self._two_to_a_byte else codes)
-        self.register_buffer("scale", quantized.grid.scale)
-        zero_point = quantized.grid.zero_point
-        self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.uint8))
+        self._store(weights, weights.pack(quantized))
 
-    def expect_codes(self, quantizer: Quantizer | NormalQuantizer) -> None:
+    def expect_codes(self, weights: Format) -> None:
         """Make room, on the weight's device, for codes that a checkpoint will bring."""
         assert self.weight is not None
-        empty = self.weight.new_empty
-        groups = self.in_features // (quantizer.group_size or self.in_features)
-        signed, offset = _signed(quantizer), isinstance(quantizer, Quantizer) and not quantizer.symmetric
-        codes = empty(self.out_features, self.in_features, dtype=torch.int8 if signed else torch.uint8)
-        zero_point = empty(self.out_features, groups) if offset else None
-        self.pack(Quantized(codes, Grid(empty(self.out_features, groups), zero_point)), quantizer)
+        buffers = weights.buffers(self.out_features, self.in_features)
+        self._store(weights, {name: self.weight.new_empty(b.shape, dtype=b.dtype) for name, b in buffers.items()})
 
-    @property
-    def _two_to_a_byte(self) -> bool:
-        return self.weights is not None and self.weights.bits <= 4 and self.in_features % 2 == 0
+    def _store(self, weights: Format, tensors: Tensors) -> None:
+        self.weights, self.weight = weights, None
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.exact = ("input_scale", *tensors)
+
+    def stored(self) -> Tensors:
+        """The tensors that stand for a packed weight."""
+        assert self.weights is not None
+        names = self.weights.buffers(self.out_features, self.in_features)
+        return {name: getattr(self, name) for name in names}  # A scale may be one that learns.
+
+    def quantized(self) -> Quantized:
+        """Codes and grid of a packed weight."""
+        assert self.weights is not None
+        return self.weights.unpack(self.stored(), self.in_features)
 
     def dense_weight(self) -> Tensor:
         """The weight as floats, ``[out, in]``."""
@@ -97,17 +95,15 @@ class QuantizedLinear(Exact):
         if weight is not None:
             return weight
         assert self.weights is not None
-        codes = unpack_codes(self.codes, _signed(self.weights)) if self._two_to_a_byte else self.codes
-        if isinstance(self.weights, NormalQuantizer):
-            return dequantize_normal(Quantized(codes, Grid(self.scale, None)), self.weights)
-        zero_point = None if self.zero_point is None else self.zero_point.to(self.scale.dtype)
-        return dequantize(Quantized(codes, Grid(self.scale, zero_point)))
+        return self.weights.values(self.quantized())
 
     def unpack(self) -> None:
         """Replace the codes by the floats they stand for: the same results, faster, for eight times the memory."""
+        names = list(self.stored())
         self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
         self.weights = None
-        del self.codes, self.scale, self.zero_point
+        for name in names:
+            delattr(self, name)
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the weight multiplies: the input rotated, centred and quantized, ``[..., in]``."""
@@ -130,7 +126,3 @@ class QuantizedLinear(Exact):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         return F.linear(self.prepare(x), self.dense_weight().to(x.dtype), self.bias)
-
-
-def _signed(quantizer: Quantizer | NormalQuantizer) -> bool:
-    return isinstance(quantizer, Quantizer) and quantizer.symmetric

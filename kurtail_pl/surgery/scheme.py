@@ -7,8 +7,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.normal_grid import NormalQuantizer
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import Format, default_format
+from kurtail_pl.methods.method import validated
 
 
 def _activations() -> Quantizer:
@@ -67,16 +68,14 @@ class Scheme:
         prefix: tokens that stand before every text, with keys and values of their own that are never quantized
             (PrefixQuant, arXiv 2410.05265): they take the attention that goes nowhere else, so that no token of the
             text needs massive activations for it; null for none.
-        higgs_bits: bits of the weights of each decoder layer, whose codes are then levels of the normal distribution
-            (`maths.normal_grid`); null for codes with uniform steps. Method ``higgs`` fills it in.
+        layer_bits: bits of the weights of each decoder layer; null for those of `weights` in all of them.
 
     Raises:
-        ConfigError: when the weights' clip is not a ratio, `attention_output` or `activation_scales` has another value,
-            `higgs_bits` stands beside weights that stay float, or that have the clip or zero point of uniform steps,
-            or static scales beside what has several for a token.
+        ConfigError: when `attention_output` or `activation_scales` has another value, `layer_bits` stands beside
+            weights that stay float, or static scales beside what has several for a token.
     """
 
-    weights: Quantizer | None = field(default_factory=Quantizer)
+    weights: Format | None = field(default_factory=default_format)
     activations: Quantizer | None = field(default_factory=_activations)
     keys: Quantizer | None = field(default_factory=_cache)
     values: Quantizer | None = field(default_factory=_cache)
@@ -86,21 +85,16 @@ class Scheme:
     activation_scales: Literal["token", "static"] = "token"
     sinks: Sinks | None = None
     prefix: list[int] | None = None
-    higgs_bits: list[int] | None = None
+    layer_bits: list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.weights is not None and self.weights.clip_kind != "ratio":
-            raise ConfigError(
-                f"weights.clip is {self.weights.clip!r}; weight grids are searched from a ratio: write ratio:1.0"
-            )
-        if self.higgs_bits is not None:
+        if self.layer_bits is not None:
             if self.weights is None:
-                raise ConfigError("higgs_bits are given and weights is null; give weights too, or leave both out")
-            if not self.higgs_bits:
-                raise ConfigError("higgs_bits is empty; give the bits of each layer, or null")
-            require_normal(self.weights)
-            for bits in self.higgs_bits:
-                NormalQuantizer(bits)
+                raise ConfigError("layer_bits are given and weights is null; give weights too, or leave both out")
+            if not self.layer_bits:
+                raise ConfigError("layer_bits is empty; give the bits of each layer, or null")
+            for bits in self.layer_bits:
+                with_bits(self.weights, bits)
         if self.attention_output not in ("token", "head"):
             raise ConfigError(f"attention_output is {self.attention_output!r}; write token or head")
         if self.centre and self.activations is None:
@@ -150,16 +144,16 @@ class Scheme:
             return self.activations
         return replace(self.activations, group_size=head_dim)
 
-    def layer_weights(self, index: int) -> Quantizer | NormalQuantizer | None:
-        """Quantizer of the weights of one decoder layer."""
-        if self.weights is None or self.higgs_bits is None:
+    def layer_weights(self, index: int) -> Format | None:
+        """Format of the weights of one decoder layer."""
+        if self.weights is None or self.layer_bits is None:
             return self.weights
-        return NormalQuantizer(self.higgs_bits[index], self.weights.group_size)
+        return with_bits(self.weights, self.layer_bits[index])
 
     @property
     def name(self) -> str:
         """Short name such as ``w4a4kv4``; ``k4v2`` where keys and values differ, ``w3.5`` where layers' weights do."""
-        return self.name_with(None if self.higgs_bits is None else fmean(self.higgs_bits))
+        return self.name_with(None if self.layer_bits is None else fmean(self.layer_bits))
 
     def name_with(self, average: float | None) -> str:
         """The name, given the average bits of weights; None where all layers have the same."""
@@ -171,25 +165,21 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return {**asdict(self), "weights": None if self.weights is None else self.weights.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
-        """Inverse of `to_dict`."""
-        parts: dict[str, Any] = {
-            part: (Sinks if part == "sinks" else Quantizer)(**spec) if isinstance(spec, dict) else spec
-            for part, spec in data.items()
-        }
-        return cls(**parts)
+        """Inverse of `to_dict`; raises ConfigError when it names what this version does not know."""
+        return validated(cls, data)
 
 
-def require_normal(weights: Quantizer) -> None:
-    """Raise ConfigError when weights are asked for that a grid of the normal distribution cannot have."""
-    if not weights.symmetric or weights.clip_amount != 1:
-        raise ConfigError(
-            f"weights are {weights}; higgs rounds to a fixed grid without zero point or clip: give weights with "
-            "symmetric: true and clip ratio:1.0, or another method"
-        )
+def with_bits(weights: Format, bits: int) -> Format:
+    """A format with other bits; raises ConfigError when it does not take them, or has bits of its own."""
+    try:
+        return replace(weights, bits=bits)  # type: ignore[type-var]
+    except TypeError as error:
+        kind = type(weights).__name__
+        raise ConfigError(f"layers have bits of their own, and {kind} has no setting bits; leave them out") from error
 
 
 FLOAT = Scheme(weights=None, activations=None, keys=None, values=None)

@@ -30,7 +30,8 @@ def smoke_recipe(model: Path, text: Path) -> str:
     settings["data"]["init_args"]["capture"]["model"] = str(model)
     settings["data"]["init_args"]["store"] = "runs/store"
     settings["trainer"]["default_root_dir"] = "runs"
-    settings["quantization"] |= {"out": f"artifacts/{model.name}-kurtail-w4a4kv4", "method": "gptq"}
+    rounder = {"class_path": "kurtail_pl.methods.GPTQ"}
+    settings["quantization"] |= {"out": f"artifacts/{model.name}-kurtail-w4a4kv4", "rounder": rounder}
     for place in (settings["data"]["init_args"]["capture"], settings["quantization"], settings["evaluation"]):
         place["text"]["source"] = str(text)
     return yaml.safe_dump(settings, sort_keys=False)

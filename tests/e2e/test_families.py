@@ -76,7 +76,8 @@ def made_by(kurtail: Kurtail, place: Path, model: Path, text: Path, method: str)
     """Random rotations of one seed, weights by a method, everything in 4 bits."""
     fused, folder = place / "fused", place / f"{model.name}-{method}"
     kurtail(place, "fuse", "--model", model, "--method", "quarot", "--folder", fused, "--overwrite")
-    options = ["--spec.method", method, "--spec.text.source", text, "--spec.text.windows", 4, "--spec.text.seqlen", 128]
+    text_options = ["--spec.text.source", text, "--spec.text.windows", 4, "--spec.text.seqlen", 128]
+    options = ["--spec.rounder", method.upper(), *text_options]
     kurtail(place, "quantize", "--fused", fused, "--folder", folder, *options)
     return folder
 

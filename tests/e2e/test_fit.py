@@ -263,3 +263,12 @@ def test_a_training_stopped_early_stays_stopped(kurtail: Kurtail, recipe: Path) 
     kurtail(recipe.parent, "fit", "--config", recipe)
     assert json.loads(card.read_text())["rotations"]["steps"] == 4
     assert_equal(load_file(file), rotations)
+
+
+def test_fuse_keeps_the_name_of_the_method(kurtail: Kurtail, recipe: Path) -> None:
+    kurtail(recipe.parent, "fit", "--config", recipe, "--model.method", "mine")
+    model = yaml.safe_load(recipe.read_text())["data"]["init_args"]["capture"]["model"]
+    rotations = recipe.parent / "runs" / "rotations.safetensors"
+    kurtail(recipe.parent, "fuse", "--model", model, "--rotations", rotations, "--folder", "alone")
+    card = json.loads((recipe.parent / "alone" / "kurtail.json").read_text())
+    assert card["method"] == "mine"

@@ -86,7 +86,7 @@ def test_an_export_that_fills_the_disk_leaves_nothing(
 ) -> None:
     export = pytest.importorskip("kurtail_onnx.export")
     kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "fused")
-    kurtail(tmp_path, "quantize", "--fused", "fused", "--spec.method", "rtn", "--folder", "artefact")
+    kurtail(tmp_path, "quantize", "--fused", "fused", "--spec.rounder", "RTN", "--folder", "artefact")
     save = export.save
 
     def full(*arguments: object) -> None:

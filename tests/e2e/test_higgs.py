@@ -24,7 +24,8 @@ def test_higgs_beside_gptq(kurtail: Kurtail, recipe: Path, capsys: pytest.Captur
     lines = json.loads((place / "comparisons" / "recipe" / "compare.json").read_text())["lines"]
     assert [(line["method"], line["bits"], line["weights"]) for line in lines] == [
         ("float", "w16a16kv16", "-"), ("rtn", "w4a4kv4", "RTN"), ("gptq", "w4a4kv4", "GPTQ"),
-        ("quarot", "w4a4kv4", "GPTQ"), ("kurtail", "w4a4kv4", "GPTQ"), ("kurtail", "w4a4kv4", "HIGGS"),
+        ("quarot", "w4a4kv4", "GPTQ"), ("kurtail", "w4a4kv4", "GPTQ"),
+        ("kurtail", "w4a4kv4", "HIGGS-RTN"),
     ]  # fmt: skip
     assert "| HIGGS" in capsys.readouterr().out
     (folder,) = (place / "artifacts").glob("tied-kurtail-w4a4kv4-*")  # The recipe's own name is GPTQ's.
@@ -32,17 +33,18 @@ def test_higgs_beside_gptq(kurtail: Kurtail, recipe: Path, capsys: pytest.Captur
     assert model.model.layers[0].mlp.up_proj.codes.dtype == torch.uint8
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, "export", "--checkpoint", folder, "--out", "onnx")
-    assert "higgs_bits" in capsys.readouterr().err
+    assert "levels of the normal distribution" in capsys.readouterr().err
     assert not (place / "onnx").exists()
 
 
 def test_a_recipe_with_bits_by_layer_has_baselines_without(kurtail: Kurtail, recipe: Path) -> None:
-    """Other ways to round have no use for the bits of the layers."""
-    by_layer = ["--quantization.method", "higgs", "--quantization.scheme.higgs_bits", "[2, 3, 4, 5]"]
-    kurtail(recipe.parent, "compare", "--config", recipe, *by_layer, "--weights", "float", "rtn", "higgs")
+    """Weights that stay float have no use for the bits of the layers; any other way to round them has."""
+    by_layer = ["--quantization.scheme.layer_bits", "[2, 3, 4, 5]"]
+    kurtail(recipe.parent, "compare", "--config", recipe, *by_layer, "--weights", "float", "rtn", "methods/higgs")
     lines = json.loads((recipe.parent / "comparisons" / "recipe" / "compare.json").read_text())["lines"]
     assert {(line["method"], line["bits"], line["weights"]) for line in lines if line["method"] == "kurtail"} == {
-        ("kurtail", "w16a4kv4", "-"), ("kurtail", "w4a4kv4", "RTN"), ("kurtail", "w3.5a4kv4", "HIGGS"),
+        ("kurtail", "w16a4kv4", "-"), ("kurtail", "w3.5a4kv4", "RTN"),
+        ("kurtail", "w3.5a4kv4", "HIGGS-RTN"),
     }  # fmt: skip
 
 
@@ -50,7 +52,9 @@ def test_bits_by_layer_are_measured_named_and_planned(
     kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = yaml.safe_load(recipe.read_text())
-    settings["quantization"] |= {"method": "higgs", "average_bits": 3.3, "out": None}
+    settings["quantization"] |= {"average_bits": 3.3, "out": None}
+    settings["quantization"]["scheme"]["weights"] = {"class_path": "kurtail_pl.methods.Normal"}
+    settings["quantization"]["rounder"] = {"class_path": "kurtail_pl.methods.RTN"}
     recipe.write_text(yaml.safe_dump(settings))
     kurtail(recipe.parent, "plan", "--config", recipe)
     assert "quantize" in capsys.readouterr().out
@@ -59,5 +63,5 @@ def test_bits_by_layer_are_measured_named_and_planned(
     assert folder.name.startswith("tied-kurtail-w3.3a4kv4-")
     card = json.loads((folder / "kurtail.json").read_text())
     assert len(card["sensitivities"]) == 4
-    assert sum(card["scheme"]["higgs_bits"]) <= 13
+    assert sum(card["scheme"]["layer_bits"]) <= 13
     assert "bits on average: layer by layer" in (folder / "README.md").read_text()

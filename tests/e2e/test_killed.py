@@ -72,7 +72,7 @@ def test_killed_and_run_again(
     verb, where = {
         "capture": (["capture", "--spec.model", tied, *text, "--spec.rows", "all"], "--store"),
         "fuse": (["fuse", "--model", tied, "--method", "quarot"], "--folder"),
-        "gptq": (["quantize", "--fused", "input", "--spec.method", "gptq", *text], "--folder"),
+        "gptq": (["quantize", "--fused", "input", "--spec.rounder", "GPTQ", *text], "--folder"),
     }[stage]
     began = time.monotonic()
     kurtail(tmp_path, *verb, where, "undisturbed")

@@ -19,7 +19,7 @@ def place(stories: Path, kurtail: Kurtail, tmp_path_factory: pytest.TempPathFact
     """A folder with the artefact ``story`` and its export ``onnx``."""
     place = tmp_path_factory.mktemp("onnx")
     kurtail(place, "fuse", "--model", stories, "--method", "quarot", "--folder", "fused")
-    kurtail(place, "quantize", "--fused", "fused", "--spec.method", "rtn", "--folder", "story")
+    kurtail(place, "quantize", "--fused", "fused", "--spec.rounder", "RTN", "--folder", "story")
     kurtail(place, "export", "--checkpoint", "story", "--out", "onnx")
     return place
 

@@ -30,10 +30,10 @@ PAPER = [
         f"{model} kurtail-protocol paper/tasks"
         for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b", "phi-3-mini")
     ),
-    *(f"{model} kurtail-protocol paper/samples-256 paper/tasks" for model in ("llama-2-70b", "llama-3-70b")),
-    "mixtral-8x7b kurtail-protocol paper/samples-256 rtn paper/tasks",
+    *(f"{model} kurtail-protocol large-models paper/tasks" for model in ("llama-2-70b", "llama-3-70b")),
+    "mixtral-8x7b kurtail-protocol large-models rtn paper/tasks",
     "llama-3-8b kurtail-protocol rtn paper/tasks",
-    "llama-3-70b kurtail-protocol paper/samples-256 rtn paper/tasks",
+    "llama-3-70b kurtail-protocol large-models rtn paper/tasks",
 ]
 """Rows of the paper's tables."""
 OVERLAYS = {"protocols": "", "methods": "", "bits": "kurtail-plus ", "ablation": "kurtail-plus "}
@@ -52,7 +52,7 @@ RUN = {
     "llama-3-8b kurtail-protocol rtn paper/tasks": "kurtail",
     "llama-3-8b kurtail-protocol spinquant": "spinquant",
     "phi-3-mini kurtail-protocol paper/tasks": "kurtail",
-    "mixtral-8x7b kurtail-protocol paper/samples-256 rtn paper/tasks": "kurtail",
+    "mixtral-8x7b kurtail-protocol large-models rtn paper/tasks": "kurtail",
     "kurtail-protocol calibration-combined": "kurtail",
     "wikitext kurtail-plus": "kurtail-plus",
 }

@@ -27,7 +27,7 @@ Kurtail = Callable[..., None]
 def artefact(kurtail: Kurtail, tied: Path, tmp_path: Path) -> Path:
     """4 bits everywhere, rounded to nearest."""
     kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "fused")
-    kurtail(tmp_path, "quantize", "--fused", "fused", "--folder", "own", "--spec.method", "rtn")
+    kurtail(tmp_path, "quantize", "--fused", "fused", "--folder", "own", "--spec.rounder", "RTN")
     return tmp_path / "own"
 
 

@@ -9,6 +9,7 @@ from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -86,7 +87,7 @@ def make_samples(tokenizer: Path, root: Path) -> Samples:
     store = capture(CaptureSpec(str(samples.model), samples.spec, rows=12), samples.store)
     assert store is not None
     fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", samples.fused)
-    quantize(samples.fused, QuantizeSpec(method="rtn", text=samples.spec), samples.artefact)
+    quantize(samples.fused, QuantizeSpec(rounder=RTN(), text=samples.spec), samples.artefact)
     evaluate_folder(Checkpoint(samples.artefact), samples.artefact, samples.spec, store, validation_rows=4)
     export(samples.artefact, samples.exported, ExportSpec(), checked=False)
     return samples

@@ -10,6 +10,7 @@ from shards import tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import kurtail_pl
+from kurtail_pl.methods import GPTQ, RTN, Rounder
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
@@ -58,10 +59,10 @@ def test_fused_weights(tiny: Path, fused: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(there[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_codes_and_perplexity(fused: Path, text: TextSpec, tmp_path: Path, cache: Path, method: str) -> None:
+@pytest.mark.parametrize("rounder", [RTN(), GPTQ()])
+def test_codes_and_perplexity(fused: Path, text: TextSpec, tmp_path: Path, cache: Path, rounder: Rounder) -> None:
     """The first linears read the same inputs: only ties are decided otherwise."""
-    spec = QuantizeSpec(method=method, text=text)  # type: ignore[arg-type]
+    spec = QuantizeSpec(rounder=rounder, text=text)
     here, there = (quantize(fused, spec, tmp_path / c.device, compute=c) for c in (CPU, CUDA))
     name = "model.layers.0.self_attn.q_proj.codes"
     assert (tensors_of(here)[name] != tensors_of(there)[name]).double().mean() < 1e-2
@@ -77,7 +78,7 @@ def test_codes_and_perplexity(fused: Path, text: TextSpec, tmp_path: Path, cache
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"device_map": "auto"}, {"device_map": {"": 0}}])
 def test_a_loaded_model_on_the_device(fused: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    folder = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "rtn", compute=CPU)
+    folder = quantize(fused, QuantizeSpec(rounder=RTN()), tmp_path / "rtn", compute=CPU)
     ids = torch.arange(40)[None]
     expected = kurtail_pl.load(folder)(ids).logits
     model = kurtail_pl.load(folder, **options)

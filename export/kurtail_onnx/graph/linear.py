@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, values_of
 from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.weights import float_weight, initializer
-from kurtail_pl.maths.normal_grid import NormalQuantizer
+from kurtail_pl.maths.packing import unpack_codes
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.maths.weights import unpack_codes
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 WeightForm = Literal["qdq", "matmulnbits", "integer"]
@@ -56,8 +56,7 @@ class _Weight:
     def __init__(self, source: Source, name: str, module: QuantizedLinear) -> None:
         self.source, self.name = source, name
         self.rows, self.columns = module.out_features, module.in_features
-        assert not isinstance(module.weights, NormalQuantizer)  # `require_exportable` refuses them.
-        self.quantizer: Quantizer | None = module.weights
+        self.quantizer = None if module.weights is None else integers_of(module.weights)
 
     @property
     def group(self) -> int:

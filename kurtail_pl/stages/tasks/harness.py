@@ -134,7 +134,7 @@ def _harness_task(name: str, shots: int, local: dict[str, list[dict[str, Any]]] 
             return ConfigurableTask(config=config)
     except Exception as error:  # Its own kinds, the hub client's, those of HTTP and of every file format.
         if local is not None:
-            raise
+            raise TextError(f"the local rows of {name} are not as the harness reads them ({reason(error)})") from error
         raise TextError(
             f"the rows of {name} cannot be had from the Hugging Face hub ({reason(error)}); give a folder of local ones"
         ) from error

@@ -90,7 +90,7 @@ def test_user_errors_are_one_line_and_exit_code_1(
         ["report", "--folder", "x", "--colour", "red"],
         ["eval", "--model", "x", "--text.windows", "0"],
         ["eval", "--model", "x", "--text.seqlen", "1"],
-        ["quantize", "--fused", "x", "--folder", "y", "--spec.method", "magic"],
+        ["quantize", "--fused", "x", "--folder", "y", "--spec.rounder", "magic"],
         ["quantize", "--fused", "x", "--folder", "y", "--spec.scheme.weights.bits", "many"],
         ["fuse", "--model", "x", "--folder", "y", "--method", "magic"],
         ["capture", "--spec.model", "x", "--spec.rows", "1.5", "--store", "s"],

@@ -63,12 +63,13 @@ SETTINGS = [
     ("trainer.callbacks", [{"class_path": "lightning.pytorch.callbacks.Timr"}], "did you mean Timer?"),
     ("fusoin", {"scales": None}, "there is no setting fusoin.scales; did you mean fusion?"),
     (
-        "quantization.method",
+        "quantization.rounder.class_path",
         "gtpq",
-        "quantization.method is gtpq, expected one of 'rtn', 'gptq', 'higgs'; did you mean gptq?",
+        "rounder is gtpq, expected one of GPTQ, HQQ, RTN; did you mean GPTQ?",
     ),
-    ("quantization.scheme.weights.bits", 4.5, "quantization.scheme.weights.bits is 4.5, expected a whole number"),
-    ("quantization.scheme.weights.bitz", 4, "there is no setting bitz; did you mean bits?"),
+    ("quantization.rounder", "RNT", "quantization.rounder is RNT, expected one of GPTQ, HQQ, RTN; did you mean RTN?"),
+    ("quantization.scheme.weights", "mxfp", "quantization.scheme.weights is mxfp, expected one of FloatZero, MXFP4"),
+    ("quantization.scheme.weights.init_args.bitz", 4, "there is no setting bitz; did you mean bits?"),
     (
         "model.class_path",
         "kurtail_pl.lit.KurtailModule",
@@ -106,6 +107,7 @@ def test_what_lightning_cannot_use_is_one_line(refusal: Refusal, stories: Path) 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("quantization.scheme.weights.init_args.bits", 4.5, "bits is 4.5: Input should be a valid integer"),
         ("checkpoints.every_n_train_steps", 0, "checkpoints.every_n_train_steps is 0; give a positive number"),
         ("trainer.max_epochs", -1, "trainer.max_epochs is -1, without an end"),
         ("trainer.accumulate_grad_batches", 0, "trainer.accumulate_grad_batches is 0; give a positive number"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kurtail_pl.cli.naming import artefact_suffix, run_folder, store_folder
+from kurtail_pl.cli.naming import artefact_suffix, reference_suffix, run_folder, store_folder
 
 BASE: dict[str, Any] = yaml.safe_load((Path(__file__).parents[3] / "configs" / "base.yaml").read_text())
 CAPTURE, DATA, QUANTIZATION = "data.init_args.capture", "data.init_args", "quantization"
@@ -47,7 +47,7 @@ def test_the_default_has_plain_names() -> None:
         ("model.init_args.rotation_seed", 1, (False, True, True)),
         ("seed_everything", 1, (False, True, True)),
         ("fusion.scales", {"parts": ["values"]}, (False, False, True)),
-        (f"{QUANTIZATION}.gptq.percdamp", 0.05, (False, False, True)),
+        (f"{QUANTIZATION}.rounder.init_args.percdamp", 0.05, (False, False, True)),
         (f"{QUANTIZATION}.scheme.keys.clip", "ratio:1.0", (False, False, True)),
         (f"{QUANTIZATION}.out", "elsewhere", (False, False, False)),
         (f"{DATA}.store", "elsewhere", (False, False, False)),
@@ -60,6 +60,15 @@ def test_each_name_tells_apart_what_differs(path: str, value: Any, changed: tupl
     """Store, run and artefact; what decides nothing of them leaves their names."""
     settings = with_setting(path, value)
     assert tuple(a != b for a, b in zip(folders(settings), folders(BASE), strict=True)) == changed
+
+
+def test_a_source_that_was_filled_in_changes_no_name() -> None:
+    filled = with_setting(f"{QUANTIZATION}.text.source", "pydoc")
+    filled["evaluation"]["text"]["source"] = "pydoc"
+    assert folders(filled) == folders(BASE)
+    assert reference_suffix(filled, BASE) == ""
+    other = with_setting(f"{QUANTIZATION}.text.source", "wikitext")
+    assert artefact_suffix(other, BASE)
 
 
 def test_all_artefacts_have_names_of_their_own() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from exports import CENTRED
@@ -11,6 +11,7 @@ from families import tiny_family
 from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
 
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
@@ -24,18 +25,18 @@ MakeArtefact = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_artefact(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeArtefact:
     """Rotate a model folder by random Hadamards and round its weights; each artefact is made once."""
-    made: dict[tuple[Path, str, bool, str], Path] = {}
+    made: dict[tuple[Path, str, bool], Path] = {}
     text = TextSpec(str(text_file), windows=4, seqlen=64)
 
-    def make(model: Path, rotated: bool = True, method: Literal["rtn", "higgs"] = "rtn", **quantizers: Any) -> Path:
+    def make(model: Path, rotated: bool = True, **quantizers: Any) -> Path:
         scheme = replace(Scheme(), **quantizers)
-        key = (model, str(scheme), rotated, method)
+        key = (model, str(scheme), rotated)
         if key not in made:
             place = tmp_path_factory.mktemp("artefact")
             checkpoint = Checkpoint(model)
             rotations = random_rotations(checkpoint.config, 0) if rotated else Rotations()
             fused = fuse(checkpoint, rotations, "quarot", place / "fused")
-            made[key] = quantize(fused, QuantizeSpec(scheme, method, text=text), place / "artefact")
+            made[key] = quantize(fused, QuantizeSpec(scheme, RTN(), text=text), place / "artefact")
         return made[key]
 
     return make

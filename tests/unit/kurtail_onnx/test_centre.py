@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.methods import Uniform
 from kurtail_pl.stages import evaluate
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -61,7 +62,7 @@ FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
     "float-activations": (ExportSpec(act="none"), CENTRED),
     "float-cache": (ExportSpec(kv="float"), CENTRED),
     "float-weights": (ExportSpec(), {**CENTRED, "weights": None}),
-    "groups": (ExportSpec(), {**CENTRED, "weights": Quantizer(4, False, group_size=16)}),
+    "groups": (ExportSpec(), {**CENTRED, "weights": Uniform(4, False, group_size=16)}),
     "scale-a-head": (ExportSpec(), {**CENTRED, "attention_output": "head"}),
     "keys-unlike-values": (ExportSpec(), {**CENTRED, "keys": Quantizer(4, True)}),
     "keys-alone": (ExportSpec(), {"values": None, "centre_keys": True}),

@@ -11,6 +11,7 @@ from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -40,7 +41,7 @@ def test_every_site_has_its_ratio(
     fused = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
     spec = QuantizeSpec(
         Scheme(**CENTRED) if centred else Scheme(),
-        "rtn",
+        RTN(),
         text=TextSpec(str(text_file), windows=2, seqlen=64),
         quantized_activations=True,
         **clips,

@@ -21,6 +21,7 @@ from kurtail_onnx.verify.structure import check_structure
 
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import Uniform
 from kurtail_pl.storage.sources import open_model
 
 MakeArtefact = Callable[..., Path]
@@ -50,11 +51,10 @@ def test_every_family(
     assert agrees(folder)
 
 
-ASYMMETRIC = Quantizer(4, False)
 VARIANTS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
-    "groups": (DOUBLE, {"weights": Quantizer(4, False, group_size=16), "activations": Quantizer(group_size=16)}),
-    "quantile": (DOUBLE, {"weights": ASYMMETRIC, "activations": Quantizer(4, False, "quantile:0.98")}),
-    "eight-bits": (DOUBLE, dict.fromkeys(("weights", "activations", "keys", "values"), Quantizer(8))),
+    "groups": (DOUBLE, {"weights": Uniform(4, False, group_size=16), "activations": Quantizer(group_size=16)}),
+    "quantile": (DOUBLE, {"weights": Uniform(4, False), "activations": Quantizer(4, False, "quantile:0.98")}),
+    "eight-bits": (DOUBLE, {"weights": Uniform(8), **dict.fromkeys(("activations", "keys", "values"), Quantizer(8))}),
     "static": (DOUBLE, {**CENTRED, "activation_scales": "static", "prefix": [1]}),
     "static-symmetric": (DOUBLE, {"activation_scales": "static"}),
     "float-cache": (ExportSpec("fp64", kv="float"), {}),

@@ -27,6 +27,7 @@ from kurtail_pl.errors import (
     UnsupportedArchitecture,
 )
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import FloatZero, Normal, Uniform
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
@@ -153,16 +154,25 @@ def test_damaged_artefacts_are_refused(damage: str, artefact: Path, tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[ExportSpec, dict[str, Any], str]] = {
-    "3-bit-weights": (ExportSpec(), {"weights": Quantizer(3)}, "weights have 3 bits"),
+    "3-bit-weights": (ExportSpec(), {"weights": Uniform(3)}, "weights have 3 bits"),
     "6-bit-activations": (ExportSpec(), {"activations": Quantizer(6)}, "activations have 6 bits"),
     "2-bit-keys": (ExportSpec(), {"keys": Quantizer(2, False)}, "keys have 2 bits"),
     "cache-groups": (ExportSpec(), {"values": Quantizer(4, False, group_size=8)}, "values have groups of 8"),
-    "kernel-groups": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(group_size=4)}, "groups of 4"),
-    "integer-groups": (ExportSpec(weights="integer"), {"weights": Quantizer(group_size=4)}, "--weights integer"),
+    "kernel-groups": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(group_size=4)}, "groups of 4"),
+    "integer-groups": (ExportSpec(weights="integer"), {"weights": Uniform(group_size=4)}, "--weights integer"),
     "integer-asymmetric": (ExportSpec(weights="integer"), {"activations": Quantizer(4, False)}, "--weights integer"),
     "integer-heads": (ExportSpec(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
     "sinks": (ExportSpec(), {"sinks": Sinks(2, 8)}, "sinks keep the first 2 tokens in 8 bits.* sinks: null"),
-    "uneven-levels": (ExportSpec(), {"method": "higgs"}, "higgs_bits.* method rtn or gptq"),
+    "uneven-levels": (
+        ExportSpec(),
+        {"weights": Normal()},
+        "levels of the normal.* spaced integers",
+    ),
+    "zero-points-in-floating-point": (
+        ExportSpec(),
+        {"weights": FloatZero(group_size=4)},
+        "zero points in floating point.* integer zero points",
+    ),
     "integer-double": (ExportSpec("fp64", weights="integer"), {}, "--weights integer has no doubles"),
     "kernel-double": (ExportSpec("fp64", weights="matmulnbits"), {}, "--weights matmulnbits has no doubles"),
     "integer-float": (ExportSpec(weights="integer", act="none"), {}, "--weights integer"),

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.linear import QuantizedLinear
 
@@ -72,9 +73,9 @@ def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path)
 
 ASYMMETRIC = Quantizer(4, False)
 VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | str | None]]] = {
-    "groups": (ExportSpec(), {"weights": Quantizer(group_size=16)}),
-    "groups-asymmetric": (ExportSpec(), {"weights": Quantizer(4, False, group_size=32)}),
-    "asymmetric": (ExportSpec(), {"weights": ASYMMETRIC, "activations": ASYMMETRIC}),
+    "groups": (ExportSpec(), {"weights": Uniform(group_size=16)}),
+    "groups-asymmetric": (ExportSpec(), {"weights": Uniform(4, False, group_size=32)}),
+    "asymmetric": (ExportSpec(), {"weights": Uniform(4, False), "activations": ASYMMETRIC}),
     "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
     "quantile": (ExportSpec(), {"activations": Quantizer(clip="quantile:0.98")}),
     "scale-a-head": (ExportSpec(), {"activations": ASYMMETRIC, "attention_output": "head"}),
@@ -82,10 +83,10 @@ VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | str | None]]] = {
     "float-activations": (ExportSpec(), {"activations": None}),
     "float-weights": (ExportSpec(), {"weights": None}),
     "kernel": (ExportSpec(weights="matmulnbits"), {}),
-    "kernel-groups-16": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(group_size=16)}),
-    "kernel-groups-32": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(4, False, group_size=32)}),
-    "kernel-asymmetric": (ExportSpec(weights="matmulnbits"), {"weights": ASYMMETRIC}),
-    "kernel-8-bits": (ExportSpec(weights="matmulnbits"), {"weights": Quantizer(8)}),
+    "kernel-groups-16": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(group_size=16)}),
+    "kernel-groups-32": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(4, False, group_size=32)}),
+    "kernel-asymmetric": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(4, False)}),
+    "kernel-8-bits": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(8)}),
     "integer": (ExportSpec(weights="integer"), {}),
     "float-cache": (ExportSpec(kv="float"), {}),
 }
@@ -105,7 +106,9 @@ def test_eight_bits(
     weights: Literal["qdq", "integer"], grouped: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
     """Sixteen times as many borders, and codes that matter sixteen times less."""
-    artefact = make_artefact(grouped, **dict.fromkeys(("weights", "activations", "keys", "values"), Quantizer(8)))
+    artefact = make_artefact(
+        grouped, **{"weights": Uniform(8), **dict.fromkeys(("activations", "keys", "values"), Quantizer(8))}
+    )
     folder = export(artefact, tmp_path / "onnx", ExportSpec(weights=weights), checked=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder, tolerance=0.02)
 

@@ -10,6 +10,7 @@ from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.scales import ScaleSpec
@@ -25,7 +26,7 @@ def test_scaled_channels_and_chosen_signs(tiny: Path, text_file: Path, cache: Pa
     signs = SignSpec(candidates=5, text=text, seed=3)
     rotations = random_rotations(Checkpoint(tiny).config, 0)
     fused = fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=parts, signs=signs)
-    artefact = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "artefact")
+    artefact = quantize(fused, QuantizeSpec(rounder=RTN()), tmp_path / "artefact")
     folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
     model = kurtail_pl.load(artefact)
     assert has_torchs_logits(model, folder)

@@ -22,6 +22,7 @@ from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Grid, Quantizer, fake_quantize, quantize
+from kurtail_pl.methods import Uniform
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 MakeArtefact = Callable[..., Path]
@@ -82,10 +83,10 @@ FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
     "float-activations": (ExportSpec(act="none"), STATIC),
     "float-weights": (ExportSpec(), {**OFF_CENTRE, "weights": None}),
     "float-cache": (ExportSpec(kv="float"), OFF_CENTRE),
-    "groups": (ExportSpec(), {**OFF_CENTRE, "weights": Quantizer(4, False, group_size=16)}),
+    "groups": (ExportSpec(), {**OFF_CENTRE, "weights": Uniform(4, False, group_size=16)}),
     # ONNX Runtime has an int8 kernel that would take these two, were the scale a DequantizeLinear's own.
-    "eight-bits": (ExportSpec(), {**STATIC, "activations": Quantizer(8), "weights": Quantizer(8)}),
-    "eight-bits-off-centre": (ExportSpec(), {**STATIC, "activations": Quantizer(8, False), "weights": Quantizer(8)}),
+    "eight-bits": (ExportSpec(), {**STATIC, "activations": Quantizer(8), "weights": Uniform(8)}),
+    "eight-bits-off-centre": (ExportSpec(), {**STATIC, "activations": Quantizer(8, False), "weights": Uniform(8)}),
 }
 
 

@@ -130,8 +130,9 @@ def test_fixed_rotations_refuse_to_train(windows: Callable[..., WindowDataModule
 
 
 def test_bits_by_layer_are_nothing_to_learn_through() -> None:
-    with pytest.raises(ConfigError, match="higgs_bits are in the scheme"):
-        module(Scheme(higgs_bits=[4, 4, 4, 4]))
+    with pytest.raises(ConfigError, match="quantized_weights is true and layer_bits are given"):
+        SpinQuantModule(4, 48, 16, 2, 1e-6, Scheme(layer_bits=[4, 4, 4, 4]), quantized_weights=True)
+    assert module(Scheme(layer_bits=[4, 4, 4, 4])).scheme == A4
 
 
 @pytest.mark.parametrize(

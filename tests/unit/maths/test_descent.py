@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.maths.descent import OutputError, refine
-from kurtail_pl.maths.gptq import GPTQ, RATIOS, gptq
+from kurtail_pl.maths.gptq import RATIOS, gptq
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods import GPTQ
 
 DAMPING = 0.3
 QUANTIZERS = [Quantizer(4), Quantizer(3, False), Quantizer(3, True, group_size=5), Quantizer(4, False, group_size=10)]
@@ -39,7 +40,7 @@ def values_of(quantized: Quantized) -> Tensor:
 
 def refined(weight: Tensor, hessian: Tensor, quantizer: Quantizer, rounds: int, block_size: int = 7) -> Quantized:
     rounded = round_to_nearest(weight, search_grid(weight, quantizer), quantizer)
-    return refine(OutputError(weight, hessian, DAMPING), rounded, quantizer, rounds, block_size)
+    return refine(OutputError(weight, hessian, DAMPING), rounded, quantizer.code_range, rounds, block_size)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
@@ -94,7 +95,7 @@ def test_blocks_change_nothing() -> None:
     rounded = round_to_nearest(weight, search_grid(weight, quantizer), quantizer)
     # As large a damping as the Hessian: where it is counted twice, or not at all, it shows.
     error = OutputError(weight, hessian.float(), float(hessian.diagonal().mean()))
-    whole, blocks = (refine(error, rounded, quantizer, 2, size) for size in (60, 16))
+    whole, blocks = (refine(error, rounded, quantizer.code_range, 2, size) for size in (60, 16))
     # A tie decided otherwise in float32 also moves later codes of its row.
     assert (whole.codes != blocks.codes).double().mean() < 5e-3
 

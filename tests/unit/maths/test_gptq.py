@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.gptq import GPTQ, gptq
+from kurtail_pl.maths.gptq import Settings, gptq
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods import GPTQ
 from kurtail_pl.stages.meter import Meter, resident_memory
 
 
@@ -311,8 +312,9 @@ def test_cuda_agrees_with_the_textbook_loop() -> None:
     [("block_size", 0), ("block_size", -128), ("percdamp", 0.0), ("percdamp", -0.01), ("correction", "qronos")],
 )
 def test_settings_out_of_range_raise(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{field} is {value!r};"):
-        GPTQ(**{field: value})
+    for kind, stop in ((Settings, ";"), (GPTQ, "[;:]")):
+        with pytest.raises(ValueError, match=rf"^{field} is {value!r}{stop}"):
+            kind(**{field: value})
 
 
 def test_a_hessian_that_is_not_positive_definite_raises() -> None:

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.maths.normal_grid import (
-    NormalQuantizer,
-    dequantize_normal,
     normal_error,
     normal_levels,
-    quantize_normal,
 )
+from kurtail_pl.methods import Normal
 
 BITS = range(2, 9)
 PUBLISHED = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
@@ -74,9 +72,9 @@ def weight_of(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("group_size", [None, 8, 12, 48])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_are_the_nearest_of_all_levels(bits: int, group_size: int | None) -> None:
-    weight, quantizer = weight_of(5, 48), NormalQuantizer(bits, group_size)
-    quantized = quantize_normal(weight, quantizer)
-    values = dequantize_normal(quantized, quantizer)
+    weight, quantizer = weight_of(5, 48), Normal(bits, group_size)
+    quantized = quantizer.nearest(weight)
+    values = quantizer.values(quantized)
     levels, size = normal_levels(bits).numpy(), group_size or 48
     assert quantized.codes.dtype == torch.uint8
     assert quantized.codes.shape == values.shape == weight.shape
@@ -96,10 +94,9 @@ def test_a_rotated_weight_loses_what_a_normal_one_does(bits: int) -> None:
     """HIGGS's claim: after a random rotation the relative square error is the grid's own, even of heavy tails."""
     weight = weight_of(256, 1024) ** 3
     rotated = weight @ random_hadamard(1024, torch.Generator().manual_seed(1))
-    quantizer = NormalQuantizer(bits)
+    quantizer = Normal(bits)
     plain, turned = (
-        (w - dequantize_normal(quantize_normal(w, quantizer), quantizer)).square().sum() / w.square().sum()
-        for w in (weight, rotated)
+        (w - quantizer.values(quantizer.nearest(w))).square().sum() / w.square().sum() for w in (weight, rotated)
     )
     assert turned.item() == pytest.approx(normal_error(bits), rel=0.05)
     assert plain > 2 * turned
@@ -107,7 +104,7 @@ def test_a_rotated_weight_loses_what_a_normal_one_does(bits: int) -> None:
 
 def test_half_precision_is_scaled_in_float32() -> None:
     weight = weight_of(3, 64)
-    half = quantize_normal(weight.half(), NormalQuantizer(4))
+    half = Normal(4).nearest(weight.half())
     assert half.grid.scale.dtype == torch.float32
     torch.testing.assert_close(
         half.grid.scale.double(), weight.square().mean(-1, keepdim=True).sqrt(), rtol=1e-3, atol=0
@@ -115,9 +112,9 @@ def test_half_precision_is_scaled_in_float32() -> None:
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    weight, quantizer = weight_of(2, 16), NormalQuantizer(3, 8)
+    weight, quantizer = weight_of(2, 16), Normal(3, 8)
     weight[1, 8:] = 0
-    values = dequantize_normal(quantize_normal(weight, quantizer), quantizer)
+    values = quantizer.values(quantizer.nearest(weight))
     assert not values[1, 8:].any()
     assert values.isfinite().all()
     assert values[1, :8].all()
@@ -126,9 +123,9 @@ def test_a_group_of_zeros_stays_zero() -> None:
 @pytest.mark.parametrize("bits", [1, 9])
 def test_other_widths_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=f"bits is {bits}; .* 2 to 8"):
-        NormalQuantizer(bits)
+        Normal(bits)
 
 
 def test_groups_that_do_not_fit_raise() -> None:
     with pytest.raises(ValueError, match="group_size 5 does not divide the 16 channels"):
-        quantize_normal(weight_of(2, 16), NormalQuantizer(4, 5))
+        Normal(4, 5).nearest(weight_of(2, 16))

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kurtail_pl.maths.packing import pack_codes, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantizer, dequantize
-from kurtail_pl.maths.weights import pack_codes, round_to_nearest, search_grid, unpack_codes
+from kurtail_pl.maths.weights import round_to_nearest, search_grid
 
 RATIOS = [1 - step / 100 for step in range(80)]
 SETTINGS = [

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 from transformers import AutoConfig
 
-from kurtail_pl.stages import solver as solver_module
+from kurtail_pl.methods.rounders import gptq as rounder_module
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -63,13 +63,13 @@ def kurtail_env() -> dict[str, str]:
 def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every Hessian that GPTQ is given, in order."""
     seen: list[Tensor] = []
-    real: Callable[..., object] = solver_module.gptq
+    real: Callable[..., object] = rounder_module.gptq
 
     def record(weight: Tensor, hessian: Tensor, *rest: object) -> object:
         seen.append(hessian.clone())
         return real(weight, hessian, *rest)
 
-    monkeypatch.setattr(solver_module, "gptq", record)
+    monkeypatch.setattr(rounder_module, "gptq", record)
     return seen
 
 
@@ -77,12 +77,12 @@ def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def crosses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every product of wanted and given inputs that GPTQ is given, in order."""
     seen: list[Tensor] = []
-    real: Callable[..., object] = solver_module.gptq
+    real: Callable[..., object] = rounder_module.gptq
 
     def record(*arguments: object) -> object:
         assert isinstance(arguments[-1], Tensor)
         seen.append(arguments[-1].clone())
         return real(*arguments)
 
-    monkeypatch.setattr(solver_module, "gptq", record)
+    monkeypatch.setattr(rounder_module, "gptq", record)
     return seen

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kurtail_pl
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.maths.normal_grid import normal_error
+from kurtail_pl.methods import RTN, Normal, Uniform
 from kurtail_pl.stages import allocation
 from kurtail_pl.stages.allocation import NOISE, WIDTHS, allocated_bits, measured_sensitivities
 from kurtail_pl.stages.evaluate import perplexity
@@ -30,7 +31,7 @@ from kurtail_pl.surgery.rotations import random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
 pytestmark = pytest.mark.usefixtures("cache")
-WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+WEIGHTS_ONLY = Scheme(Normal(), activations=None, keys=None, values=None)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_layer_that_writes_nothing_has_no_sensitivity(tiny: Path, windows: Ten
     found = measured_sensitivities(Checkpoint(turned), windows, seed=0)
     assert found[1] == 0
     assert 0 not in (found[0], found[2], found[3])
-    assert allocated_bits(found, 4)[1] == 2
+    assert allocated_bits(Scheme(Normal()), found, 4)[1] == 2
 
 
 def test_an_interrupted_measurement_goes_on(
@@ -106,7 +107,7 @@ def test_an_interrupted_measurement_goes_on(
 
 def test_bits_are_the_best_of_all_assignments() -> None:
     sensitivities = [0.5, 9.0, 2.0, 0.01]
-    found = allocated_bits(sensitivities, 3.5)
+    found = allocated_bits(Scheme(Normal()), sensitivities, 3.5)
 
     def growth(bits: tuple[int, ...] | list[int]) -> float:
         return sum(a * normal_error(b) for a, b in zip(sensitivities, bits, strict=True))
@@ -116,17 +117,17 @@ def test_bits_are_the_best_of_all_assignments() -> None:
 
 
 def test_an_artefact_has_the_bits_that_were_chosen(fused: Path, text: TextSpec, tmp_path: Path) -> None:
-    spec = QuantizeSpec(WEIGHTS_ONLY, "higgs", average_bits=3.25, text=text)
+    spec = QuantizeSpec(WEIGHTS_ONLY, RTN(), average_bits=3.25, text=text)
     assert spec.scheme_name == "w3.25a16kv16"
     folder = quantize(fused, spec, tmp_path / "out")
     card = json.loads((folder / "kurtail.json").read_text())
-    bits = card["scheme"]["higgs_bits"]
+    bits = card["scheme"]["layer_bits"]
     assert sum(bits) <= 13
     assert set(bits) <= set(WIDTHS)
-    assert bits == allocated_bits(card["sensitivities"], 3.25)
+    assert bits == allocated_bits(WEIGHTS_ONLY, card["sensitivities"], 3.25)
     assert card["calibration_text_sha256"] is not None
     # The same as when the bits are given, and no sensitivities measured.
-    given = quantize(fused, QuantizeSpec(replace(WEIGHTS_ONLY, higgs_bits=bits), "higgs"), tmp_path / "given")
+    given = quantize(fused, QuantizeSpec(replace(WEIGHTS_ONLY, layer_bits=bits), RTN()), tmp_path / "given")
     for path in folder.glob("model-*.safetensors"):
         made, expected = load_file(path), load_file(given / path.name)
         assert made.keys() == expected.keys()
@@ -136,7 +137,7 @@ def test_an_artefact_has_the_bits_that_were_chosen(fused: Path, text: TextSpec, 
 def test_sensitivities_are_not_measured_again_after_an_interruption(
     fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, measured, real = QuantizeSpec(WEIGHTS_ONLY, "higgs", average_bits=3.0, text=text), [], LayerSolver.solve_layer
+    spec, measured, real = QuantizeSpec(WEIGHTS_ONLY, RTN(), average_bits=3.0, text=text), [], LayerSolver.solve_layer
 
     def counted(*arguments: object) -> list[float]:
         measured.append(arguments)
@@ -174,7 +175,7 @@ def test_perplexity_grows_as_the_linearity_theorem_says(stories: Path, tmp_path:
     text = TextSpec(str(tmp_path / "told.txt"), windows=8, seqlen=128)
     checkpoint = Checkpoint(stories)
     turned = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
-    folder = quantize(turned, QuantizeSpec(WEIGHTS_ONLY, "higgs"), tmp_path / "four")
+    folder = quantize(turned, QuantizeSpec(WEIGHTS_ONLY, RTN()), tmp_path / "four")
     before, after = (math.log(perplexity(Checkpoint(f), text)["perplexity"]) for f in (turned, folder))
     windows = cut_windows(checkpoint, text, "evaluation").tokens
     halves = [measured_sensitivities(Checkpoint(turned), half, seed=0) for half in windows.split(4)]
@@ -185,13 +186,13 @@ def test_perplexity_grows_as_the_linearity_theorem_says(stories: Path, tmp_path:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"method": "gptq"}, r"average_bits is 3\.5.*method higgs \(now gptq\)"),
-        ({"scheme": Scheme(weights=None)}, "scheme.weights given"),
-        ({"scheme": Scheme(higgs_bits=[4] * 4)}, "higgs_bits null"),
+        ({"scheme": Scheme(Uniform())}, r"average_bits is 3\.5.*where the error of a format is known: .* normal"),
+        ({"scheme": Scheme(weights=None)}, "give scheme.weights with levels of the normal distribution"),
+        ({"scheme": Scheme(Normal(), layer_bits=[4] * 4)}, "layer_bits null"),
         ({"average_bits": 1.5}, r"average_bits is 1\.5; layers have 2 to 8"),
         ({"average_bits": 9}, "average_bits is 9; layers have 2 to 8"),
     ],
 )
 def test_averages_that_cannot_be_had(spec: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        QuantizeSpec(**{"method": "higgs", "average_bits": 3.5, **spec})  # type: ignore[arg-type]
+        QuantizeSpec(**{"scheme": Scheme(Normal()), "average_bits": 3.5, **spec})  # type: ignore[arg-type]

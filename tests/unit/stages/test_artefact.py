@@ -14,6 +14,7 @@ from walks import embed
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, KurtailError, TextError
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import RTN, Normal, Uniform
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
@@ -54,31 +55,29 @@ SCHEMES = {
     "4-16-16": Scheme(activations=None, keys=None, values=None),
     "4-8-8": Scheme(activations=EIGHT, keys=EIGHT, values=EIGHT),
     "4-4-16": Scheme(keys=None, values=None),
-    "3-4-4": Scheme(weights=Quantizer(3)),
+    "3-4-4": Scheme(weights=Uniform(3)),
     "per head": Scheme(activations=Quantizer(4, False), attention_output="head"),
     "w3 groups, a8, k4v2": Scheme(
-        Quantizer(3, False, group_size=4), Quantizer(8, clip="quantile:0.98"), values=Quantizer(2, False)
+        Uniform(3, False, group_size=4), Quantizer(8, clip="quantile:0.98"), values=Quantizer(2, False)
     ),
-    "w8": Scheme(Quantizer(8), None, None, None),
+    "w8": Scheme(Uniform(8), None, None, None),
     "kv4": Scheme(weights=None, activations=None),
     "sinks": Scheme(weights=None, sinks=Sinks(2, 8)),
     "prefix": Scheme(None, centre_keys=True, prefix=[5, 7]),
     "static": Scheme(activation_scales="static"),
     "static, centred": Scheme(None, Quantizer(4, False), centre=True, centre_keys=True, activation_scales="static"),
-}
-HIGGS = {
-    "higgs": Scheme(activation_scales="static"),
-    "higgs, bits by layer": Scheme(Quantizer(group_size=4), None, None, None, higgs_bits=[2, 8, 3, 5]),
+    "bits by layer": Scheme(Uniform(4, False, group_size=4), None, None, None, layer_bits=[2, 8, 3, 5]),
+    "higgs": Scheme(Normal(), activation_scales="static"),
+    "higgs, bits by layer": Scheme(Normal(group_size=4), None, None, None, layer_bits=[2, 8, 3, 5]),
 }
 
 
-@pytest.fixture(params=["w4a4kv4", *SCHEMES, *HIGGS])
+@pytest.fixture(params=["w4a4kv4", *SCHEMES])
 def folder(request: pytest.FixtureRequest, artefact: Path, fused: Path, text: TextSpec, tmp_path: Path) -> Path:
     """Artefacts of several schemes."""
     if request.param == "w4a4kv4":
         return artefact
-    scheme, method = (HIGGS[request.param], "higgs") if request.param in HIGGS else (SCHEMES[request.param], "rtn")
-    return quantize(fused, QuantizeSpec(scheme, method, text=text), tmp_path / "artefact")
+    return quantize(fused, QuantizeSpec(SCHEMES[request.param], RTN(), text=text), tmp_path / "artefact")
 
 
 def test_loaded_logits_are_those_evaluated(folder: Path, text: TextSpec) -> None:
@@ -107,8 +106,8 @@ def test_quantizing_changes_the_logits_but_not_beyond_recognition(
         plain = AutoModelForCausalLM.from_pretrained(tiny)(windows).logits
         four = kurtail_pl.load(artefact)(windows).logits
         eight_bits = Quantizer(8, False)
-        scheme = Scheme(Quantizer(8), Quantizer(8), eight_bits, eight_bits)
-        eight = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, "rtn"), tmp_path / "w8"))(windows).logits
+        scheme = Scheme(Uniform(8), Quantizer(8), eight_bits, eight_bits)
+        eight = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "w8"))(windows).logits
     error = {n: ((v - plain).norm() / plain.norm()).item() for n, v in (("four", four), ("eight", eight))}
     assert 0 < error["eight"] < 0.1
     assert error["eight"] < error["four"] / 4

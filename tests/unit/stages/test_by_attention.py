@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.calibration import received_by
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.prefix import prefix_states
@@ -24,7 +25,7 @@ from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
-WEIGHTS = Scheme(Quantizer(4), activations=None, keys=None, values=None)
+WEIGHTS = Scheme(Uniform(4), activations=None, keys=None, values=None)
 PREFIX = [7, 31, 5]
 
 

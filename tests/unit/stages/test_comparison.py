@@ -34,8 +34,8 @@ def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", 
     (folder / "results.json").write_text(json.dumps(results))
     if method != "float":
         source = {"model": "m", "sha256": "1"}
-        card = {"format": 1, "method": method, "scheme": scheme.to_dict(), "source": source, "cost": {}, "sha256": {}}
-        card |= {"quantize": {"method": rounding}}
+        card = {"format": 2, "method": method, "scheme": scheme.to_dict(), "source": source, "cost": {}, "sha256": {}}
+        card |= {"rounding": rounding, "quantize": {"rounder": {"kind": rounding.upper(), "settings": {}}}}
         (folder / "kurtail.json").write_text(json.dumps(card))
     return folder
 

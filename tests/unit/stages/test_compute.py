@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import kurtail_pl
 from kurtail_pl.errors import ResumeMismatch, StoreMismatch
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -105,7 +106,7 @@ def test_a_loaded_model_follows_to_a_device(artefact: Path) -> None:
 def test_a_loaded_model_follows_to_a_type(fused: Path, tmp_path: Path) -> None:
     """In float64 it writes what it writes in float32."""
     weights = Scheme(activations=None, keys=None, values=None)
-    folder = quantize(fused, QuantizeSpec(weights, "rtn"), tmp_path / "rtn")
+    folder = quantize(fused, QuantizeSpec(weights, RTN()), tmp_path / "rtn")
     ids = torch.arange(40)[None]
     expected = kurtail_pl.load(folder)(ids).logits
     wide = nn.Module.to(kurtail_pl.load(folder), torch.float64)(ids).logits

@@ -8,6 +8,7 @@ import pytest
 
 import kurtail_pl
 from kurtail_pl.errors import KurtailError, StoreMismatch
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.figures import figures
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -42,7 +43,7 @@ def test_a_damaged_folder_is_refused_by_all_that_read_it(
     folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (fused, artefact)]
     for folder in folders:
         damage(folder / name, lost)
-    spec, out = QuantizeSpec(method="rtn", text=text), tmp_path / "out"
+    spec, out = QuantizeSpec(rounder=RTN(), text=text), tmp_path / "out"
     readers: list[Callable[[Path], object]] = [
         lambda folder: quantize(folder, spec, out),
         lambda folder: perplexity(Checkpoint(folder), text),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
@@ -19,7 +20,7 @@ def test_another_artefact_of_equal_weights_does_not_go_on(
 ) -> None:
     schemes = {"a4": Scheme(), "a16": Scheme(activations=None, keys=None, values=None)}
     made = {
-        name: Checkpoint(quantize(fused, QuantizeSpec(scheme=scheme, method="rtn"), tmp_path / name))
+        name: Checkpoint(quantize(fused, QuantizeSpec(scheme=scheme, rounder=RTN()), tmp_path / name))
         for name, scheme in schemes.items()
     }
     assert made["a4"].sha256 == made["a16"].sha256

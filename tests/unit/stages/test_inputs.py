@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.methods import GPTQ, RTN, Rounder, Uniform
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.stages.text import TextSpec, cut_windows
@@ -55,7 +55,8 @@ def by_method(fused: Path, text: TextSpec, tmp_path_factory: pytest.TempPathFact
     """Weights alone in 4 bits, by both methods."""
     root = tmp_path_factory.mktemp("methods")
     text = replace(text, windows=12)
-    specs = {m: QuantizeSpec(WEIGHTS_ONLY, m, text=text) for m in ("rtn", "gptq")}  # type: ignore[arg-type]
+    rounders: dict[str, Rounder] = {"rtn": RTN(), "gptq": GPTQ()}
+    specs = {name: QuantizeSpec(WEIGHTS_ONLY, rounder, text=text) for name, rounder in rounders.items()}
     return {method: quantize(fused, spec, root / method) for method, spec in specs.items()}
 
 
@@ -97,7 +98,7 @@ def test_gptaq_wants_the_inputs_of_the_float_model(
 
     The artefact's float16 decides ties of the activations otherwise, so only the first are the same there.
     """
-    spec = QuantizeSpec(scheme, gptq=GPTQ(correction="gptaq"), text=text, quantized_activations=True)
+    spec = QuantizeSpec(scheme, rounder=GPTQ(correction="gptaq"), text=text, quantized_activations=True)
     folder = quantize(fused, spec, tmp_path / "gptaq")
     assert len(crosses) == 4 * 7
     names = [f"model.layers.{i}.{name}" for i in range(4) for name in LINEARS][:certain]
@@ -116,21 +117,21 @@ def test_gptaq_wants_the_inputs_of_the_float_model(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("rounder", [RTN(), GPTQ()])
 @pytest.mark.parametrize("quantized_activations", [True, False])
 def test_states_after_a_layer_are_those_of_the_quantized_layer(
-    fused: Path, rotations: Rotations, text: TextSpec, method: str, quantized_activations: bool, tmp_path: Path
+    fused: Path, rotations: Rotations, text: TextSpec, rounder: Rounder, quantized_activations: bool, tmp_path: Path
 ) -> None:
     checkpoint, scheme = Checkpoint(fused), Scheme()
     model = empty_model(checkpoint.config)
     equip_model(model, scheme if quantized_activations else WEIGHTS_ONLY, rotations)
     walker = Walker(checkpoint, model)
-    solver = LayerSolver(walker, scheme, GPTQ() if method == "gptq" else None)
+    solver = LayerSolver(walker, scheme, rounder)
     with resumable_folder(tmp_path / "work", False, {}) as work:
         hidden = walker.hidden_states(calibration(fused, text), work)
         for index, layer in walker.layers("test", work):
             before = [states.clone() for states in hidden.before]
-            solver.solve_layer(layer, f"model.layers.{index}", hidden)
+            solver.solve_layer(layer, f"model.layers.{index}", hidden, scheme.weights)
             assert all(layer.get_submodule(name).weight is None for name in LINEARS)
             positions = model.model.rotary_emb(before[0], torch.arange(text.seqlen).unsqueeze(0))
             for states, after in zip(before, hidden.after, strict=True):
@@ -139,12 +140,12 @@ def test_states_after_a_layer_are_those_of_the_quantized_layer(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", [None, Quantizer(8)])
+@pytest.mark.parametrize("weights", [None, Uniform(8)])
 def test_centres_are_the_means_of_what_each_linear_reads(
-    fused: Path, text: TextSpec, weights: Quantizer | None, tmp_path: Path
+    fused: Path, text: TextSpec, weights: Uniform | None, tmp_path: Path
 ) -> None:
     scheme = replace(Scheme(), weights=weights, activations=Quantizer(8), centre=True)
-    folder = quantize(fused, QuantizeSpec(scheme, "rtn", text=text), tmp_path / "centred")
+    folder = quantize(fused, QuantizeSpec(scheme, RTN(), text=text), tmp_path / "centred")
     names = [f"model.layers.{i}.{name}" for i in range(4) for name in LINEARS]
     inputs, stored = inputs_of(fused, calibration(fused, text), names), tensors_of(folder)
     before = tensors_of(fused)
@@ -231,17 +232,17 @@ def test_gptaq_brings_the_outputs_nearer(fused: Path, text: TextSpec, tmp_path: 
     expected, errors = outputs_of(fused, windows), {}
     corrections: Any = (None, "gptaq")
     for correction in corrections:
-        spec = QuantizeSpec(scheme, gptq=GPTQ(correction=correction), text=text, quantized_activations=True)
+        spec = QuantizeSpec(scheme, rounder=GPTQ(correction=correction), text=text, quantized_activations=True)
         found = outputs_of(quantize(fused, spec, tmp_path / str(correction)), windows)
         errors[correction] = sum((found[name] - expected[name]).norm().item() for name in expected)
     assert errors["gptaq"] < 0.99 * errors[None]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", [None, Quantizer(4)])
+@pytest.mark.parametrize("weights", [None, Uniform(4)])
 @pytest.mark.parametrize("centre", [False, True])
 def test_matched_weights_bring_the_outputs_nearer(
-    fused: Path, text: TextSpec, weights: Quantizer | None, centre: bool, tmp_path: Path
+    fused: Path, text: TextSpec, weights: Uniform | None, centre: bool, tmp_path: Path
 ) -> None:
     """On the calibration text, and in the first layer, whose inputs are the float model's: 3 bits err enough to see."""
     scheme = replace(Scheme(), weights=weights, activations=Quantizer(3), keys=None, values=None, centre=centre)
@@ -276,6 +277,6 @@ def test_matching_without_quantized_inputs_is_refused() -> None:
 
 
 def test_matching_and_gptaq_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"match_outputs is true and gptq\.correction is gptaq"):
-        QuantizeSpec(gptq=GPTQ(correction="gptaq"), quantized_activations=True, match_outputs=True)
-    QuantizeSpec(gptq=GPTQ(correction="foem"), quantized_activations=True, match_outputs=True)
+    with pytest.raises(ConfigError, match=r"match_outputs is true and .* rounded by GPTQ with GPTAQ's correction"):
+        QuantizeSpec(rounder=GPTQ(correction="gptaq"), quantized_activations=True, match_outputs=True)
+    QuantizeSpec(rounder=GPTQ(correction="foem"), quantized_activations=True, match_outputs=True)

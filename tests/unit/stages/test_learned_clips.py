@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, Normal, Rounder, Uniform
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -26,8 +27,8 @@ from kurtail_pl.surgery.scheme import Scheme
 
 ACTIVATIONS = Scheme(weights=None, activations=Quantizer(3, False), keys=None, values=None)
 CACHE = Scheme(weights=None, activations=None, keys=Quantizer(2, False), values=Quantizer(2))
-WEIGHTS = Scheme(weights=Quantizer(3), activations=None, keys=None, values=None)
-ALL = Scheme(Quantizer(), Quantizer(4, False), Quantizer(4, False), Quantizer(4, False))
+WEIGHTS = Scheme(weights=Uniform(3), activations=None, keys=None, values=None)
+ALL = Scheme(Uniform(), Quantizer(4, False), Quantizer(4, False), Quantizer(4, False))
 SITES = [
     [f"self_attn.{name}_proj.activations" for name in "qkv"],
     ["self_attn.o_proj.activations"],
@@ -105,10 +106,14 @@ def test_the_cache_learns_too(fused: Path, text: TextSpec, tmp_path: Path) -> No
     assert start - first.error(model) > 0.75 * (start - best)
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "higgs"])
-def test_scales_learn_and_codes_stay(fused: Path, text: TextSpec, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "rounder"), [(Uniform(3), RTN()), (Uniform(3), GPTQ()), (Normal(3), RTN()), (Normal(3), GPTQ())]
+)
+def test_scales_learn_and_codes_stay(
+    fused: Path, text: TextSpec, tmp_path: Path, weights: Format, rounder: Rounder
+) -> None:
     """Of the first layer, whose inputs are the same with and without."""
-    spec = replace(learning(text, WEIGHTS, "weights", lr=0.005), method=method)  # type: ignore[arg-type]
+    spec = replace(learning(text, replace(WEIGHTS, weights=weights), "weights", lr=0.005), rounder=rounder)
     learned = quantize(fused, spec, tmp_path / "learned")
     plain = quantize(fused, replace(spec, learn_clips=None), tmp_path / "plain")
     first = FirstLayer(fused, text)
@@ -182,6 +187,10 @@ QUANTIZED = {"scheme": ALL, "quantized_activations": True}
             "parts names values; .* give scheme.values",
         ),
         (lambda: QuantizeSpec(CACHE, learn_clips=ClipLearning(["weights"])), "parts names weights; .* scheme.weights"),
+        (
+            lambda: QuantizeSpec(Scheme(NVFP4()), RTN(), learn_clips=ClipLearning(["weights"])),
+            "parts names weights, and they are NVFP4.* no plain numbers; leave weights out",
+        ),
         (
             lambda: QuantizeSpec(**QUANTIZED, learn_clips=ClipLearning(["weights"]), search_clips=["keys"]),  # type: ignore[arg-type]
             "learn_clips is given and search_clips names keys; .*search_clips: ",

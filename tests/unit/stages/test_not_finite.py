@@ -18,6 +18,7 @@ from walks import perplexity_of
 
 import kurtail_pl
 from kurtail_pl.errors import CheckpointError, NotFinite
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
@@ -82,7 +83,7 @@ def test_an_artefact_of_embeddings_out_of_float16s_range_is_the_model(
     model = changed(tiny, tmp_path / "model", scaled(EMBEDDING, factor))
     chosen = Rotations() if method == "none" else rotations
     fused = fuse(Checkpoint(model), chosen, method, tmp_path / "fused")
-    artefact = quantize(fused, QuantizeSpec(FLOAT, "rtn", text=text), tmp_path / "artefact")
+    artefact = quantize(fused, QuantizeSpec(FLOAT, RTN(), text=text), tmp_path / "artefact")
     with torch.no_grad():
         ids = torch.arange(40)[None]
         wanted = AutoModelForCausalLM.from_pretrained(model)(ids).logits
@@ -136,5 +137,5 @@ def test_a_fused_model_is_looked_at_as_any_other(fused: Path, text: TextSpec, tm
     card["sha256"][path.name] = sha256_of(path)
     (copy / "kurtail.json").write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match=re.escape(DOWN)):
-        quantize(copy, replace(QuantizeSpec(text=text), method="rtn"), tmp_path / "artefact")
+        quantize(copy, replace(QuantizeSpec(text=text), rounder=RTN()), tmp_path / "artefact")
     assert not (tmp_path / "artefact").exists()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import kurtail_pl
 from kurtail_pl.cli.verbs import _eval, _fuse
 from kurtail_pl.errors import ArtefactError
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
@@ -52,10 +53,10 @@ def test_transformers_alone_refuses_and_names_load(folder: Path, door: Callable[
 
 def test_a_model_without_online_rotations_is_refused_once_quantized(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     plain = fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused")
-    rounded = quantize(plain, QuantizeSpec(method="rtn", text=text), tmp_path / "rounded")
+    rounded = quantize(plain, QuantizeSpec(rounder=RTN(), text=text), tmp_path / "rounded")
     with pytest.raises(ValueError, match=r"load it with kurtail_pl.load"):
         AutoModelForCausalLM.from_pretrained(rounded)
-    halved = quantize(plain, QuantizeSpec(FLOAT, "rtn", text=text), tmp_path / "halved")
+    halved = quantize(plain, QuantizeSpec(FLOAT, RTN(), text=text), tmp_path / "halved")
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(halved, dtype=torch.float32)(IDS).logits
         assert torch.equal(logits, kurtail_pl.load(halved)(IDS).logits)
@@ -130,7 +131,7 @@ def test_a_copied_configuration_alone_is_known_by_its_mark(fused: Path, tmp_path
 
 def test_an_artefact_is_not_quantized_again(artefact: Path, text: TextSpec, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"is quantized already; give the folder that kurtail fuse wrote"):
-        quantize(artefact, QuantizeSpec(method="rtn", text=text), tmp_path / "again")
+        quantize(artefact, QuantizeSpec(rounder=RTN(), text=text), tmp_path / "again")
 
 
 def test_folders_of_ours_are_evaluated_by_path_and_from_home(

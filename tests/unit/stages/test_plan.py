@@ -10,7 +10,7 @@ import pytest
 from families import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from kurtail_pl.maths.gptq import GPTQ
+from kurtail_pl.methods import GPTQ, RTN, Normal
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.plan import ProxyLearning, StagePlan, plan
@@ -126,14 +126,14 @@ def test_more_windows_take_more(text_file: Path) -> None:
     assert many["capture"].memory - few["capture"].memory == grown
     assert many["capture"].disk - few["capture"].disk == grown
     assert many["quantize"] == few["quantize"]
-    rtn = planned(config, capture, QuantizeSpec(method="rtn"), 0)
+    rtn = planned(config, capture, QuantizeSpec(rounder=RTN()), 0)
     assert rtn["quantize"].memory < few["quantize"].memory
 
 
 def test_static_scales_need_the_text_whatever_the_method() -> None:
     config, capture = LlamaConfig(), CaptureSpec("x", TextSpec("pydoc", 8, 512), 4096)
     plain, static, prefixed = (
-        planned(config, capture, QuantizeSpec(Scheme(**changes), "rtn"), 0)["quantize"]
+        planned(config, capture, QuantizeSpec(Scheme(**changes), RTN()), 0)["quantize"]
         for changes in ({}, {"activation_scales": "static"}, {"prefix": [1]})
     )
     text = QuantizeSpec().text
@@ -145,9 +145,9 @@ def test_static_scales_need_the_text_whatever_the_method() -> None:
 def test_higgs_needs_no_text_and_bits_by_layer_a_little() -> None:
     config, capture = LlamaConfig(), CaptureSpec("x", TextSpec("pydoc", 8, 512), 4096)
     specs = {
-        "rtn": QuantizeSpec(method="rtn"),
-        "higgs": QuantizeSpec(method="higgs"),
-        "bits by layer": QuantizeSpec(method="higgs", average_bits=4),
+        "rtn": QuantizeSpec(rounder=RTN()),
+        "higgs": QuantizeSpec(Scheme(Normal()), RTN()),
+        "bits by layer": QuantizeSpec(Scheme(Normal()), RTN(), average_bits=4),
     }
     rtn, same, own = (planned(config, capture, spec, 0)["quantize"] for spec in specs.values())
     assert (same.memory, same.disk, same.flops) == (rtn.memory, rtn.disk, rtn.flops)
@@ -175,7 +175,7 @@ def test_gptaq_takes_the_float_model_along() -> None:
     """The states of both models, the float layer's weights, and five matrices where GPTQ alone has two."""
     config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
     layer, states = sizes_of(config).layer, 2 * 8 * 512 * config.hidden_size * 4
-    specs = {c: QuantizeSpec(gptq=GPTQ(correction=c), text=text) for c in (None, "foem", "gptaq")}  # type: ignore[arg-type]
+    specs = {c: QuantizeSpec(rounder=GPTQ(correction=c), text=text) for c in (None, "foem", "gptaq")}  # type: ignore[arg-type]
     plain, foem, gptaq = (planned(config, CaptureSpec("x", text, 9), s, 0)["quantize"] for s in specs.values())
     wide = config.hidden_size * config.intermediate_size
     assert foem.memory - plain.memory == wide * 4
@@ -184,7 +184,7 @@ def test_gptaq_takes_the_float_model_along() -> None:
     matrices = 3 * config.intermediate_size**2 * 4
     assert gptaq.memory - plain.memory == states + 4 * (layer - wide) + matrices
     assert gptaq.flops - plain.flops == sizes_of(config).forward(8 * 512, 512)
-    rtn = [planned(config, CaptureSpec("x", text, 9), replace(s, method="rtn"), 0) for s in specs.values()]
+    rtn = [planned(config, CaptureSpec("x", text, 9), replace(s, rounder=RTN()), 0) for s in specs.values()]
     assert rtn[0]["quantize"] == rtn[2]["quantize"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
@@ -39,7 +40,7 @@ def test_windows_up_to_the_last_position(
 ) -> None:
     long, out = TextSpec(text.source, windows=1, seqlen=seqlen), tmp_path / "out"
     learning = ClipLearning(parts=["activations"], steps=1, windows=1, seqlen=seqlen)
-    learned = QuantizeSpec(method="rtn", text=text, quantized_activations=True, learn_clips=learning)
+    learned = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, learn_clips=learning)
     plain = Checkpoint(tiny)
     stages: dict[str, Callable[[], object]] = {
         "evaluate": lambda: perplexity(plain, long),
@@ -86,7 +87,7 @@ def test_a_plan_refuses_them_too(part: str | None, tiny: Path) -> None:
 
 def test_text_that_is_not_used_may_be_of_any_length(tiny: Path) -> None:
     """Plain rounding reads none."""
-    spec = QuantizeSpec(method="rtn", text=TOO_LONG)
+    spec = QuantizeSpec(rounder=RTN(), text=TOO_LONG)
     plan(Checkpoint(tiny).config, CaptureSpec("x", TEXT, 8), ProxyLearning(1, 1), spec, TEXT, 0)
 
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.prefix import prefix_states
@@ -66,7 +67,7 @@ def test_an_artefact_holds_it(fused: Path, text: TextSpec, centre_keys: bool, tm
     """Stored in float16, without quantizers; keys of prefix and text are centred alike."""
     eight = Quantizer(8, False)
     scheme = Scheme(None, None, eight, eight, centre_keys=centre_keys, prefix=PREFIX)
-    folder = quantize(fused, QuantizeSpec(scheme, "rtn", text=text), tmp_path / "prefixed")
+    folder = quantize(fused, QuantizeSpec(scheme, RTN(), text=text), tmp_path / "prefixed")
     model, plain = kurtail_pl.load(folder), kurtail_pl.load(fused)
     for layer in model.model.layers:
         assert layer.self_attn.prefix_key.shape == layer.self_attn.prefix_value.shape == (2, len(PREFIX), 16)
@@ -79,7 +80,7 @@ def test_an_artefact_holds_it(fused: Path, text: TextSpec, centre_keys: bool, tm
 def test_the_prefix_is_not_quantized_and_the_text_is(fused: Path, tmp_path: Path) -> None:
     two = Quantizer(2, False)
     scheme = Scheme(None, None, two, two, prefix=PREFIX)
-    model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, "rtn"), tmp_path / "prefixed"))
+    model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "prefixed"))
     states = list(prefix_states(Checkpoint(fused), PREFIX, torch.float32, CPU))
     for layer, (keys, values) in zip(model.model.layers, states, strict=True):
         torch.testing.assert_close(layer.self_attn.prefix_key, keys.half().float(), rtol=0, atol=0)
@@ -89,7 +90,7 @@ def test_the_prefix_is_not_quantized_and_the_text_is(fused: Path, tmp_path: Path
 
 def test_generation_is_that_behind_the_tokens(fused: Path, tmp_path: Path) -> None:
     scheme = Scheme(None, None, None, None, prefix=PREFIX)
-    model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, "rtn"), tmp_path / "prefixed"))
+    model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "prefixed"))
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     ids = IDS[:1]
     found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
@@ -104,7 +105,7 @@ def test_generation_is_that_behind_the_tokens(fused: Path, tmp_path: Path) -> No
 )
 def test_tokens_that_the_model_does_not_know(fused: Path, prefix: list[int], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        quantize(fused, QuantizeSpec(Scheme(prefix=prefix), "rtn"), tmp_path / "out")
+        quantize(fused, QuantizeSpec(Scheme(prefix=prefix), RTN()), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, ResumeMismatch, TextError
-from kurtail_pl.maths.gptq import GPTQ
 from kurtail_pl.maths.normal_grid import normal_error, normal_levels
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import GPTQ, RTN, Format, Normal, Rounder, Uniform
 from kurtail_pl.stages.fuse import UNROTATED, fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -29,7 +29,6 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.folder import CARD
 from kurtail_pl.streaming.compute import AUTO, Compute
-from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
@@ -58,7 +57,7 @@ def best_row(row: np.ndarray, bits: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.down_proj"])
 def test_rtn_is_the_best_of_all_grids(fused: Path, tmp_path: Path, name: str) -> None:
-    folder = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "rtn")
+    folder = quantize(fused, QuantizeSpec(rounder=RTN()), tmp_path / "rtn")
     weights, packed = tensors_of(fused), tensors_of(folder)
     for layer in (0, 3):
         full = f"model.layers.{layer}.{name}"
@@ -76,10 +75,10 @@ def test_rtn_is_the_best_of_all_grids(fused: Path, tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.down_proj"])
 def test_higgs_takes_the_nearest_level_of_each_group(fused: Path, tmp_path: Path, name: str) -> None:
     """Layer by layer in bits of its own, groups of four, against all levels in float64."""
-    scheme = replace(WEIGHTS_ONLY, weights=Quantizer(group_size=4), higgs_bits=[4, 2, 8, 3])
-    folder = quantize(fused, QuantizeSpec(scheme, "higgs"), tmp_path / "higgs")
+    scheme = replace(WEIGHTS_ONLY, weights=Normal(group_size=4), layer_bits=[4, 2, 8, 3])
+    folder = quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "higgs")
     weights, packed = tensors_of(fused), tensors_of(folder)
-    for layer, bits in enumerate(scheme.higgs_bits or []):
+    for layer, bits in enumerate(scheme.layer_bits or []):
         full = f"model.layers.{layer}.{name}"
         groups = weights[f"{full}.weight"].double().numpy().reshape(-1, 4)
         scale = np.linalg.norm(groups, axis=-1, keepdims=True) / 2
@@ -98,9 +97,9 @@ def test_higgs_loses_what_a_normal_weight_would_on_rotated_stories(stories: Path
     """The fused rotations stand in for the Hadamards of HIGGS's groups: the weights' error is the normal grid's."""
     checkpoint = Checkpoint(stories)
     turned = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
-    scheme = replace(WEIGHTS_ONLY, weights=Quantizer(bits))
+    scheme = replace(WEIGHTS_ONLY, weights=Normal(bits))
     model, before = (
-        kurtail_pl.load(quantize(turned, QuantizeSpec(scheme, "higgs"), tmp_path / "out")),
+        kurtail_pl.load(quantize(turned, QuantizeSpec(scheme, RTN()), tmp_path / "out")),
         tensors_of(turned),
     )
     errors = [
@@ -112,17 +111,19 @@ def test_higgs_loses_what_a_normal_weight_would_on_rotated_stories(stories: Path
     assert torch.stack(errors).mean().item() == pytest.approx(normal_error(bits), rel=0.05)
 
 
-def test_a_higgs_card_says_the_bits_of_every_layer(fused: Path, tmp_path: Path) -> None:
-    folder = quantize(fused, QuantizeSpec(Scheme(Quantizer(3)), "higgs"), tmp_path / "out")
+def test_a_higgs_card_says_format_and_rounder(fused: Path, tmp_path: Path) -> None:
+    folder = quantize(fused, QuantizeSpec(Scheme(Normal(3)), RTN()), tmp_path / "out")
     card = json.loads((folder / "kurtail.json").read_text())
-    assert card["scheme"]["higgs_bits"] == [3, 3, 3, 3]
-    assert card["quantize"]["method"] == "higgs"
-    assert card["quantize"]["scheme"]["higgs_bits"] is None
+    assert card["scheme"]["weights"] == {"kind": "Normal", "settings": {"bits": 3, "group_size": None}}
+    assert card["scheme"]["layer_bits"] is None
+    assert card["quantize"]["rounder"] == {"kind": "RTN", "settings": {}}
+    assert card["quantize"]["scheme"] == card["scheme"]
+    assert card["rounding"] == "higgs-rtn"
     assert card["calibration_text_sha256"] is None
 
 
-def test_higgs_with_float_weights_quantizes_the_rest(fused: Path, tmp_path: Path) -> None:
-    folder = quantize(fused, QuantizeSpec(Scheme(weights=None), "higgs"), tmp_path / "out")
+def test_rtn_with_float_weights_quantizes_the_rest(fused: Path, tmp_path: Path) -> None:
+    folder = quantize(fused, QuantizeSpec(Scheme(weights=None), RTN()), tmp_path / "out")
     assert json.loads((folder / "kurtail.json").read_text())["scheme"] == Scheme(weights=None).to_dict()
     assert torch.equal(
         tensors_of(folder)["model.layers.0.mlp.up_proj.weight"],
@@ -130,13 +131,9 @@ def test_higgs_with_float_weights_quantizes_the_rest(fused: Path, tmp_path: Path
     )
 
 
-def test_higgs_refuses_what_its_grids_do_not_have(fused: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="symmetric: true"):
-        QuantizeSpec(Scheme(Quantizer(symmetric=False)), "higgs")
-    with pytest.raises(ConfigError, match="higgs_bits are given and method is rtn"):
-        QuantizeSpec(Scheme(higgs_bits=[4]), "rtn")
-    with pytest.raises(ConfigError, match="higgs_bits are 3 numbers and this model has 4 layers"):
-        quantize(fused, QuantizeSpec(Scheme(higgs_bits=[4, 4, 4]), "higgs"), tmp_path / "out")
+def test_bits_for_another_number_of_layers_are_refused(fused: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layer_bits are 3 numbers and this model has 4 layers"):
+        quantize(fused, QuantizeSpec(Scheme(Normal(), layer_bits=[4, 4, 4]), RTN()), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,14 +145,10 @@ def test_a_card_holds_all_that_repeats_it(fused: Path, artefact: Path, text: Tex
     assert card["method"] == "quarot"
     assert card["scheme"] == Scheme().to_dict()
     assert Scheme.from_dict(card["quantize"]["scheme"]) == Scheme()
-    assert card["quantize"]["method"] == "gptq"
-    assert card["quantize"]["gptq"] == {
-        "block_size": 128,
-        "percdamp": 0.01,
-        "act_order": True,
-        "correction": None,
-        "refine": 0,
-    }
+    assert card["rounding"] == "gptq"
+    settings = {"block_size": 128, "percdamp": 0.01, "act_order": True, "correction": None, "refine": 0}
+    assert card["quantize"]["rounder"] == {"kind": "GPTQ", "settings": settings}
+    assert card["quantize"]["match_damping"] == 0.01
     assert card["quantize"]["text"] == {"source": text.source, "windows": 6, "seqlen": 48}
     assert card["calibration_text_sha256"] == sha256_of(Path(text.source))
     assert card["fallbacks"] == []
@@ -168,13 +161,23 @@ def test_the_rotations_hash_is_that_of_the_artefacts_own_file(artefact: Path) ->
     assert card["rotations_sha256"] == sha256_of(artefact / "rotations.safetensors")
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_without_rotations_the_method_is_the_rounding(tiny: Path, tmp_path: Path, text: TextSpec, method: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "rounder", "method"),
+    [
+        (Uniform(), RTN(), "rtn"),
+        (Uniform(), GPTQ(), "gptq"),
+        (Normal(), RTN(), "higgs-rtn"),
+        (Normal(), GPTQ(), "higgs-gptq"),
+    ],
+)
+def test_without_rotations_the_method_is_the_rounding(
+    tiny: Path, tmp_path: Path, text: TextSpec, weights: Format, rounder: Rounder, method: str
+) -> None:
     plain = fuse(Checkpoint(tiny), Rotations(), UNROTATED, tmp_path / "plain")
-    spec = QuantizeSpec(Scheme(), method, text=text)  # type: ignore[arg-type]
+    spec = QuantizeSpec(Scheme(weights), rounder, text=text)
     card = json.loads((quantize(plain, spec, tmp_path / "out") / "kurtail.json").read_text())
     assert card["method"] == method
-    assert (card["calibration_text_sha256"] is None) == (method == "rtn")
+    assert (card["calibration_text_sha256"] is None) == (rounder == RTN())
 
 
 def test_what_is_not_a_layers_linear_is_float16(fused: Path, artefact: Path) -> None:
@@ -203,9 +206,9 @@ def test_16_bit_weights_are_the_fused_ones(fused: Path, tmp_path: Path, text: Te
 
 def test_a_hessian_of_too_few_tokens_falls_back_to_rtn(fused: Path, text: TextSpec, tmp_path: Path) -> None:
     few = replace(text, windows=1, seqlen=8)
-    spec = QuantizeSpec(WEIGHTS_ONLY, gptq=GPTQ(percdamp=1e-300), text=few)
+    spec = QuantizeSpec(WEIGHTS_ONLY, rounder=GPTQ(percdamp=1e-300), text=few)
     folder = quantize(fused, spec, tmp_path / "few")
-    rtn = tensors_of(quantize(fused, replace(spec, method="rtn"), tmp_path / "rtn"))
+    rtn = tensors_of(quantize(fused, replace(spec, rounder=RTN()), tmp_path / "rtn"))
     fallbacks = json.loads((folder / "kurtail.json").read_text())["fallbacks"]
     assert {f"model.layers.{i}.{name}" for i in range(4) for name in LINEARS} >= set(fallbacks)
     assert len(fallbacks) > 7
@@ -221,7 +224,7 @@ def test_four_bit_linears_take_about_a_quarter_of_bfloat16(tiny: Path, tmp_path:
     for path in tiny.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "model")
     wide = fuse(Checkpoint(tmp_path / "model"), Rotations(), "rtn", tmp_path / "wide")
-    folder = quantize(wide, QuantizeSpec(method="rtn"), tmp_path / "rtn")
+    folder = quantize(wide, QuantizeSpec(rounder=RTN()), tmp_path / "rtn")
     parameters = 4 * 256 * 256 + 3 * 256 * 512
     stored = sum(t.nbytes for n, t in tensors_of(folder).items() if n.endswith(("codes", "scale", "zero_point")))
     assert stored == parameters // 2 + 4 * (5 * 256 + 256 + 2 * 512 - 256)
@@ -229,8 +232,8 @@ def test_four_bit_linears_take_about_a_quarter_of_bfloat16(tiny: Path, tmp_path:
 
 
 def test_groups_and_eight_bits(fused: Path, tmp_path: Path) -> None:
-    scheme = replace(WEIGHTS_ONLY, weights=Quantizer(8, symmetric=False, group_size=4))
-    folder = quantize(fused, QuantizeSpec(scheme, "rtn"), tmp_path / "w8")
+    scheme = replace(WEIGHTS_ONLY, weights=Uniform(8, symmetric=False, group_size=4))
+    folder = quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "w8")
     name = "model.layers.1.mlp.down_proj"
     tensors, weight = tensors_of(folder), tensors_of(fused)[f"{name}.weight"]
     assert tensors[f"{name}.codes"].shape == (48, 172)
@@ -241,14 +244,26 @@ def test_groups_and_eight_bits(fused: Path, tmp_path: Path) -> None:
     assert torch.equal(kurtail_pl.load(folder).get_submodule(name).dense_weight(), values)
 
 
-def test_an_unknown_method() -> None:
-    with pytest.raises(ConfigError, match=r"method is 'awq'; .*rtn or gptq"):
-        QuantizeSpec(method="awq")  # type: ignore[arg-type]
+def test_gptq_refines_evenly_spaced_levels_alone(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rounder.refine is 2 and the levels of Normal .*; write refine: 0"):
+        QuantizeSpec(Scheme(Normal()), GPTQ(refine=2))
+    QuantizeSpec(Scheme(weights=None), GPTQ(refine=2))
+    folder = quantize(
+        fused, QuantizeSpec(replace(WEIGHTS_ONLY, weights=Normal(3)), GPTQ(), text=text), tmp_path / "out"
+    )
+    assert json.loads((folder / "kurtail.json").read_text())["fallbacks"] == []
+    kurtail_pl.load(folder)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+def test_the_damping_of_matching_is_positive(damping: float) -> None:
+    with pytest.raises(ConfigError, match=r"match_damping is .*; give a positive number"):
+        QuantizeSpec(match_damping=damping)
 
 
 def test_a_plain_model_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="tiny is no folder of ours"):
-        quantize(tiny, QuantizeSpec(method="rtn"), tmp_path / "out")
+        quantize(tiny, QuantizeSpec(rounder=RTN()), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,7 +276,7 @@ def test_too_short_a_text_leaves_nothing(fused: Path, text: TextSpec, tmp_path: 
 def test_an_existing_folder_is_refused(fused: Path, tmp_path: Path) -> None:
     (tmp_path / "old").write_text("mine")
     with pytest.raises(ArtefactError, match="exists"):
-        quantize(fused, QuantizeSpec(method="rtn"), tmp_path)
+        quantize(fused, QuantizeSpec(rounder=RTN()), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
@@ -280,7 +295,7 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
     card["sha256"][shard.name] = sha256_of(shard)
     (copy / CARD).write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match=r"model.layers.2.*up_proj"):
-        quantize(copy, QuantizeSpec(method="rtn"), tmp_path / "out")
+        quantize(copy, QuantizeSpec(rounder=RTN()), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
 
 
@@ -288,9 +303,9 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
     "settings",
     [
         {},
-        {"gptq": GPTQ(correction="gptaq")},
+        {"rounder": GPTQ(correction="gptaq")},
         {"scheme": Scheme(centre=True, activation_scales="static", prefix=[7])},
-        {"scheme": Scheme(prefix=[7]), "gptq": GPTQ(correction="gptaq")},
+        {"scheme": Scheme(prefix=[7]), "rounder": GPTQ(correction="gptaq")},
         {"quantized_activations": True, "learn_clips": LEARNING},
     ],
     ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips"],
@@ -303,9 +318,9 @@ def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
     real: Callable[..., None] = LayerSolver.solve_layer
     broken = True
 
-    def interrupted(self: LayerSolver, layer: nn.Module, prefix: str, hidden: HiddenStates) -> None:
+    def interrupted(self: LayerSolver, layer: nn.Module, prefix: str, *rest: object) -> None:
         names.append(prefix)
-        real(self, layer, prefix, hidden)
+        real(self, layer, prefix, *rest)
         if broken and prefix.endswith("2"):
             raise KeyboardInterrupt
 
@@ -346,7 +361,7 @@ def test_unfinished_work_with_other_settings_is_refused(
         with pytest.raises(KeyboardInterrupt):
             quantize(fused, spec, tmp_path / "out")
     if change == "percdamp":
-        spec, difference = replace(spec, gptq=GPTQ(percdamp=0.02)), "quantize.gptq.percdamp is 0.01, wanted 0.02"
+        spec, difference = replace(spec, rounder=GPTQ(percdamp=0.02)), "percdamp is 0.01, wanted 0.02"
     elif change == "windows":
         spec, difference = replace(spec, text=replace(text, windows=5)), "quantize.text.windows is 6, wanted 5"
     elif change == "content":
@@ -360,7 +375,7 @@ def test_unfinished_work_with_other_settings_is_refused(
         fuse(Checkpoint(tiny), rotations, "quarot", source)
     with pytest.raises(ResumeMismatch, match=difference):
         quantize(source, spec, tmp_path / "out", compute=compute)
-    quantize(source, replace(spec, method="rtn"), tmp_path / "out", overwrite=True)
+    quantize(source, replace(spec, rounder=RTN()), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "kurtail.json").is_file()
 
 
@@ -390,7 +405,7 @@ def test_the_same_text_and_model_elsewhere_go_on(
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (Scheme(weights=Quantizer(group_size=16)), "weights.group_size is 16 and this model has 172"),
+        (Scheme(weights=Uniform(group_size=16)), "weights.group_size is 16 and this model has 172"),
         (Scheme(activations=Quantizer(group_size=5)), "activations.group_size is 5 and this model has 48"),
         (Scheme(keys=Quantizer(group_size=12)), "keys.group_size is 12 and this model has 16"),
     ],

@@ -11,6 +11,7 @@ import scipy.stats
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, StoreMismatch
+from kurtail_pl.methods import RTN, Normal
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -84,7 +85,8 @@ def test_no_results(tmp_path: Path) -> None:
         ({"cost": ...}, "cost"),
         ({"evaluation": []}, r"evaluation is \[\]"),
         ({"evaluation": {"perplexity": "low"}}, "perplexity is 'low'"),
-        ({"scheme": {"weights": {"bits": 99}}}, "bits is 99"),
+        ({"evaluation": {"perplexity": 10**400}}, "perplexity is 1000"),
+        ({"scheme": {"weights": {"kind": "Uniform", "settings": {"bits": 99}}}}, "bits is 99"),
         ({"kurtosis": {"mean": 2.0}}, "max"),
         ({"tasks": 3}, "tasks is 3"),
         ({"tasks": {"tasks": {}}}, "settings"),
@@ -200,7 +202,8 @@ def test_report_of_an_artefact(store: ActivationStore, artefact: Path, text: Tex
     assert f"{results['evaluation']['perplexity']:.2f}" in page
     assert "tales.txt: 6 windows of 48 tokens, 282 predicted" in page
     card = (folder / "README.md").read_text()
-    for part in ("weights: 4 bits, symmetric", "keys: 4 bits, asymmetric, clip ratio:0.95", "QuaRot", "by GPTQ"):
+    weights = "- weights: 4-bit integers, symmetric, per output channel, rounded by GPTQ\n"
+    for part in (weights, "keys: 4 bits, asymmetric, clip ratio:0.95", "by QuaRot."):
         assert part in card
     assert f"{results['evaluation']['perplexity']:.3f}" in card
     # Results and pages are no part of the model: it still loads.
@@ -210,19 +213,24 @@ def test_report_of_an_artefact(store: ActivationStore, artefact: Path, text: Tex
 def test_the_model_card_of_uneven_levels_says_the_bits_of_each_layer(
     fused: Path, text: TextSpec, store: ActivationStore, tmp_path: Path
 ) -> None:
-    for bits, said in ([3, 3, 3, 3], "3 bits"), ([4, 2, 8, 3], "4.25 bits on average: layer by layer 4 2 8 3"):
-        folder = quantize(fused, QuantizeSpec(Scheme(higgs_bits=bits), "higgs"), tmp_path / str(bits[0]))
+    average = "; but with bits of each layer's own, 4.25 bits on average: layer by layer 4 2 8 3"
+    for bits, said in (
+        (None, ""),
+        ([3, 3, 3, 3], "; but with bits of each layer's own, 3 bits"),
+        ([4, 2, 8, 3], average),
+    ):
+        folder = quantize(fused, QuantizeSpec(Scheme(Normal(3), layer_bits=bits), RTN()), tmp_path / str(bits))
         evaluate_folder(Checkpoint(folder), folder, text, store, 40)
         report(folder)
         card = (folder / "README.md").read_text()
-        assert f"- weights: levels of the normal distribution, {said}\n- activations: 4 bits" in card
-        assert "by HIGGS" in card
+        weights = "8 levels of the normal distribution (HIGGS), per output channel, rounded to nearest"
+        assert f"- weights: {weights}{said}\n- activations: 4 bits" in card
 
 
 def test_the_model_card_says_that_scales_are_static_and_what_stands_before_texts(
     fused: Path, text: TextSpec, store: ActivationStore, tmp_path: Path
 ) -> None:
-    spec = QuantizeSpec(Scheme(activation_scales="static", prefix=[5, 7]), "rtn", text=text)
+    spec = QuantizeSpec(Scheme(activation_scales="static", prefix=[5, 7]), RTN(), text=text)
     folder = quantize(fused, spec, tmp_path / "static")
     evaluate_folder(Checkpoint(folder), folder, text, store, 40)
     report(folder)

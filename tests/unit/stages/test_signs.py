@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError, TextError
+from kurtail_pl.methods import RTN
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.scales import ScaleSpec
@@ -89,7 +90,7 @@ def test_channels_are_scaled_before(tiny: Path, spec: SignSpec, tmp_path: Path) 
 def test_the_best_are_chosen_and_kept(tiny: Path, rotations: Rotations, spec: SignSpec, tmp_path: Path) -> None:
     """In the fused folder and in the artefact; the output of the float model stays."""
     fused = fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", signs=spec)
-    artefact = quantize(fused, QuantizeSpec(method="rtn"), tmp_path / "artefact")
+    artefact = quantize(fused, QuantizeSpec(rounder=RTN()), tmp_path / "artefact")
     windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=spec.seed).tokens
     errors = sign_errors(Checkpoint(tiny), rotations, spec, windows)
     draws = drawn(rotations, spec)

@@ -7,8 +7,7 @@ import torch
 from families import tiny_family
 from torch import Tensor
 
-from kurtail_pl.maths.gptq import GPTQ
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import GPTQ, Uniform
 from kurtail_pl.stages.float_layer import FloatLayer
 from kurtail_pl.stages.solver import LayerSolver
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -43,10 +42,10 @@ def test_an_experts_hessian_is_of_the_tokens_routed_to_it(tmp_path: Path, hessia
     model.save_pretrained(tmp_path)
     walker = Walker(Checkpoint(tmp_path))
     equip_model(walker.model, FLOAT, Rotations())
-    solver = LayerSolver(walker, Scheme(Quantizer(8)), GPTQ())
+    solver = LayerSolver(walker, Scheme(Uniform(8)), GPTQ())
     with resumable_folder(tmp_path / "work", False, {}) as work:
         _, layer = next(walker.layers("test", work))
-        solver.solve_layer(layer, "model.layers.0", walker.hidden_states(WINDOWS, work))
+        solver.solve_layer(layer, "model.layers.0", walker.hidden_states(WINDOWS, work), Uniform(8))
     assert len(hessians) == 4 + 4 * 3
     assert solver.notes["borrowers"] == []
     experts = model.model.layers[0].mlp.experts
@@ -68,13 +67,13 @@ def test_experts_want_what_the_same_tokens_have_in_the_float_model(tmp_path: Pat
     walker, beside = Walker(Checkpoint(tmp_path)), empty_model(model.config)
     for each in (walker.model, beside):
         equip_model(each, FLOAT, Rotations())
-    solver = LayerSolver(walker, Scheme(Quantizer(8)), GPTQ(correction="gptaq"))
+    solver = LayerSolver(walker, Scheme(Uniform(8)), GPTQ(correction="gptaq"))
     with resumable_folder(tmp_path / "work", False, {}) as work:
         _, layer = next(walker.layers("test", work))
         hidden = walker.hidden_states(WINDOWS, work)
         exact = hidden.beside("exact")
-        solver.exact = FloatLayer(walker, beside.model.layers[0], layer, exact)
-        solver.solve_layer(layer, "model.layers.0", hidden)
+        float_layer = FloatLayer(walker, beside.model.layers[0], layer, exact)
+        solver.solve_layer(layer, "model.layers.0", hidden, Uniform(8), float_layer)
         # Where the float model is after the layer is transformers' own.
         for window, after, rounded in zip(WINDOWS, exact.after, hidden.after, strict=True):
             expected = model(window[None], output_hidden_states=True).hidden_states[1]

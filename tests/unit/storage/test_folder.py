@@ -96,7 +96,7 @@ def test_a_card_written_again_does_not_vouch_for_itself(carded: Path) -> None:
 def test_card_round_trip(carded: Path) -> None:
     card = ours.read_card(carded)
     assert card["method"] == "test"
-    assert card["format"] == 1
+    assert card["format"] == 2
     assert set(card["sha256"]) == {"a.txt", "b.bin"}
     ours.require_intact(carded)
     (carded / "results.json").write_text("{}")  # written later, and no part of the model
@@ -123,15 +123,25 @@ def test_missing_damaged_or_foreign_card(carded: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"kurtail.json is not JSON"):
         ours.read_card(carded)
     (carded / ours.CARD).write_text('{"format": 7}')
-    with pytest.raises(ArtefactError, match="format 7, expected 1"):
+    with pytest.raises(ArtefactError, match="format 7, expected 2"):
         ours.read_card(carded)
+
+
+def uniform(**settings: Any) -> dict[str, Any]:
+    return {"kind": "Uniform", "settings": settings}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"scheme": []}, r"scheme is \[\]: Input should be an object"),
-        ({"scheme": {"weights": {"bits": 99}}}, "scheme.weights .* bits is 99; a quantizer has 2 to 8 bits"),
+        ({"scheme": {"weights": uniform(bits=99)}}, "scheme.weights .* bits is 99; a quantizer has 2 to 8 bits"),
+        (
+            {"scheme": {"weights": uniform(bits="4")}},
+            "scheme.weights .*Uniform.bits is '4': Input should be a valid int",
+        ),
+        ({"scheme": {"weights": {"kind": "os.system"}}}, "'os.system' is no format of this version"),
+        ({"scheme": {"keys": {"bits": "4"}}}, "scheme.keys.bits is '4': Input should be a valid integer"),
         ({"scheme": {"colour": 1}}, "scheme.colour is 1: Unexpected"),
         ({"scheme": {"prefix": ["a"]}}, "scheme.prefix.0 is 'a': Input should be a valid integer"),
         ({"clips": [{"self_attn.keys": "x"}]}, "clips.0.self_attn.keys is 'x'"),

@@ -192,6 +192,7 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "many parts": ({"split.count": 2**32 - 1}, "one of the 4294967295 parts"),
     "a template's name": ({"tokenizer.chat_template.../x": "text"}, "'../x' is no text with a plain name"),
     "a template": ({"tokenizer.chat_template": 7}, "'default' is no text with a plain name"),
+    "a key of two lines": ({"llama.rope\nscale": 2.0}, r"says llama.rope scale, which"),
     "missing": ({"llama.context_length": None}, "does not say llama.context_length"),
     "token": ({"tokenizer.ggml.bos_token_id": 300}, "bos_token_id is 300, expected one below 300"),
     "adapter": ({"general.type": "adapter"}, r"holds 'adapter' \(general.type\), no model"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Normal, Uniform
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.tasks.spec import TaskSpec
@@ -67,7 +68,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         other = random_rotations(config, seed)
         rotations = replace(fixed, query_key=other.query_key, origin={"cost": {"seconds": cost}})
         fused = fuse(Checkpoint(tiny), rotations, "quarot", place / f"{name}-fused")
-        return quantize(fused, QuantizeSpec(scheme=scheme, method="rtn"), place / name)
+        return quantize(fused, QuantizeSpec(scheme=scheme, rounder=RTN()), place / name)
 
     four, sixteen = Scheme(), Scheme(activations=None, keys=None, values=None)
     return {
@@ -118,7 +119,7 @@ def test_settings_count_and_the_names_of_files_do_not() -> None:
     assert settings_key(spec) == settings_key(replace(spec, text=replace(spec.text, source="/elsewhere/a.txt")))
     others = [
         replace(spec, seed=1),
-        replace(spec, method="rtn"),
+        replace(spec, rounder=RTN()),
         replace(spec, text=replace(spec.text, seqlen=9)),
         replace(spec, scheme=Scheme(keys=None)),
     ]
@@ -153,3 +154,11 @@ def test_rotations_of_another_model_are_refused(nested: bool) -> None:
     require_learned_on(Rotations(), "b" * 64, Path("model"))
     with pytest.raises(ConfigError, match="learned on another model than that of model"):
         require_learned_on(rotations, "b" * 64, Path("model"))
+
+
+def test_methods_count_by_their_kinds() -> None:
+    """Two kinds may have the same settings, or none."""
+    weights = [MXFP4(), NVFP4(), Uniform(group_size=32), Normal(group_size=32)]
+    rounders = [RTN(), GPTQ()]
+    keys = [str(settings_key(QuantizeSpec(Scheme(each), rounder))) for each in weights for rounder in rounders]
+    assert len(set(keys)) == len(keys)

@@ -84,3 +84,9 @@ def test_differences_go_into_nested_settings() -> None:
     have, wanted = {"a": 1, "b": {"c": [1], "d": 2}}, {"a": 1, "b": {"c": [1, 2], "d": 2}, "e": None, "f": 0}
     assert differences(have, wanted) == ["b.c is [1], wanted [1, 2]", "f is None, wanted 0"]
     assert differences(have, have) == []
+
+
+def test_settings_of_any_name_are_named_in_one_short_line() -> None:
+    (found,) = differences({"a\u001c\x97" + "b" * 300: 1}, {})
+    assert found.isprintable()
+    assert len(found) < 160

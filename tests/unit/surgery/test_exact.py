@@ -10,8 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from kurtail_pl.maths.hadamard import random_hadamard_factors
-from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods import Uniform
 from kurtail_pl.surgery.equip import empty_model
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -66,9 +65,9 @@ def test_scales_of_packed_weights_are_not_rounded(cast: str) -> None:
     draw = torch.Generator().manual_seed(0)
     linear = nn.Linear(32, 24)
     linear.weight.data = torch.randn(24, 32, generator=draw)
-    module, quantizer = QuantizedLinear(linear, None, None), Quantizer(4, False)
-    quantized = round_to_nearest(linear.weight.data, search_grid(linear.weight.data, quantizer), quantizer)
-    module.pack(quantized, quantizer)
+    module, weights = QuantizedLinear(linear, None, None), Uniform(4, False)
+    quantized = weights.nearest(linear.weight.data)
+    module.pack(quantized, weights)
     grid = quantized.grid
     assert grid.zero_point is not None
     wanted = (quantized.codes.double() - grid.zero_point.double()) * grid.scale.double()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery import folding
@@ -74,7 +74,7 @@ def test_the_models_own_weights_do_not_learn(tiny: Path) -> None:
 def test_weights_are_rounded_after_they_are_rotated(tiny: Path, group_size: int | None) -> None:
     """Few values in a group, none further than half a step from the rotated weight, and none where rounding is off."""
     plain, *_ = learnable(tiny, FLOAT)
-    rounded, *_ = learnable(tiny, replace(FLOAT, weights=Quantizer(4, group_size=group_size)))
+    rounded, *_ = learnable(tiny, replace(FLOAT, weights=Uniform(4, group_size=group_size)))
     for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"):
         if group_size and "down" in name:
             continue

@@ -5,20 +5,21 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_pl.maths.hadamard import HadamardFactors, random_hadamard_factors
-from kurtail_pl.maths.normal_grid import NormalQuantizer, normal_levels, quantize_normal
+from kurtail_pl.maths.normal_grid import normal_levels
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods import Normal, Uniform
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 IN, OUT = 48, 10
 WEIGHTS = [
-    Quantizer(4),
-    Quantizer(4, group_size=12),
-    Quantizer(3),
-    Quantizer(4, symmetric=False),
-    Quantizer(4, symmetric=False, group_size=16),
-    Quantizer(8),
-    Quantizer(8, symmetric=False, group_size=24),
+    Uniform(4),
+    Uniform(4, group_size=12),
+    Uniform(3),
+    Uniform(4, symmetric=False),
+    Uniform(4, symmetric=False, group_size=16),
+    Uniform(8),
+    Uniform(8, symmetric=False, group_size=24),
 ]
 
 
@@ -35,11 +36,11 @@ def rows(inputs: int = IN) -> Tensor:
     return torch.randn(2, 5, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def codes_of(layer: nn.Linear, quantizer: Quantizer) -> Quantized:
+def codes_of(layer: nn.Linear, weights: Uniform) -> Quantized:
     """Codes on a grid of the layer's dtype (the search gives float32)."""
-    scale, zero_point = search_grid(layer.weight, quantizer)
+    scale, zero_point = search_grid(layer.weight, weights.quantizer)
     zero_point = None if zero_point is None else zero_point.to(layer.weight)
-    return round_to_nearest(layer.weight, Grid(scale.to(layer.weight), zero_point), quantizer)
+    return round_to_nearest(layer.weight, Grid(scale.to(layer.weight), zero_point), weights.quantizer)
 
 
 def dense(quantized: Quantized) -> Tensor:
@@ -72,7 +73,7 @@ def factors(inputs: int = IN) -> HadamardFactors:
 @pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_forward_is_rotate_quantize_multiply(quantizer: Quantizer, rotated: bool, bits: int | None) -> None:
+def test_forward_is_rotate_quantize_multiply(quantizer: Uniform, rotated: bool, bits: int | None) -> None:
     layer, x = linear(), rows()
     quantized = codes_of(layer, quantizer)
     activations = None if bits is None else Quantizer(bits, clip="ratio:0.9")
@@ -97,17 +98,17 @@ def test_a_float_weight_stays_float() -> None:
 @pytest.mark.parametrize(
     ("quantizer", "codes", "scale", "zero_point"),
     [
-        (Quantizer(4), (OUT, IN // 2), (OUT, 1), None),
-        (Quantizer(2), (OUT, IN // 2), (OUT, 1), None),
-        (Quantizer(4, group_size=12), (OUT, IN // 2), (OUT, 4), None),
-        (Quantizer(4, symmetric=False, group_size=8), (OUT, IN // 2), (OUT, 6), (OUT, 6)),
-        (Quantizer(8), (OUT, IN), (OUT, 1), None),
-        (Quantizer(5, symmetric=False), (OUT, IN), (OUT, 1), (OUT, 1)),
+        (Uniform(4), (OUT, IN // 2), (OUT, 1), None),
+        (Uniform(2), (OUT, IN // 2), (OUT, 1), None),
+        (Uniform(4, group_size=12), (OUT, IN // 2), (OUT, 4), None),
+        (Uniform(4, symmetric=False, group_size=8), (OUT, IN // 2), (OUT, 6), (OUT, 6)),
+        (Uniform(8), (OUT, IN), (OUT, 1), None),
+        (Uniform(5, symmetric=False), (OUT, IN), (OUT, 1), (OUT, 1)),
     ],
     ids=str,
 )
 def test_state(
-    quantizer: Quantizer, codes: tuple[int, int], scale: tuple[int, int], zero_point: tuple[int, int] | None
+    quantizer: Uniform, codes: tuple[int, int], scale: tuple[int, int], zero_point: tuple[int, int] | None
 ) -> None:
     layer = linear().float()
     packed, expecting = (QuantizedLinear(layer, factors(), None) for _ in range(2))
@@ -127,7 +128,7 @@ def test_state(
 
 @pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
 @pytest.mark.parametrize("inputs", [IN, 144])
-def test_codes_travel_through_the_state(quantizer: Quantizer, inputs: int) -> None:
+def test_codes_travel_through_the_state(quantizer: Uniform, inputs: int) -> None:
     layer, x = linear(inputs), rows(inputs)
     packed, other = QuantizedLinear(layer, None, None), QuantizedLinear(linear(inputs), None, None)
     packed.pack(codes_of(layer, quantizer), quantizer)
@@ -139,7 +140,7 @@ def test_codes_travel_through_the_state(quantizer: Quantizer, inputs: int) -> No
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_odd_width_takes_a_byte_for_each_code(symmetric: bool) -> None:
-    layer, quantizer, x = linear(43), Quantizer(4, symmetric), rows(43)
+    layer, quantizer, x = linear(43), Uniform(4, symmetric), rows(43)
     quantized = codes_of(layer, quantizer)
     module, other = (QuantizedLinear(layer, None, None) for _ in range(2))
     module.pack(quantized, quantizer)
@@ -154,13 +155,13 @@ def test_an_odd_width_takes_a_byte_for_each_code(symmetric: bool) -> None:
 def test_no_bias() -> None:
     layer, x = linear(bias=False), rows()
     module = QuantizedLinear(layer, None, None)
-    module.pack(codes_of(layer, Quantizer(4)), Quantizer(4))
+    module.pack(codes_of(layer, Uniform(4)), Uniform(4))
     assert set(module.state_dict()) == {"codes", "scale"}
-    torch.testing.assert_close(module(x), x @ dense(codes_of(layer, Quantizer(4))).T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module(x), x @ dense(codes_of(layer, Uniform(4))).T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
-def test_unpacked_weights_give_the_same_bits(quantizer: Quantizer) -> None:
+def test_unpacked_weights_give_the_same_bits(quantizer: Uniform) -> None:
     layer, x = linear().float(), rows().float()
     module = QuantizedLinear(layer, None, Quantizer(4))
     module.pack(codes_of(layer, quantizer), quantizer)
@@ -183,10 +184,10 @@ def test_a_subtracted_centre_changes_nothing_without_quantizers() -> None:
 def test_a_centre_is_subtracted_before_the_quantizer_and_added_by_the_bias(bias: bool) -> None:
     """Rows of one sign, which a symmetric quantizer serves badly: the centre takes the offset out."""
     layer, x, centre = linear(bias=bias), rows() + 7, torch.full((IN,), 6.5, dtype=torch.float64)
-    quantized = codes_of(layer, Quantizer(4))
+    quantized = codes_of(layer, Uniform(4))
     module = QuantizedLinear(layer, None, Quantizer(4, clip="ratio:0.9"))
     module.subtract(centre)
-    module.pack(quantized, Quantizer(4))
+    module.pack(quantized, Uniform(4))
     expected = per_token(x - centre, 4, 0.9) @ dense(quantized).T + centre @ layer.weight.T
     torch.testing.assert_close(module(x), expected + layer.bias if bias else expected, rtol=1e-11, atol=1e-11)
 
@@ -196,7 +197,7 @@ def test_a_centre_travels_through_the_state() -> None:
     packed, other = (QuantizedLinear(layer, None, Quantizer(8)) for _ in range(2))
     for module, centre in ((packed, x[0, 0]), (other, torch.zeros(IN, dtype=torch.float64))):
         module.subtract(centre)
-        module.pack(codes_of(layer, Quantizer(4)), Quantizer(4))
+        module.pack(codes_of(layer, Uniform(4)), Uniform(4))
     assert set(packed.state_dict()) == {"centre", "bias", "codes", "scale"}
     other.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(other(x), packed(x))
@@ -240,9 +241,9 @@ def test_a_fixed_grid_travels_through_the_state(symmetric: bool) -> None:
 @pytest.mark.parametrize("group_size", [None, 12])
 def test_levels_of_the_normal_distribution(bits: int, group_size: int | None) -> None:
     """Every weight by itself: the level that its code numbers, times the scale of its group."""
-    layer, x, quantizer = linear(), rows(), NormalQuantizer(bits, group_size)
+    layer, x, quantizer = linear(), rows(), Normal(bits, group_size)
     packed, other, unpacked = (QuantizedLinear(layer, factors(), Quantizer(8)) for _ in range(3))
-    quantized = quantize_normal(layer.weight, quantizer)
+    quantized = quantizer.nearest(layer.weight)
     packed.pack(quantized, quantizer)
     size = group_size or IN
     levels, codes, scale = normal_levels(bits).tolist(), quantized.codes.tolist(), quantized.grid.scale.tolist()
@@ -253,10 +254,13 @@ def test_levels_of_the_normal_distribution(bits: int, group_size: int | None) ->
     state = packed.state_dict()
     assert set(state) == {"bias", "codes", "scale"}
     assert state["codes"].shape == (OUT, IN // 2 if bits <= 4 else IN)
-    other.expect_codes(quantizer)
-    assert {name: (t.shape, t.dtype) for name, t in other.state_dict().items()} == {
-        name: (t.shape, t.dtype) for name, t in state.items()
+    stored, expecting = (QuantizedLinear(linear().float(), None, None) for _ in range(2))
+    stored.pack(quantizer.nearest(layer.weight.float()), quantizer)
+    expecting.expect_codes(quantizer)
+    assert {name: (t.shape, t.dtype) for name, t in expecting.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in stored.state_dict().items()
     }
+    other.expect_codes(quantizer)
     other.load_state_dict(state, assign=True)
     unpacked.pack(quantized, quantizer)
     unpacked.unpack()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.normal_grid import NormalQuantizer
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import NVFP4, Format, Normal, Uniform
 from kurtail_pl.surgery.scheme import FLOAT, Scheme, Sinks
 
 CACHE2 = Quantizer(2, symmetric=False)
@@ -21,9 +21,9 @@ CACHE2 = Quantizer(2, symmetric=False)
         (Scheme(weights=None, values=CACHE2), "w16a4k4v2"),
         (Scheme(activations=Quantizer(8), keys=None, values=None), "w4a8kv16"),
         (Scheme(keys=None), "w4a4k16v4"),
-        (Scheme(weights=Quantizer(3), keys=CACHE2, values=CACHE2), "w3a4kv2"),
-        (Scheme(higgs_bits=[3, 3]), "w3a4kv4"),
-        (Scheme(higgs_bits=[3, 4, 3, 2, 3, 4]), "w3.17a4kv4"),
+        (Scheme(weights=Uniform(3), keys=CACHE2, values=CACHE2), "w3a4kv2"),
+        (Scheme(layer_bits=[3, 3]), "w3a4kv4"),
+        (Scheme(layer_bits=[3, 4, 3, 2, 3, 4]), "w3.17a4kv4"),
     ],
 )
 def test_name(scheme: Scheme, name: str) -> None:
@@ -32,7 +32,7 @@ def test_name(scheme: Scheme, name: str) -> None:
 
 def test_defaults_are_the_papers() -> None:
     scheme = Scheme()
-    assert scheme.weights == Quantizer(4, symmetric=True)
+    assert scheme.weights == Uniform(4, symmetric=True)
     assert scheme.activations == Quantizer(4, symmetric=True, clip="ratio:0.9")
     assert scheme.keys == scheme.values == Quantizer(4, symmetric=False, clip="ratio:0.95")
 
@@ -42,11 +42,13 @@ def test_defaults_are_the_papers() -> None:
     [
         Scheme(),
         FLOAT,
-        Scheme(weights=Quantizer(3, False, "ratio:0.9", 16), activations=None, values=CACHE2),
+        Scheme(weights=Uniform(3, False, "ratio:0.9", 16), activations=None, values=CACHE2),
         Scheme(attention_output="head", sinks=Sinks(4, 8)),
         Scheme(centre=True, activation_scales="static"),
         Scheme(prefix=[1, 17]),
-        Scheme(weights=Quantizer(3, group_size=16), higgs_bits=[2, 8]),
+        Scheme(weights=Uniform(3, group_size=16), layer_bits=[2, 8]),
+        Scheme(weights=Normal(3, 16), layer_bits=[2, 8]),
+        Scheme(weights=NVFP4()),
     ],
 )
 def test_round_trip_through_json(scheme: Scheme) -> None:
@@ -56,12 +58,14 @@ def test_round_trip_through_json(scheme: Scheme) -> None:
 def test_plain_data_names_every_setting() -> None:
     data = Scheme(values=None).to_dict()
     assert data["values"] is None
+    settings = {"bits": 4, "symmetric": True, "clip": "ratio:1.0", "group_size": None}
+    assert data["weights"] == {"kind": "Uniform", "settings": settings}
     assert data["activations"] == {"bits": 4, "symmetric": True, "clip": "ratio:0.9", "group_size": None}
 
 
 def test_cards_of_before_there_were_other_scales_are_read() -> None:
     data = Scheme(values=None).to_dict()
-    for key in ("attention_output", "higgs_bits", "sinks", "activation_scales", "prefix"):
+    for key in ("attention_output", "layer_bits", "sinks", "activation_scales", "prefix"):
         del data[key]
     assert Scheme.from_dict(data) == Scheme(values=None)
 
@@ -76,40 +80,61 @@ def test_what_the_output_projection_reads() -> None:
 
 def test_weights_refuse_a_quantile() -> None:
     with pytest.raises(ValueError, match=r"weights.clip is 'quantile:0.98'.*ratio:1.0"):
-        Scheme(weights=Quantizer(4, clip="quantile:0.98"))
+        Scheme(weights=Uniform(4, clip="quantile:0.98"))
 
 
 def test_every_layer_has_its_bits() -> None:
-    scheme = Scheme(weights=Quantizer(4, group_size=16), higgs_bits=[2, 8])
-    assert [scheme.layer_weights(i) for i in (0, 1)] == [NormalQuantizer(2, 16), NormalQuantizer(8, 16)]
-    assert Scheme().layer_weights(1) == Quantizer(4)
+    scheme = Scheme(weights=Normal(4, group_size=16), layer_bits=[2, 8])
+    assert [scheme.layer_weights(i) for i in (0, 1)] == [Normal(2, 16), Normal(8, 16)]
+    scheme = Scheme(weights=Uniform(4, False, "ratio:0.9", 16), layer_bits=[2, 8])
+    assert [scheme.layer_weights(i) for i in (0, 1)] == [Uniform(b, False, "ratio:0.9", 16) for b in (2, 8)]
+    assert Scheme().layer_weights(1) == Uniform(4)
     assert FLOAT.layer_weights(0) is None
 
 
 @pytest.mark.parametrize(
     ("weights", "bits", "message"),
     [
-        (Quantizer(4, symmetric=False), [4], "weights are .*symmetric=False.*; higgs"),
-        (Quantizer(4, clip="ratio:0.9"), [4], "weights are .*ratio:0.9.*; higgs"),
-        (Quantizer(4), [4, 1], "bits is 1"),
-        (None, [4], "higgs_bits are given and weights is null"),
-        (Quantizer(4), [], "higgs_bits is empty"),
+        (Uniform(4), [4, 1], "bits is 1; a quantizer has 2 to 8"),
+        (Normal(4), [4, 9], "bits is 9; a grid of the normal distribution has 2 to 8"),
+        (NVFP4(), [4, 4], "layers have bits of their own, and NVFP4 has no setting bits; leave them out"),
+        (None, [4], "layer_bits are given and weights is null"),
+        (Uniform(4), [], "layer_bits is empty"),
     ],
 )
-def test_bits_of_layers_that_no_normal_grid_has(weights: Quantizer | None, bits: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Scheme(weights=weights, higgs_bits=bits)
+def test_bits_of_layers_that_the_format_does_not_take(weights: Format | None, bits: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Scheme(weights=weights, layer_bits=bits)
 
 
-@pytest.mark.parametrize("data", [{"weights": {"bits": 1}}, {"keys": {"clip": "ratio:2"}}])
-def test_unusable_data_raises(data: dict[str, dict[str, object]]) -> None:
-    with pytest.raises(ValueError, match=r"bits is 1|clip is 'ratio:2'"):
+def weights_of(**settings: Any) -> dict[str, Any]:
+    return {"weights": {"kind": "Uniform", "settings": settings}}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (weights_of(bits=1), "Scheme.weights .* bits is 1;"),
+        (weights_of(bits="4"), r"Uniform.bits is '4': Input should be a valid integer"),
+        (weights_of(bits=4.5), r"Uniform.bits is 4.5"),
+        (weights_of(symmetric=1), r"Uniform.symmetric is 1: Input should be a valid boolean"),
+        (weights_of(colour=1), r"Uniform.colour is 1: Unexpected"),
+        (weights_of(clip="quantile:0.9"), "weights.clip is 'quantile:0.9'"),
+        ({"weights": {"bits": 4}}, "None is no format of this version"),
+        ({"weights": {"kind": "Kind", "settings": {}}}, "'Kind' is no format of this version; use the one that made"),
+        ({"weights": {"kind": "GPTQ", "settings": {}}}, "'GPTQ' is no format"),
+        ({"keys": {"clip": "ratio:2"}}, "clip is 'ratio:2'"),
+        ({"keys": {"bits": "4"}}, "Scheme.keys.bits is '4': Input should be a valid integer"),
+        ({"sinks": {"tokens": "1"}}, "Scheme.sinks.tokens is '1'"),
+        ({"prefix": ["a"]}, "Scheme.prefix.0 is 'a'"),
+        ({"centre": "yes"}, "Scheme.centre is 'yes'"),
+        ({"layer_bits": [4.5]}, "Scheme.layer_bits.0 is 4.5"),
+        ({"biases": None}, "Scheme.biases is None: Unexpected"),
+    ],
+)
+def test_unusable_data_raises(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Scheme.from_dict(data)
-
-
-def test_unknown_parts_raise() -> None:
-    with pytest.raises(TypeError, match="biases"):
-        Scheme.from_dict({"biases": None})
 
 
 def test_centring_what_is_not_quantized_is_refused() -> None:

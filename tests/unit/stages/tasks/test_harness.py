@@ -140,6 +140,14 @@ def test_rows_with_other_values_are_refused(own: Path, name: str, change: dict[s
     assert len(str(caught.value).replace(str(own), "")) < 250
 
 
+def test_options_that_the_harness_cannot_take_apart(own: Path) -> None:
+    file = own / "mathqa" / "test.jsonl"
+    rows = [{**row, "options": "all of them"} for row in read_rows(file)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(TextError, match="the local rows of mathqa are not as the harness reads them"):
+        parts_of("mathqa", TaskSpec(folder=str(own)))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

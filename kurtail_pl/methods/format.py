@@ -1,0 +1,95 @@
+"""Formats of weights: from numbers to codes and back, and the tensors that stand for them in a file."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
+from kurtail_pl.methods.method import Method
+
+Tensors = dict[str, Tensor]
+"""Of one weight, by their names in the file, behind the name of its linear."""
+
+
+class Buffer(NamedTuple):
+    """Shape and type of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Format(Method):
+    """How a weight ``[out, in]`` is stored: levels, the scales of groups of inputs, and their tensors.
+
+    Attributes:
+        bits: of a code.
+        group_size: inputs that share a scale; None for all.
+        even: whether levels are evenly spaced, as coordinate descent on the codes asks for.
+        learnable: whether `scale` is a plain number, and may learn.
+    """
+
+    bits: int
+    group_size: int | None
+    even: ClassVar[bool] = False
+    learnable: ClassVar[bool] = False
+
+    def require(self, name: str, widths: tuple[int, ...]) -> None:
+        """Raise ConfigError, naming the setting, when groups do not divide the widths of a model's linears."""
+        for width in widths:
+            if self.group_size is not None and width % self.group_size:
+                raise ConfigError(
+                    f"{name}.group_size is {self.group_size} and this model has {width} channels to divide; "
+                    f"choose a divisor of {' and '.join(map(str, widths))}, or null"
+                )
+
+    @abstractmethod
+    def grid(self, weight: Tensor) -> Grid:
+        """Scales ``[out, groups]`` that are best for a weight ``[out, in]`` when each number is rounded by itself."""
+
+    @abstractmethod
+    def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Nearest codes of numbers and what they stand for, both float; all arguments broadcast."""
+
+    @abstractmethod
+    def values(self, quantized: Quantized) -> Tensor:
+        """What codes ``[out, in]`` on a grid ``[out, groups]`` stand for, in the scales' type."""
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return 0, (1 << self.bits) - 1
+
+    @property
+    @abstractmethod
+    def code_dtype(self) -> torch.dtype:
+        """Type of codes before they are packed."""
+
+    @abstractmethod
+    def pack(self, quantized: Quantized) -> Tensors:
+        """The tensors to store."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
+        """Codes ``[out, columns]`` and their grid, of stored tensors."""
+
+    @abstractmethod
+    def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
+        """What `pack` gives for a weight ``[rows, columns]``."""
+
+    def nearest(self, weight: Tensor) -> Quantized:
+        """Each number of a weight ``[out, in]`` rounded by itself (RTN), on the best grid for that."""
+        grid = self.grid(weight)
+        grouped = split_groups(weight, self.group_size)
+        zero_point = None if grid.zero_point is None else grid.zero_point.unsqueeze(-1)
+        codes, _ = self.on_grid(grouped, grid.scale.unsqueeze(-1), zero_point)
+        return Quantized(codes.flatten(-2).to(self.code_dtype), grid)
+
+    def relative_error(self) -> float | None:
+        """Mean square error of normal numbers over their variance; None where it has not been derived."""
+        return None

@@ -1,0 +1,105 @@
+"""Integers: evenly spaced levels, a scale for each output channel or group, a zero point if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.packing import pack_codes, unpack_codes
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
+from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods.format import Buffer, Format, Tensors
+
+
+@dataclass(frozen=True)
+class Uniform(Format):
+    """Evenly spaced levels, with a scale by a search of 80 clip ratios (`maths.weights.search_grid`).
+
+    Args:
+        bits: 2 to 8.
+        symmetric: without a zero point.
+        clip: ratio from which the search begins, ``ratio:r``.
+        group_size: inputs that share a scale; None for all of an output channel.
+
+    Raises:
+        ConfigError: naming the field, its value and what is accepted.
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    clip: str = "ratio:1.0"
+    group_size: int | None = None
+
+    label = ""
+    learnable = True
+    even = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantizer.clip_kind != "ratio":
+            raise ConfigError(f"weights.clip is {self.clip!r}; weight grids are searched from a ratio: write ratio:1.0")
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The same for activations and caches."""
+        return Quantizer(self.bits, self.symmetric, self.clip, self.group_size)
+
+    def sentence(self) -> str:
+        """Bits, symmetry and groups."""
+        what = "symmetric" if self.symmetric else "asymmetric"
+        where = "per output channel" if self.group_size is None else f"in groups of {self.group_size}"
+        return f"{self.bits}-bit integers, {what}, {where}"
+
+    def grid(self, weight: Tensor) -> Grid:
+        """By the search."""
+        return search_grid(weight, self.quantizer)
+
+    def nearest(self, weight: Tensor) -> Quantized:
+        """On that grid."""
+        return round_to_nearest(weight, self.grid(weight), self.quantizer)
+
+    def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Half to even."""
+        return self.quantizer.on_grid(x, scale, zero_point)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return self.quantizer.code_range
+
+    def values(self, quantized: Quantized) -> Tensor:
+        """``(codes - zero_point) * scale``."""
+        return dequantize(quantized)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Signed when symmetric."""
+        return self.quantizer.code_dtype
+
+    def _packed(self, columns: int) -> bool:
+        return self.bits <= 4 and columns % 2 == 0
+
+    def pack(self, quantized: Quantized) -> Tensors:
+        """Two codes to a byte for 4 bits and less."""
+        codes, (scale, zero_point) = quantized
+        tensors = {"codes": pack_codes(codes) if self._packed(codes.shape[-1]) else codes, "scale": scale}
+        return tensors if zero_point is None else {**tensors, "zero_point": zero_point.to(torch.uint8)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
+        """Zero points in the scales' type."""
+        codes, scale = tensors["codes"], tensors["scale"]
+        if self._packed(columns):
+            codes = unpack_codes(codes, self.symmetric)
+        return Quantized(codes, Grid(scale, None if self.symmetric else tensors["zero_point"].to(scale.dtype)))
+
+    def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
+        """Codes, scale and, when asymmetric, zero_point."""
+        groups = columns // (self.group_size or columns)
+        packed = self._packed(columns)
+        codes = Buffer((rows, columns // 2 if packed else columns), torch.uint8 if packed else self.code_dtype)
+        found = {"codes": codes, "scale": Buffer((rows, groups), torch.float32)}
+        return found if self.symmetric else {**found, "zero_point": Buffer((rows, groups), torch.uint8)}

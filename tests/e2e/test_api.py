@@ -1,0 +1,52 @@
+"""`kurtail_pl.quantize` against `kurtail fit`: the same artefact, and errors that are exceptions."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kurtail_pl
+from kurtail_pl.errors import ArtefactError, CheckpointError, KurtailError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+]
+
+
+def test_it_is_kurtail_fit(
+    kurtail: Callable[..., None], tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = list(sys.argv)
+    evaluation = {"text": {"source": str(text_file)}}
+    folder = kurtail_pl.quantize(
+        tied, recipe="smoke", text=str(text_file), out=tmp_path / "out", evaluation=evaluation,
+        quantization={"rounder": {"class_path": "GPTQ", "init_args": {"percdamp": 0.05}}},
+    )  # fmt: skip
+    assert folder == tmp_path / "out"
+    assert sys.argv == arguments
+    texts = [f"--{place}.text.source={text_file}" for place in ("data.capture", "evaluation")]
+    rounder = ["--quantization.rounder=GPTQ", "--quantization.rounder.percdamp=0.05"]
+    other = ["--quantization.out", "other", "--data.store", "other-store", "--trainer.default_root_dir", "other-run"]
+    kurtail(tmp_path, "fit", "--config", "smoke", f"--data.capture.model={tied}", *texts, *rounder, *other)
+    ones, others = ({p.name: load_file(p) for p in each.glob("model-*")} for each in (folder, tmp_path / "other"))
+    assert ones.keys() == others.keys()
+    assert all(torch.equal(t, others[file][name]) for file, part in ones.items() for name, t in part.items())
+    assert kurtail_pl.load(folder)(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    with pytest.raises(ArtefactError, match="out exists"):
+        kurtail_pl.quantize(tied, recipe="smoke", text=str(text_file), out=folder, evaluation=evaluation)
+
+
+def test_what_is_wrong_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KurtailError, match=r"there is no recipe 'smokey'; did you mean smoke\?"):
+        kurtail_pl.quantize("smollm2-135m", recipe="smokey")
+    with pytest.raises(KurtailError, match=r"quantization\.rounding=1; did you mean rounder"):
+        kurtail_pl.quantize("smollm2-135m", recipe="smoke", quantization={"rounding": 1})
+    with pytest.raises(CheckpointError, match="nowhere"):
+        kurtail_pl.quantize(tmp_path / "nowhere", recipe="smoke")
+    assert list(tmp_path.iterdir()) == []

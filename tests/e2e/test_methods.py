@@ -1,0 +1,89 @@
+"""Methods of the weights down the whole road: by name, to an artefact that loads back to what was measured."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import fill, sizes
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import kurtail_pl
+from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.surgery.equip import unpack_weights
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
+]
+GROUPS = "--quantization.scheme.weights.group_size=16"
+ROADS = {
+    "mxfp4 by gptq": (["--config", "mxfp4"], {"codes", "scale"}, torch.uint8),
+    "nvfp4 by gptq": (["--config", "nvfp4"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
+    "nvfp4 by rtn": (["--config", "nvfp4", "--config", "rtn"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
+    "hqq": (["--config", "hqq", GROUPS], {"codes", "scale", "zero_point"}, torch.float32),
+    "higgs by gptq": (["--config", "higgs", "--config", "gptq"], {"codes", "scale"}, torch.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def even(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose widths blocks of 32 divide."""
+    folder = tmp_path_factory.mktemp("even") / "even"
+    fill(
+        LlamaForCausalLM(LlamaConfig(**sizes(hidden_size=64, intermediate_size=96, num_attention_heads=4)))
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tied).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_from_a_recipe_to_an_artefact(
+    road: str,
+    kurtail: Callable[..., None],
+    even: Path,
+    recipe: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags, stored, dtype = ROADS[road]
+    place = recipe.parent
+    kurtail(place, "fit", "--config", recipe, "--data.capture.model", even, *flags)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    results = json.loads((folder / "results.json").read_text())["evaluation"]
+    spec = TextSpec(str(text_file), results["windows"], results["seqlen"])
+    assert perplexity(Checkpoint(folder), spec)["perplexity"] == results["perplexity"]
+    assert math.isfinite(results["perplexity"])
+    tensors = {name: t for path in folder.glob("model-*") for name, t in load_file(path).items()}
+    of_up = {name.rpartition(".")[2]: t for name, t in tensors.items() if "layers.1.mlp.up_proj" in name}
+    of_up.pop("bias", None)
+    assert of_up.keys() == stored
+    assert dict(of_up)[sorted(stored - {"codes", "tensor_scale"})[-1]].dtype == dtype
+    before, after = (model(input_ids=torch.arange(9)[None]).logits for model in both(folder))
+    assert torch.equal(before, after)
+    card = (folder / "README.md").read_text()
+    assert "rounded" in card
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "export", "--checkpoint", folder, "--out", "onnx")
+    assert "ONNX dequantizes evenly spaced integers with integer zero points alone" in capsys.readouterr().err
+
+
+def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The model with packed weights, and with the floats that they stand for."""
+    packed, unpacked = kurtail_pl.load(folder), kurtail_pl.load(folder)
+    unpack_weights(unpacked)
+    return packed, unpacked
+
+
+def test_blocks_that_do_not_divide_are_refused_before_training(
+    kurtail: Callable[..., None], recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(recipe.parent, "fit", "--config", recipe, "--config", "mxfp4")
+    assert "weights.group_size is 32 and this model has 48 channels to divide" in capsys.readouterr().err
+    assert not (recipe.parent / "runs" / "rotations.safetensors").exists()

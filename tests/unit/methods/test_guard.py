@@ -1,0 +1,46 @@
+"""Nobody but methods, the forms of ONNX and the tests names a method: a new one is a file of its own."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kurtail_pl.methods import Format, Rounder
+
+ROOT = Path(__file__).resolve().parents[3]
+ALLOWED = (ROOT / "kurtail_pl" / "methods", ROOT / "export" / "kurtail_onnx" / "forms.py")
+FILES = [
+    path
+    for folder in ("kurtail_pl", "export")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not any(path.is_relative_to(allowed) for allowed in ALLOWED)
+]
+
+
+def names_in(path: Path) -> Iterator[str]:
+    """Every name that the code of a file uses; strings and comments are not looked at."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_file_names_a_method() -> None:
+    methods = {*Format.kinds(), *Rounder.kinds()}
+    assert methods >= {"Uniform", "Normal", "MXFP4", "NVFP4", "RTN", "GPTQ", "HQQ"}
+    assert len(FILES) > 150
+    found = {str(path.relative_to(ROOT)): both for path in FILES if (both := methods & set(names_in(path)))}
+    assert found == {}
+
+
+@pytest.mark.parametrize("seam", [Format, Rounder])
+def test_every_method_has_a_file_and_a_sentence(seam: type[Format] | type[Rounder]) -> None:
+    for kind in seam.kinds().values():
+        assert kind.__module__.startswith(f"kurtail_pl.methods.{seam.__name__.lower()}s.") or kind.__doc__
+        sentence = kind().sentence()
+        assert sentence
+        assert not sentence.endswith(".")
