@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from kurtail_pl.cli.main import main
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
+from kurtail_pl.methods import Format, Rounder
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
 
@@ -30,8 +32,8 @@ def smoke_recipe(model: Path, text: Path) -> str:
     settings["data"]["init_args"]["capture"]["model"] = str(model)
     settings["data"]["init_args"]["store"] = "runs/store"
     settings["trainer"]["default_root_dir"] = "runs"
-    rounder = {"class_path": "kurtail_pl.methods.GPTQ"}
-    settings["quantization"] |= {"out": f"artifacts/{model.name}-kurtail-w4a4kv4", "rounder": rounder}
+    settings["quantization"]["out"] = f"artifacts/{model.name}-kurtail-w4a4kv4"
+    settings["quantization"]["rounder"]["class_path"] = "kurtail_pl.methods.GPTQ"
     for place in (settings["data"]["init_args"]["capture"], settings["quantization"], settings["evaluation"]):
         place["text"]["source"] = str(text)
     return yaml.safe_dump(settings, sort_keys=False)
@@ -41,6 +43,14 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Settings with others over them, key by key."""
     both = [key for key in over if isinstance(over[key], dict) and isinstance(under.get(key), dict)]
     return under | over | {key: merged(under[key], over[key]) for key in both}
+
+
+def by_kind(method: dict[str, Any]) -> dict[str, Any]:
+    """A method of a recipe as cards have it; a class that came later has no use for all that another had."""
+    name = method["class_path"].rpartition(".")[2]
+    kinds = {**Format.kinds(), **Rounder.kinds()}
+    known = {field.name for field in fields(kinds[name])}
+    return {"kind": name, "settings": {key: value for key, value in method["init_args"].items() if key in known}}
 
 
 def run_kurtail(folder: Path, *arguments: object) -> None:

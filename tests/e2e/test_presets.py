@@ -3,19 +3,17 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import sentences
-from e2e.conftest import merged
+from e2e.conftest import by_kind, merged
 from families import tiny_family
 from transformers import AutoTokenizer
 
 from kurtail_pl.cli.recipes import recipe_file, shipped
-from kurtail_pl.methods import Format, Rounder
 from kurtail_pl.stages.quantize import QuantizeSpec
 from kurtail_pl.storage.folder import read_card, scheme_of
 from kurtail_pl.surgery.scheme import Scheme
@@ -117,14 +115,6 @@ def tiny(settings: dict[str, Any], model: Path) -> dict[str, Any]:
         "quantization": {"text": text, "scheme": {"weights": {"init_args": {"group_size": group_size}}}},
         "evaluation": {"text": {**text, "windows": None if whole else 4}, "tasks": None},
     }
-
-
-def by_kind(method: dict[str, Any]) -> dict[str, Any]:
-    """A method of a recipe as cards have it; a class that came later has no use for all that another had."""
-    name = method["class_path"].rpartition(".")[2]
-    kinds = {**Format.kinds(), **Rounder.kinds()}
-    known = {field.name for field in fields(kinds[name])}
-    return {"kind": name, "settings": {key: value for key, value in method["init_args"].items() if key in known}}
 
 
 @pytest.mark.parametrize("recipes", PLANNED)

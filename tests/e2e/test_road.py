@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 import yaml
+from e2e.conftest import by_kind
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from walks import perplexity_of
@@ -41,6 +42,9 @@ class Road:
     def settings(self) -> dict[str, Any]:
         """The recipe's quantization."""
         settings = yaml.safe_load((self.place / "recipe.yaml").read_text())["quantization"]
+        settings["rounder"], settings["scheme"]["weights"] = map(
+            by_kind, (settings["rounder"], settings["scheme"]["weights"])
+        )
         return {name: value for name, value in settings.items() if name != "out"}
 
 
