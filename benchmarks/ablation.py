@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from kurtail_pl.cli.recipes import recipe_file
+
 MODEL, STEPS = "model.init_args", "data.init_args.steps"
 FUSION, QUANTIZE = "fusion", "quantization"
 SCHEME = f"{QUANTIZE}.scheme"
@@ -89,18 +91,18 @@ OF_GPTQ: dict[str, dict[str, Any]] = {
     "GPTAQ": {
         f"{QUANTIZE}.quantized_activations": True,
         f"{QUANTIZE}.match_outputs": False,
-        f"{QUANTIZE}.rounder.correction": "gptaq",
-        f"{QUANTIZE}.rounder.refine": 0,
+        f"{QUANTIZE}.rounder.init_args.correction": "gptaq",
+        f"{QUANTIZE}.rounder.init_args.refine": 0,
     },
-    "FOEM": {f"{QUANTIZE}.rounder.correction": "foem", f"{QUANTIZE}.rounder.refine": 0},
-    "codes not refined": {f"{QUANTIZE}.rounder.refine": 0},
-    "columns in their order": {f"{QUANTIZE}.rounder.act_order": False},
-    "GPTQ damping 0.1": {f"{QUANTIZE}.rounder.percdamp": 0.1},
+    "FOEM": {f"{QUANTIZE}.rounder.init_args.correction": "foem", f"{QUANTIZE}.rounder.init_args.refine": 0},
+    "codes not refined": {f"{QUANTIZE}.rounder.init_args.refine": 0},
+    "columns in their order": {f"{QUANTIZE}.rounder.init_args.act_order": False},
+    "GPTQ damping 0.1": {f"{QUANTIZE}.rounder.init_args.percdamp": 0.1},
     "32 windows for GPTQ": {f"{QUANTIZE}.text.windows": 32},
     "scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["weights"]}},
     "clips and scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values", "weights"]}},
     # 128 does not divide the 576 channels of SmolLM2.
-    "weights in groups of 64": {f"{SCHEME}.weights.group_size": 64},
+    "weights in groups of 64": {f"{SCHEME}.weights.init_args.group_size": 64},
 }
 
 
@@ -113,18 +115,25 @@ def measure(recipes: list[str], name: str, seed: int, weights: str, evaluation: 
         "trainer.logger": False,
         "evaluation.text.source": evaluation,
         f"{QUANTIZE}.out": str(folder / "artefact"),
-        **({f"{SCHEME}.weights": None} if weights == "float" else {}),
     }
     if not (folder / "artefact" / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         change = folder / "change.yaml"
-        change.write_text(yaml.safe_dump(nested(common | (CHANGES | OF_GPTQ)[name]), sort_keys=False))
-        rounding = [] if weights == "float" else [weights]
-        stacked = [argument for each in (*recipes, *rounding, str(change)) for argument in ("--config", each)]
+        settings = common | (CHANGES | OF_GPTQ)[name]
+        if not any(has_scheduler(each) for each in recipes) and f"{MODEL}.scheduler" not in settings:
+            settings.pop(PERIOD, None)  # A constant step has no length.
+        change.write_text(yaml.safe_dump(nested(settings), sort_keys=False))
+        stacked = [argument for each in (*recipes, weights, str(change)) for argument in ("--config", each)]
         subprocess.run([sys.executable, "-m", "kurtail_pl", "fit", *stacked], check=True)
     results = json.loads((folder / "artefact" / "results.json").read_text())
     perplexity: float = results["evaluation"]["perplexity"]
     return perplexity
+
+
+def has_scheduler(recipe: str) -> bool:
+    """Whether a recipe says how the step size changes."""
+    model = yaml.safe_load(recipe_file(recipe).read_text()).get("model", {})
+    return "scheduler" in model.get("init_args", {})
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from statistics import mean
 import lightning as L
 
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
-from kurtail_pl.methods import Uniform
+from kurtail_pl.methods import GPTQ, RTN, Rounder
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.evaluate import perplexity
@@ -33,10 +33,10 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 from kurtail_pl.surgery.scheme import Scheme
 
-SCHEMES = {
-    "rtn": (Scheme(), "rtn"),
-    "w16": (Scheme(weights=None), "rtn"),
-    "gptq": (Scheme(weights=Uniform()), "gptq"),
+ROUNDED: dict[str, tuple[Scheme, Rounder]] = {
+    "rtn": (Scheme(), RTN()),
+    "w16": (Scheme(weights=None), RTN()),
+    "gptq": (Scheme(), GPTQ()),
 }
 
 
@@ -67,10 +67,10 @@ def measure(args: argparse.Namespace, data: ActivationDataModule, method: str, s
     kurtosis = block_kurtosis(data.store, rotations.residual, rows - data.validation_rows, rows, data.rms_norm_eps)
     fused = fuse(checkpoint, rotations, method, args.work / "fused", overwrite=True)
     for weights in wanted:
-        scheme, how = SCHEMES[weights]
+        scheme, rounder = ROUNDED[weights]
         spec = QuantizeSpec(
             scheme=scheme,
-            method=how,
+            rounder=rounder,
             text=TextSpec(args.calibration, 16, 1024),
             quantized_activations=args.quantized_activations,
             seed=seed,
@@ -94,7 +94,7 @@ def read(path: Path) -> list[dict[str, float]]:
 def summary(path: Path) -> None:
     """Mean perplexity over seeds, and KurTail's over QuaRot's."""
     lines = read(path)
-    for weights in SCHEMES:
+    for weights in ROUNDED:
         reference = [r["perplexity"] for r in lines if r["method"] == "quarot" and r["weights"] == weights]
         for lr in sorted({r["lr"] for r in lines if r["method"] == "kurtail"}):
             own = [r for r in lines if r["method"] == "kurtail" and r["weights"] == weights and r["lr"] == lr]
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, nargs="+", default=[5.0])
-    parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--weights", nargs="+", choices=ROUNDED, default=list(ROUNDED))
     parser.add_argument("--quantized-activations", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy/results.jsonl"))

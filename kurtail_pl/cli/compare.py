@@ -12,7 +12,6 @@ import yaml
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.cells import BASELINES, Recipe, cells_of
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
-from kurtail_pl.cli.recipes import recipe_file
 from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.cli.usage import OneLineParser
 from kurtail_pl.errors import ArtefactError, listed
@@ -41,8 +40,11 @@ def compare(arguments: list[str]) -> None:
     """Run recipes, their baselines and seeds, and print one table."""
     options, overrides = _options(arguments)
     common = [argument for path in options.config for argument in ("--config", path)]
-    roundings = options.weights or BASELINES
-    recipes = [_recipe([*common, *more, *overrides], roundings) for more in ([], *map(_overlays, options.others))]
+    # The baselines are those of the first recipe.
+    recipes = [
+        _recipe([*common, *overrides], options.weights or BASELINES),
+        *(_recipe([*common, *_overlays(names), *overrides], options.weights or []) for names in options.others),
+    ]
     folder = options.folder or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -61,13 +63,13 @@ def compare(arguments: list[str]) -> None:
 
 def _overlays(names: str) -> list[str]:
     """Recipes that go over the common ones, given by their names with commas between."""
-    return [argument for name in names.split(",") for argument in ("--config", str(recipe_file(name)))]
+    return [argument for name in names.split(",") for argument in ("--config", name)]
 
 
 def _recipe(arguments: list[str], roundings: list[str]) -> Recipe:
     """A recipe, and the same under each of the recipes that say how weights are rounded."""
     own = _effective(arguments)
-    return Recipe(own, {name: _effective([*arguments, "--config", str(recipe_file(name))]) for name in roundings})
+    return Recipe(own, {name: _effective([*arguments, "--config", name]) for name in roundings})
 
 
 def _make(cli: KurtailCLI, recipe: Path, overwrite: bool, begun: set[Path]) -> Path:

@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kurtail_pl.stages.results import model_name
+from kurtail_pl.lit.datamodule import runs_of
 from kurtail_pl.storage.files import sha256_of_text
 
-RUNS = Path("runs")
 Settings = dict[str, Any]
 
 
@@ -76,7 +75,7 @@ def _relative(value: Any, settings: Settings) -> Any:
 
 
 def _of_model(settings: Settings) -> Path:
-    return RUNS / model_name(settings["data"]["init_args"]["capture"]["model"])
+    return runs_of(settings["data"]["init_args"]["capture"]["model"])
 
 
 def _suffix(settings: Any, usual: Any) -> str:

@@ -16,7 +16,7 @@ from kurtail_pl.storage.sources import config_of
 class PlanCLI(KurtailCLI):
     """Makes what a plan looks at, and nothing whose sizes come from the weights."""
 
-    def instantiate_classes(self) -> None:
+    def make_classes(self) -> None:
         """Make data module and sections, by a parser that links nothing to them."""
         parser = RecipeParser()
         parser.add_lightning_class_args(StoredModel, "data", subclass_mode=True)

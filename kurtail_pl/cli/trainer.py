@@ -231,9 +231,13 @@ class KurtailCLI(LightningCLI):
         return last if last.is_file() else None
 
     def instantiate_classes(self) -> None:
-        """Make everything of the settings; what jsonargparse finds wrong only now is said as it is when parsing."""
+        """Make what the verb needs of the settings; what is found wrong only now is said as it is when parsing."""
         with late_errors_explained():
-            super().instantiate_classes()
+            self.make_classes()
+
+    def make_classes(self) -> None:
+        """Make everything."""
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Name the folders that are open, and bring the callbacks into their order.

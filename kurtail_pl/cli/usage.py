@@ -14,8 +14,6 @@ from jsonargparse import ArgumentParser
 
 from kurtail_pl.cli.failures import UsageError, ours_in
 from kurtail_pl.errors import REASON_LENGTH, shortened
-from kurtail_pl.methods import Format, Rounder
-from kurtail_pl.methods.method import Method
 
 KEY = re.compile(r'Parser key "([^"]+)"')
 UNKNOWN = re.compile(
@@ -35,8 +33,8 @@ EXPECTED = re.compile(
     r"(?:Expected an? (?P<type>.+?)|Not a valid subclass of (?P<kind>\w+))(?:\. Got value: (?P<value>.*))?$"
 )
 NO_NAME = re.compile(r"Expected a dot import path string: (\S+)")
-SEAMS: dict[str, type[Method]] = {"rounder": Rounder, "weights": Format}
-"""Settings that hold a method."""
+SEAMS = {"rounder": "Rounder", "weights": "Format"}
+"""Settings that hold a method, and what it is a kind of in `kurtail_pl.methods`, which is not imported before."""
 GIVEN = re.compile(r"Given value: (.*)")
 PLAIN = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
@@ -105,7 +103,7 @@ def explained(message: str) -> str:
         return f"{start}{other[1]} is no {other[2]}"
     seam = SEAMS.get(place.rpartition(".")[2])
     if seam is not None and (name := NO_NAME.search(message)):
-        names = sorted(seam.kinds())
+        names = sorted(getattr(importlib.import_module("kurtail_pl.methods"), seam).kinds())
         shown = shortened(name[1], VALUE_LENGTH)
         return f"{place} is {shown}, expected one of {', '.join(names)}{_like(name[1].upper(), names)}"
     return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"

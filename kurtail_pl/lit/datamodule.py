@@ -24,11 +24,17 @@ from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.positions import require_positions
 
+RUNS = Path("runs")
 VALIDATION_BATCH = 512
 """Rows of each site that are measured at a time."""
 SMOLLM2 = CaptureSpec()
 WINDOWS = TextSpec(windows=800, seqlen=1024)
 """One hundred steps of eight."""
+
+
+def runs_of(model: str) -> Path:
+    """Where the runs of a model go, and its activations, when nobody says otherwise."""
+    return RUNS / model_name(model)
 
 
 class StoredModel(L.LightningDataModule):
@@ -52,7 +58,7 @@ class StoredModel(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.capture_spec, self.compute = capture, compute
-        self.store_folder = Path(store or f"runs/{model_name(capture.model)}/store")
+        self.store_folder = Path(store or runs_of(capture.model) / "store")
         self.steps, self.validation_rows = steps, validation_rows
         self.ranks = ALONE
         if steps < 1:

@@ -6,6 +6,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,6 +166,16 @@ class _StraightThrough(torch.autograd.Function):
             return gradient, None, None, None
         (slope,) = ctx.saved_tensors
         return gradient, (gradient.reshape(slope.shape) * slope).sum(-1), None, None
+
+
+def require_groups(name: str, group_size: int | None, widths: Sequence[int]) -> None:
+    """Raise ConfigError, naming the setting, when groups do not divide the widths of a model that they are for."""
+    for width in widths:
+        if group_size is not None and width % group_size:
+            raise ConfigError(
+                f"{name}.group_size is {group_size} and this model has {width} channels to divide; "
+                f"choose a divisor of {' and '.join(map(str, widths))}, or null"
+            )
 
 
 def split_groups(x: Tensor, group_size: int | None) -> Tensor:

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
+from kurtail_pl.maths.packing import pack_codes, unpack_codes
+from kurtail_pl.maths.quantizers import Grid, Quantized, require_groups, split_groups
 from kurtail_pl.methods.method import Method
 
 Tensors = dict[str, Tensor]
@@ -41,12 +41,7 @@ class Format(Method):
 
     def require(self, name: str, widths: tuple[int, ...]) -> None:
         """Raise ConfigError, naming the setting, when groups do not divide the widths of a model's linears."""
-        for width in widths:
-            if self.group_size is not None and width % self.group_size:
-                raise ConfigError(
-                    f"{name}.group_size is {self.group_size} and this model has {width} channels to divide; "
-                    f"choose a divisor of {' and '.join(map(str, widths))}, or null"
-                )
+        require_groups(name, self.group_size, widths)
 
     @abstractmethod
     def grid(self, weight: Tensor) -> Grid:
@@ -90,6 +85,43 @@ class Format(Method):
         codes, _ = self.on_grid(grouped, grid.scale.unsqueeze(-1), zero_point)
         return Quantized(codes.flatten(-2).to(self.code_dtype), grid)
 
+    def packed(self, codes: Tensor) -> Tensor:
+        """Codes ``[out, in]`` as they are stored: two to a byte for 4 bits and less."""
+        return pack_codes(codes) if self._two_to_a_byte(codes.shape[-1]) else codes
+
+    def unpacked(self, codes: Tensor, columns: int) -> Tensor:
+        """Codes ``[out, columns]`` of what is stored."""
+        return unpack_codes(codes, self.code_dtype.is_signed) if self._two_to_a_byte(columns) else codes
+
+    def code_buffer(self, rows: int, columns: int) -> Buffer:
+        """What `packed` gives for codes ``[rows, columns]``."""
+        if self._two_to_a_byte(columns):
+            return Buffer((rows, columns // 2), torch.uint8)
+        return Buffer((rows, columns), self.code_dtype)
+
+    def scale_buffer(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Buffer:
+        """Of one number for each group of a weight ``[rows, columns]``."""
+        return Buffer((rows, columns // (self.group_size or columns)), dtype)
+
+    def _two_to_a_byte(self, columns: int) -> bool:
+        return self.bits <= 4 and columns % 2 == 0
+
+    @property
+    def groups(self) -> str:
+        """What shares a scale, in words."""
+        return "per output channel" if self.group_size is None else f"in groups of {self.group_size}"
+
     def relative_error(self) -> float | None:
         """Mean square error of normal numbers over their variance; None where it has not been derived."""
         return None
+
+
+def in_scales(x: Tensor, scale: Tensor) -> Tensor:
+    """Numbers in scales, which they broadcast with; a scale of zero stands for a group of zeros, and counts as one."""
+    return x.to(scale.dtype) / torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def levels_in_scales(levels: Tensor, quantized: Quantized, group_size: int | None) -> Tensor:
+    """Levels by their numbers ``[out, in]``, times the scales ``[out, groups]``."""
+    codes, (scale, _) = quantized
+    return (split_groups(levels.to(scale)[codes.int()], group_size) * scale.unsqueeze(-1)).reshape(codes.shape)

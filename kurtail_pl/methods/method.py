@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -38,9 +38,9 @@ class Method(ABC):
                 said = shortened(error.errors()[0]["msg"], 80)
                 raise ConfigError(f"{name} is {shortened(repr(value), 40)}: {said}") from error
 
+    @abstractmethod
     def sentence(self) -> str:
-        """What it does, for cards and reports; starts in lower case and has no full stop."""
-        raise NotImplementedError
+        """What it does, for cards and reports; has no full stop."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: ``{kind, settings}``."""

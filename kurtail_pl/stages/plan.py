@@ -277,7 +277,7 @@ def _quantize(run: _Run, spec: QuantizeSpec) -> StagePlan:
         s.stack // 2 + 2 * s.embedding * FLOAT16 + kept + noisy,
         flops,
         SEARCH_PASSES * float(s.stack) if searched else 0.0,
-        "fewer calibration windows (quantize.text.windows)",
+        "fewer calibration windows (quantization.text.windows)",
     )
 
 

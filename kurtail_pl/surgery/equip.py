@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import CheckpointError, ConfigError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Grid, Quantizer
+from kurtail_pl.maths.quantizers import Grid, Quantizer, require_groups
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
 from kurtail_pl.surgery.exact import exact_class
@@ -21,9 +21,6 @@ from kurtail_pl.surgery.families import architecture_of, mlp_widths
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.scheme import Scheme
-
-FLOAT32 = 4
-"""Bytes of a float."""
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -74,14 +71,8 @@ def require_scheme_fits(config: PretrainedConfig, scheme: Scheme) -> None:
     widths = {"activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
     for name, sizes in widths.items():
         quantizer: Quantizer | None = getattr(scheme, name)
-        if quantizer is None or quantizer.group_size is None:
-            continue
-        for size in sizes:
-            if size % quantizer.group_size:
-                raise ConfigError(
-                    f"{name}.group_size is {quantizer.group_size} and this model has {size} channels to divide; "
-                    f"choose a divisor of {' and '.join(map(str, sizes))}, or null"
-                )
+        if quantizer is not None:
+            require_groups(name, quantizer.group_size, sizes)
 
 
 def equip_model(model: PreTrainedModel, scheme: Scheme, rotations: Rotations) -> None:
@@ -170,7 +161,7 @@ def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
 def unpacked_bytes(model: PreTrainedModel) -> int:
     """Bytes that `unpack_weights` will take."""
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.weight is None]
-    return sum(module.in_features * module.out_features * FLOAT32 for module in packed)
+    return sum(module.in_features * module.out_features * torch.float32.itemsize for module in packed)
 
 
 def unpack_weights(model: PreTrainedModel) -> None:

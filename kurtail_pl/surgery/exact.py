@@ -17,9 +17,13 @@ class Exact(nn.Module):
 
     exact: tuple[str, ...] | None = None
 
+    def exact_buffers(self) -> dict[str, Tensor | None]:
+        """These buffers, by name."""
+        return {name: buffer for name, buffer in self._buffers.items() if self.exact is None or name in self.exact}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What every cast and move of a module comes down to."""
-        before = {name: buffer for name, buffer in self._buffers.items() if self.exact is None or name in self.exact}
+        before = self.exact_buffers()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             after = self._buffers[name]
@@ -30,7 +34,7 @@ class Exact(nn.Module):
 
 def exact_names(module: nn.Module) -> set[str]:
     """Names of the buffers, in whatever module of this one, that no cast changes."""
-    return {name for part in module.modules() if isinstance(part, Exact) for name in part.exact or part._buffers}
+    return {name for part in module.modules() if isinstance(part, Exact) for name in part.exact_buffers()}
 
 
 def exact_class(kind: type[nn.Module]) -> type[nn.Module]:

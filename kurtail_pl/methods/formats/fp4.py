@@ -10,13 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.packing import pack_codes, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
 from kurtail_pl.maths.weights import ERROR_NORM
-from kurtail_pl.methods.format import Buffer, Format, Tensors
+from kurtail_pl.methods.format import Buffer, Format, Tensors, in_scales, levels_in_scales
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of E2M1, by the low three bits of a code; the fourth is the sign."""
+LEVELS = torch.tensor([*MAGNITUDES, *(-level for level in MAGNITUDES)], dtype=torch.float64)
+"""By their codes; zero has two."""
 LARGEST_E4M3 = 448.0
 E8M0_BIAS = 127
 
@@ -48,7 +49,7 @@ class _FP4(Format):
 
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ties go to the even mantissa; beyond 6 is 6."""
-        relative = x.to(scale.dtype) / torch.where(scale > 0, scale, torch.ones_like(scale))
+        relative = in_scales(x, scale)
         levels = torch.tensor(MAGNITUDES, dtype=scale.dtype, device=scale.device)
         borders, size = (levels[1:] + levels[:-1]) / 2, relative.abs()
         below, above = torch.bucketize(size, borders), torch.bucketize(size, borders, right=True)
@@ -58,14 +59,9 @@ class _FP4(Format):
 
     def values(self, quantized: Quantized) -> Tensor:
         """Levels times scales."""
-        codes, (scale, _) = quantized
-        levels = torch.tensor([*MAGNITUDES, *(-level for level in MAGNITUDES)], dtype=scale.dtype, device=scale.device)
-        return (split_groups(levels[codes.int()], self.group_size) * scale.unsqueeze(-1)).reshape(codes.shape)
+        return levels_in_scales(LEVELS, quantized, self.group_size)
 
     code_dtype = torch.uint8
-
-    def _codes(self, rows: int, columns: int) -> dict[str, Buffer]:
-        return {"codes": Buffer((rows, columns // 2), torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -88,16 +84,19 @@ class MXFP4(_FP4):
     def pack(self, quantized: Quantized) -> Tensors:
         """Scales as E8M0: their exponents, 127 added."""
         exponent = torch.log2(quantized.grid.scale).round() + E8M0_BIAS
-        return {"codes": pack_codes(quantized.codes), "scale": exponent.to(torch.uint8)}
+        return {"codes": self.packed(quantized.codes), "scale": exponent.to(torch.uint8)}
 
     def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
         """Scales in float32."""
         scale = torch.exp2(tensors["scale"].float() - E8M0_BIAS)
-        return Quantized(unpack_codes(tensors["codes"], signed=False), Grid(scale, None))
+        return Quantized(self.unpacked(tensors["codes"], columns), Grid(scale, None))
 
     def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
         """Codes and scale."""
-        return {**self._codes(rows, columns), "scale": Buffer((rows, columns // self.group_size), torch.uint8)}
+        return {
+            "codes": self.code_buffer(rows, columns),
+            "scale": self.scale_buffer(rows, columns, torch.uint8),
+        }
 
 
 @dataclass(frozen=True)
@@ -129,14 +128,17 @@ class NVFP4(_FP4):
         scale = quantized.grid.scale
         whole = self._whole(scale)
         blocks = (scale / whole).to(torch.float8_e4m3fn).view(torch.uint8)
-        return {"codes": pack_codes(quantized.codes), "blocks": blocks, "tensor_scale": whole.float().reshape(1)}
+        return {"codes": self.packed(quantized.codes), "blocks": blocks, "tensor_scale": whole.float().reshape(1)}
 
     def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
         """Scales in float32."""
         scale = tensors["blocks"].view(torch.float8_e4m3fn).float() * tensors["tensor_scale"]
-        return Quantized(unpack_codes(tensors["codes"], signed=False), Grid(scale, None))
+        return Quantized(self.unpacked(tensors["codes"], columns), Grid(scale, None))
 
     def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
         """Codes, blocks and tensor_scale."""
-        blocks = Buffer((rows, columns // self.group_size), torch.uint8)
-        return {**self._codes(rows, columns), "blocks": blocks, "tensor_scale": Buffer((1,), torch.float32)}
+        return {
+            "codes": self.code_buffer(rows, columns),
+            "blocks": self.scale_buffer(rows, columns, torch.uint8),
+            "tensor_scale": Buffer((1,), torch.float32),
+        }

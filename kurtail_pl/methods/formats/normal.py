@@ -10,9 +10,8 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.normal_grid import midpoints, normal_error, normal_levels
-from kurtail_pl.maths.packing import pack_codes, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
-from kurtail_pl.methods.format import Buffer, Format, Tensors
+from kurtail_pl.methods.format import Buffer, Format, Tensors, in_scales, levels_in_scales
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Normal(Format):
 
     def sentence(self) -> str:
         """Bits and groups."""
-        where = "per output channel" if self.group_size is None else f"in groups of {self.group_size}"
-        return f"{1 << self.bits} levels of the normal distribution (HIGGS), {where}"
+        return f"{1 << self.bits} levels of the normal distribution (HIGGS), {self.groups}"
 
     def grid(self, weight: Tensor) -> Grid:
         """Root mean squares, in float32 at least."""
@@ -50,39 +48,28 @@ class Normal(Format):
 
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """A group of zeros keeps its scale of zero, by which any level is zero."""
-        relative = x.to(scale.dtype) / torch.where(scale > 0, scale, torch.ones_like(scale))
+        relative = in_scales(x, scale)
         levels = normal_levels(self.bits)
         codes = torch.bucketize(relative, midpoints(levels).to(relative))
         return codes, levels.to(scale)[codes] * scale
 
     def values(self, quantized: Quantized) -> Tensor:
         """Levels times scales."""
-        codes, grid = quantized
-        values = normal_levels(self.bits).to(grid.scale)[codes.int()]
-        return (split_groups(values, self.group_size) * grid.scale.unsqueeze(-1)).reshape(codes.shape)
+        return levels_in_scales(normal_levels(self.bits), quantized, self.group_size)
 
     code_dtype = torch.uint8
 
-    def _packed(self, columns: int) -> bool:
-        return self.bits <= 4 and columns % 2 == 0
-
     def pack(self, quantized: Quantized) -> Tensors:
-        """Two codes to a byte for 4 bits and less."""
-        codes = quantized.codes
-        return {"codes": pack_codes(codes) if self._packed(codes.shape[-1]) else codes, "scale": quantized.grid.scale}
+        """Codes and scale."""
+        return {"codes": self.packed(quantized.codes), "scale": quantized.grid.scale}
 
     def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
         """Inverse of `pack`."""
-        codes = tensors["codes"]
-        return Quantized(
-            unpack_codes(codes, signed=False) if self._packed(columns) else codes, Grid(tensors["scale"], None)
-        )
+        return Quantized(self.unpacked(tensors["codes"], columns), Grid(tensors["scale"], None))
 
     def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
         """Codes and scale."""
-        width = columns // 2 if self._packed(columns) else columns
-        groups = columns // (self.group_size or columns)
-        return {"codes": Buffer((rows, width), torch.uint8), "scale": Buffer((rows, groups), torch.float32)}
+        return {"codes": self.code_buffer(rows, columns), "scale": self.scale_buffer(rows, columns)}
 
     def relative_error(self) -> float:
         """Of its grid on N(0, 1)."""

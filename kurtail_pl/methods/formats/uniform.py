@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.packing import pack_codes, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods.format import Buffer, Format, Tensors
@@ -46,13 +46,12 @@ class Uniform(Format):
     @property
     def quantizer(self) -> Quantizer:
         """The same for activations and caches."""
-        return Quantizer(self.bits, self.symmetric, self.clip, self.group_size)
+        return _quantizer_of(self)
 
     def sentence(self) -> str:
         """Bits, symmetry and groups."""
         what = "symmetric" if self.symmetric else "asymmetric"
-        where = "per output channel" if self.group_size is None else f"in groups of {self.group_size}"
-        return f"{self.bits}-bit integers, {what}, {where}"
+        return f"{self.bits}-bit integers, {what}, {self.groups}"
 
     def grid(self, weight: Tensor) -> Grid:
         """By the search."""
@@ -80,26 +79,24 @@ class Uniform(Format):
         """Signed when symmetric."""
         return self.quantizer.code_dtype
 
-    def _packed(self, columns: int) -> bool:
-        return self.bits <= 4 and columns % 2 == 0
-
     def pack(self, quantized: Quantized) -> Tensors:
-        """Two codes to a byte for 4 bits and less."""
+        """Codes, scale and, when asymmetric, zero_point."""
         codes, (scale, zero_point) = quantized
-        tensors = {"codes": pack_codes(codes) if self._packed(codes.shape[-1]) else codes, "scale": scale}
+        tensors = {"codes": self.packed(codes), "scale": scale}
         return tensors if zero_point is None else {**tensors, "zero_point": zero_point.to(torch.uint8)}
 
     def unpack(self, tensors: Mapping[str, Tensor], columns: int) -> Quantized:
         """Zero points in the scales' type."""
-        codes, scale = tensors["codes"], tensors["scale"]
-        if self._packed(columns):
-            codes = unpack_codes(codes, self.symmetric)
+        codes, scale = self.unpacked(tensors["codes"], columns), tensors["scale"]
         return Quantized(codes, Grid(scale, None if self.symmetric else tensors["zero_point"].to(scale.dtype)))
 
     def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
         """Codes, scale and, when asymmetric, zero_point."""
-        groups = columns // (self.group_size or columns)
-        packed = self._packed(columns)
-        codes = Buffer((rows, columns // 2 if packed else columns), torch.uint8 if packed else self.code_dtype)
-        found = {"codes": codes, "scale": Buffer((rows, groups), torch.float32)}
-        return found if self.symmetric else {**found, "zero_point": Buffer((rows, groups), torch.uint8)}
+        found = {"codes": self.code_buffer(rows, columns), "scale": self.scale_buffer(rows, columns)}
+        return found if self.symmetric else {**found, "zero_point": self.scale_buffer(rows, columns, torch.uint8)}
+
+
+@cache
+def _quantizer_of(weights: Uniform) -> Quantizer:
+    # GPTQ asks for it at each column.
+    return Quantizer(weights.bits, weights.symmetric, weights.clip, weights.group_size)

@@ -66,8 +66,7 @@ class FloatZero(Uniform):
 
     def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
         """As the integers', but for the zero point's type."""
-        found = super().buffers(rows, columns)
-        return {**found, "zero_point": Buffer(found["zero_point"].shape, torch.float32)}
+        return {**super().buffers(rows, columns), "zero_point": self.scale_buffer(rows, columns)}
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ def test_what_would_fail_after_the_training_is_refused_before_it(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("verb", ["fit", "plan"])
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -133,11 +134,11 @@ def test_what_would_fail_after_the_training_is_refused_before_it(
     ],
 )
 def test_what_jsonargparse_finds_late_is_one_line(
-    refusal: Refusal, tmp_path: Path, stories: Path, path: str, value: Any, message: str
+    refusal: Refusal, tmp_path: Path, stories: Path, verb: str, path: str, value: Any, message: str
 ) -> None:
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text(changed(path, value))
-    assert message in refusal("fit", "--config", SMOKE, "--config", recipe, f"--data.init_args.capture.model={stories}")
+    assert message in refusal(verb, "--config", SMOKE, "--config", recipe, f"--data.init_args.capture.model={stories}")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -106,5 +106,8 @@ def test_a_kind_that_somebody_else_defines_is_known() -> None:
     class Elsewhere(Seam):
         rounds: int = 3
 
+        def sentence(self) -> str:
+            return "done elsewhere"
+
     assert Seam.from_dict({"kind": "Elsewhere", "settings": {"rounds": 4}}) == Elsewhere(4)
     assert Seam.from_dict(Elsewhere().to_dict()) == Elsewhere()
