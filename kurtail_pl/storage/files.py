@@ -158,8 +158,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
                 "for the computation, use another copy of it"
             )
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    room = path.with_name(f".{path.name}.writing")
     with whole_file(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict([metadata or ("format", "pt")]))
+        # safetensors writes under a random name beside the wanted one, which a kill would leave there for good.
+        remove(room)
+        room.mkdir()
+        try:
+            save_file(contiguous, room / path.name, metadata=dict([metadata or ("format", "pt")]))
+            (room / path.name).replace(temporary)
+        finally:
+            remove(room)
 
 
 def claim(file: BinaryIO | FileIO, size: int) -> None:

@@ -42,10 +42,14 @@ class Road:
     def settings(self) -> dict[str, Any]:
         """The recipe's quantization."""
         settings = yaml.safe_load((self.place / "recipe.yaml").read_text())["quantization"]
-        settings["rounder"], settings["scheme"]["weights"] = map(
-            by_kind, (settings["rounder"], settings["scheme"]["weights"])
-        )
         return {name: value for name, value in settings.items() if name != "out"}
+
+    @property
+    def in_cards(self) -> dict[str, Any]:
+        """The recipe's quantization as an artefact's card says it."""
+        settings, scheme = self.settings, self.settings["scheme"]
+        weights = {"weights": by_kind(scheme["weights"])}
+        return settings | {"rounder": by_kind(settings["rounder"]), "scheme": scheme | weights}
 
 
 @pytest.fixture(scope="module", params=["tied", "stories"])
@@ -94,7 +98,7 @@ def test_the_folder_is_complete(road: Road) -> None:
     assert names >= {"results.json", "report.md", "model.safetensors.index.json"}
     assert list(road.place.rglob("*.partial")) == []
     card = json.loads((road.folders["kurtail"] / "kurtail.json").read_text())
-    assert card["quantize"] == road.settings
+    assert card["quantize"] == road.in_cards
     assert card["method"] == "kurtail"
 
 

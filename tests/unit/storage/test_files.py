@@ -5,6 +5,9 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,6 +190,29 @@ def test_what_a_process_killed_between_two_renames_left_is_mended(tmp_path: Path
     with pytest.raises(ArtefactError, match="exists"):
         write_new(tmp_path / "artefact", overwrite=False, text="all")
     assert content(tmp_path) == {"artefact/file": stands}
+
+
+KILLED_WRITER = """
+import resource, signal, torch
+from pathlib import Path
+from kurtail_pl.storage.files import write_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_tensors(Path("t.safetensors"), {"a": torch.ones(1000)})
+"""
+"""The system kills the process in the middle of the file."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files there")
+def test_what_a_killed_writer_of_tensors_left_is_cleared(tmp_path: Path) -> None:
+    """safetensors writes under a random name, which nobody would find again."""
+    paths = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER], cwd=tmp_path, env=paths)
+    assert killed.returncode == -signal.SIGXFSZ
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] != []
+    assert not (tmp_path / "t.safetensors").exists()
+    files.write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(1000)})
+    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
 
 
 def test_tensors_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
