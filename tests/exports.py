@@ -15,13 +15,13 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.texts import compare_texts, scenarios
 from transformers import DynamicCache, PreTrainedModel
 
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 CENTRED: dict[str, Any] = {
-    "activations": Quantizer(4, False, "ratio:0.85"),
-    "keys": Quantizer(4, False, "ratio:1.0"),
-    "values": Quantizer(4, False, "ratio:1.0"),
+    "activations": Quantizer(4, False, Clip(amount=0.85)),
+    "keys": Quantizer(4, False, Clip()),
+    "values": Quantizer(4, False, Clip()),
     "centre": True,
     "centre_keys": True,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def _quantizer(quantizer: Quantizer | None, dynamic: bool) -> dict[str, Any] | N
     return {
         "bits": quantizer.bits,
         "symmetric": quantizer.symmetric,
-        "clip": quantizer.clip,
+        "clip": asdict(quantizer.clip),
         "group_size": quantizer.group_size,
         "formula": [*grid, code, value],
     }
@@ -174,10 +175,10 @@ def _quantizer(quantizer: Quantizer | None, dynamic: bool) -> dict[str, Any] | N
 
 def _grid(quantizer: Quantizer) -> list[str]:
     """How scale and zero point come from the values x of one group."""
-    amount, largest = quantizer.clip_amount, quantizer.code_range[1]
+    amount, largest = quantizer.clip.amount, quantizer.code_range[1]
 
     def end(extreme: str, x: str) -> str:
-        if quantizer.clip_kind == "ratio":
+        if quantizer.clip.kind == "ratio":
             return f"{amount} * {extreme}({x})"
         level = amount if extreme == "max" else 1 - amount
         return f"quantile({x}, {level:g})"

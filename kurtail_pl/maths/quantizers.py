@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, shortened
 
 BORDER = 2.0**32
 """Steps of the grid that float64 numbers are put on before they are rounded to codes."""
@@ -34,14 +34,57 @@ class Quantized(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Where a grid ends.
+
+    Args:
+        kind: ``ratio``, a share of the largest magnitude, or ``quantile`` of the magnitudes; with zero point, a share
+            of the smallest and largest value, or the q- and (1-q)-quantiles of the values.
+        amount: that share or quantile, in (0, 1].
+
+    Raises:
+        ConfigError: naming the field, its value and what is accepted.
+    """
+
+    kind: Literal["ratio", "quantile"] = "ratio"
+    amount: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ratio", "quantile"):
+            raise ConfigError(f"clip.kind is {shortened(repr(self.kind), 40)}; write ratio or quantile")
+        if not 0 < self.amount <= 1:
+            raise ConfigError(f"clip.amount is {self.amount}; give a number in (0, 1]")
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.amount:g}"
+
+    def largest(self, grouped: Tensor) -> Tensor:
+        """Upper end for the values ``[..., n]`` of each group, ``[...]``."""
+        return grouped.amax(-1) * self.amount if self.kind == "ratio" else upper_quantile(grouped, self.amount)
+
+    def smallest(self, grouped: Tensor) -> Tensor:
+        """Lower end."""
+        return grouped.amin(-1) * self.amount if self.kind == "ratio" else -upper_quantile(-grouped, self.amount)
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedClip(Clip):
+    """A ratio while it learns: a tensor of one number, which multiplies as a float does, and has a gradient."""
+
+    amount: Tensor = field(default_factory=lambda: torch.ones(()))  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """It may be anything on its way."""
+
+
+@dataclass(frozen=True)
 class Quantizer:
     """What a quantizer is: bits, symmetry, clip and group, checked on construction.
 
     Args:
         bits: 2 to 8.
         symmetric: codes in ``[-2^(b-1), 2^(b-1)-1]`` and no zero point, else ``[0, 2^b-1]`` with an integer one.
-        clip: where the grid ends, as ``ratio:r`` (r times the largest magnitude) or ``quantile:q`` (the q-quantile of
-            the magnitudes; with zero point the q- and (1-q)-quantiles of the values).
+        clip: where the grid ends.
         group_size: channels that share a scale; None for the whole last dimension.
 
     Raises:
@@ -50,30 +93,14 @@ class Quantizer:
 
     bits: int = 4
     symmetric: bool = True
-    clip: str = "ratio:1.0"
+    clip: Clip = field(default_factory=Clip)
     group_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"bits is {self.bits}; a quantizer has 2 to 8 bits (16 turns quantization off)")
-        kind, amount = self.clip_kind, self.clip_amount
-        if kind not in ("ratio", "quantile") or not 0 < amount <= 1:
-            raise ConfigError(f"clip is {self.clip!r}; write ratio:R or quantile:Q with a number in (0, 1]")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group_size is {self.group_size}; give a positive number of channels or null")
-
-    @property
-    def clip_kind(self) -> str:
-        """``ratio`` or ``quantile``."""
-        return self.clip.partition(":")[0]
-
-    @property
-    def clip_amount(self) -> float:
-        """The number after the colon; nan when it is not a number."""
-        try:
-            return float(self.clip.partition(":")[2])
-        except ValueError:
-            return float("nan")
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -94,18 +121,6 @@ class Quantizer:
             code += zero_point
         code.clamp_(*self.code_range)
         return code, (code if zero_point is None else code - zero_point) * scale
-
-
-@dataclass(frozen=True, eq=False)
-class LearnedClip(Quantizer):
-    """A quantizer while its clip learns: `ratio`, a tensor of one number, stands in the clip's place."""
-
-    ratio: Tensor = field(default_factory=lambda: torch.ones(()))
-
-    @property
-    def clip_amount(self) -> Tensor:  # type: ignore[override]  # It multiplies as a float does, and has a gradient.
-        """The ratio."""
-        return self.ratio
 
 
 def quantize(x: Tensor, quantizer: Quantizer, grid: Grid | None = None) -> Quantized:
@@ -196,19 +211,10 @@ def dynamic_grid(grouped: Tensor, quantizer: Quantizer) -> Grid:
     Returns:
         Grid ``[..., groups]``; a group of zeros gets scale 1.
     """
-    amount = quantizer.clip_amount
+    clip = quantizer.clip
     if quantizer.symmetric:
-        magnitude = grouped.abs()
-        if quantizer.clip_kind == "ratio":
-            limit = magnitude.amax(-1) * amount
-        else:
-            limit = upper_quantile(magnitude, amount)
-        return symmetric_grid(limit, quantizer.bits)
-    if quantizer.clip_kind == "ratio":
-        low, high = grouped.amin(-1) * amount, grouped.amax(-1) * amount
-    else:
-        low, high = -upper_quantile(-grouped, amount), upper_quantile(grouped, amount)
-    return asymmetric_grid(low, high, quantizer.bits)
+        return symmetric_grid(clip.largest(grouped.abs()), quantizer.bits)
+    return asymmetric_grid(clip.smallest(grouped), clip.largest(grouped), quantizer.bits)
 
 
 def symmetric_grid(limit: Tensor, bits: int) -> Grid:

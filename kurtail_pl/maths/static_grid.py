@@ -39,7 +39,7 @@ def static_grid(counts: Tensor, quantizer: Quantizer) -> Grid:
     """
     seen = counts.nonzero().flatten()
     values, weights = _bin_values(counts.device)[seen], counts[seen].double()
-    ratios = quantizer.clip_amount * 2.0 ** -(torch.arange(STEPS, device=counts.device) / STEPS_AN_OCTAVE)
+    ratios = quantizer.clip.amount * 2.0 ** -(torch.arange(STEPS, device=counts.device) / STEPS_AN_OCTAVE)
 
     def best(grids: Grid) -> Tensor:
         error = values_of(codes_on(values, grids, quantizer), grids).sub_(values).square_()

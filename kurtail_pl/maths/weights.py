@@ -52,7 +52,7 @@ def _search_rows(rows: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     best_error = torch.full_like(limit, float("inf"))
     best_scale, best_zero = torch.ones_like(limit), torch.zeros_like(limit)
     for step in range(SHRINK_STEPS):
-        ratio = quantizer.clip_amount * (1 - step / SHRINK_GRID)
+        ratio = 1 - step / SHRINK_GRID
         if quantizer.symmetric:
             grid = symmetric_grid(limit * ratio, quantizer.bits)
         else:

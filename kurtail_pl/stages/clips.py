@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.surgery.linear import QuantizedLinear
 
@@ -93,7 +93,7 @@ def search_cache(
 
 
 def _clipped(quantizer: Quantizer, ratio: float) -> Quantizer:
-    return replace(quantizer, clip=f"ratio:{ratio}")
+    return replace(quantizer, clip=Clip(amount=ratio))
 
 
 def relative(change: Tensor, written: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -92,10 +92,10 @@ class ClipLearning:
                         f"learn_clips.parts names weights, and they are {quantizer.sentence()}, whose scales are no "
                         "plain numbers; leave weights out"
                     )
-            elif quantizer.clip_kind != "ratio":
+            elif quantizer.clip.kind != "ratio":
                 raise ConfigError(
-                    f"learn_clips.parts names {part} and scheme.{part}.clip is {quantizer.clip!r}; learning starts "
-                    "from a ratio: write ratio:1.0"
+                    f"learn_clips.parts names {part} and scheme.{part}.clip is a {quantizer.clip.kind}; learning "
+                    "starts from a ratio: write clip.kind: ratio"
                 )
         if "activations" in self.parts and scheme.static:
             raise ConfigError(
@@ -167,9 +167,9 @@ class BlockTraining:
         for site in _sites(layer, self.walker.architecture):
             quantizer = _replaced(layer, site, None)
             if quantizer is not None and site[0].rpartition(".")[2] in self.learning.parts:
-                ratio = torch.tensor(quantizer.clip_amount, device=self.walker.device, requires_grad=True)
+                ratio = torch.tensor(quantizer.clip.amount, device=self.walker.device, requires_grad=True)
                 clips[site] = ratio, quantizer
-                quantizer = LearnedClip(quantizer.bits, quantizer.symmetric, "ratio:1.0", quantizer.group_size, ratio)
+                quantizer = replace(quantizer, clip=LearnedClip(amount=ratio))
             _replaced(layer, site, quantizer)
         return clips
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import CheckpointError, ConfigError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Grid, Quantizer, require_groups
+from kurtail_pl.maths.quantizers import Clip, Grid, Quantizer, require_groups
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
 from kurtail_pl.surgery.exact import exact_class
@@ -155,7 +155,7 @@ def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
         quantizer = getattr(modules.get(name), part, None)
         if not isinstance(quantizer, Quantizer):
             raise ConfigError(f"clips name {shortened(repr(site), 60)}, where no quantizer is; make the artefact again")
-        setattr(modules[name], part, replace(quantizer, clip=f"ratio:{ratio}"))
+        setattr(modules[name], part, replace(quantizer, clip=Clip(amount=ratio)))
 
 
 def unpacked_bytes(model: PreTrainedModel) -> int:

@@ -7,17 +7,17 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import Format, default_format
 from kurtail_pl.methods.method import validated
 
 
 def _activations() -> Quantizer:
-    return Quantizer(bits=4, symmetric=True, clip="ratio:0.9")
+    return Quantizer(bits=4, symmetric=True, clip=Clip(amount=0.9))
 
 
 def _cache() -> Quantizer:
-    return Quantizer(bits=4, symmetric=False, clip="ratio:0.95")
+    return Quantizer(bits=4, symmetric=False, clip=Clip(amount=0.95))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sinks:
 
     def quantizer(self, others: Quantizer) -> Quantizer | None:
         """Quantizer of the first tokens' keys or values, given that of the others'; None leaves them float."""
-        return None if self.bits == 16 else Quantizer(self.bits, others.symmetric, "ratio:1.0", others.group_size)
+        return None if self.bits == 16 else Quantizer(self.bits, others.symmetric, Clip(), others.group_size)
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ class Scheme:
                 f"activation_scales is static and activations.group_size is {self.activations.group_size}; a static "
                 "scale is for all channels: write group_size: null, or activation_scales: token"
             )
-        if self.activations.clip_kind != "ratio":
+        if self.activations.clip.kind != "ratio":
             raise ConfigError(
-                f"activation_scales is static and activations.clip is {self.activations.clip!r}; static grids are "
-                "searched from a ratio: write ratio:1.0"
+                f"activation_scales is static and activations.clip is a {self.activations.clip.kind}; static "
+                "grids are searched from a ratio: write clip.kind: ratio"
             )
 
     @property

@@ -49,10 +49,10 @@ def row_scale(g: GraphBuilder, rows: ir.Value, size: int, quantizer: Quantizer) 
     Both make codes of zero, and one Max is cheaper than the comparison that gives 1.
     """
     magnitude = g.op("Abs", rows)
-    if quantizer.clip_kind == "ratio":
-        limit = _times(g, g.op("ReduceMax", magnitude, g.ints(-1), keepdims=0), quantizer.clip_amount)
+    if quantizer.clip.kind == "ratio":
+        limit = _times(g, g.op("ReduceMax", magnitude, g.ints(-1), keepdims=0), quantizer.clip.amount)
     else:
-        limit = g.reshape(_upper_quantile(g, magnitude, size, quantizer.clip_amount), -1)
+        limit = g.reshape(_upper_quantile(g, magnitude, size, quantizer.clip.amount), -1)
     scale = g.op("Div", limit, g.scalar(quantizer.code_range[1]))
     return g.op("Max", scale, g.scalar(SMALLEST_SCALE[g.dtype]))
 
@@ -84,15 +84,15 @@ def _nonzero(g: GraphBuilder, scale: ir.Value) -> ir.Value:
 
 
 def _upper(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer) -> ir.Value:
-    if quantizer.clip_kind == "quantile":
-        return _upper_quantile(g, x, size, quantizer.clip_amount)
-    return _times(g, g.op("ReduceMax", x, g.ints(-1)), quantizer.clip_amount)
+    if quantizer.clip.kind == "quantile":
+        return _upper_quantile(g, x, size, quantizer.clip.amount)
+    return _times(g, g.op("ReduceMax", x, g.ints(-1)), quantizer.clip.amount)
 
 
 def _lower(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer) -> ir.Value:
-    if quantizer.clip_kind == "quantile":
-        return g.op("Neg", _upper_quantile(g, g.op("Neg", x), size, quantizer.clip_amount))
-    return _times(g, g.op("ReduceMin", x, g.ints(-1)), quantizer.clip_amount)
+    if quantizer.clip.kind == "quantile":
+        return g.op("Neg", _upper_quantile(g, g.op("Neg", x), size, quantizer.clip.amount))
+    return _times(g, g.op("ReduceMin", x, g.ints(-1)), quantizer.clip.amount)
 
 
 def _times(g: GraphBuilder, x: ir.Value, ratio: float) -> ir.Value:

@@ -9,7 +9,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods.format import Buffer, Format, Tensors
@@ -22,7 +21,6 @@ class Uniform(Format):
     Args:
         bits: 2 to 8.
         symmetric: without a zero point.
-        clip: ratio from which the search begins, ``ratio:r``.
         group_size: inputs that share a scale; None for all of an output channel.
 
     Raises:
@@ -31,7 +29,6 @@ class Uniform(Format):
 
     bits: int = 4
     symmetric: bool = True
-    clip: str = "ratio:1.0"
     group_size: int | None = None
 
     label = ""
@@ -40,8 +37,7 @@ class Uniform(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.quantizer.clip_kind != "ratio":
-            raise ConfigError(f"weights.clip is {self.clip!r}; weight grids are searched from a ratio: write ratio:1.0")
+        _ = self.quantizer  # Which refuses bits and groups that nothing has.
 
     @property
     def quantizer(self) -> Quantizer:
@@ -99,4 +95,4 @@ class Uniform(Format):
 @cache
 def _quantizer_of(weights: Uniform) -> Quantizer:
     # GPTQ asks for it at each column.
-    return Quantizer(weights.bits, weights.symmetric, weights.clip, weights.group_size)
+    return Quantizer(weights.bits, weights.symmetric, group_size=weights.group_size)

@@ -22,7 +22,6 @@ class FloatZero(Uniform):
     Args:
         bits: 2 to 8.
         symmetric: must be false.
-        clip: ratio from which the search for scales begins, ``ratio:r``.
         group_size: inputs that share a scale and a zero point; None for all of an output channel.
 
     Raises:

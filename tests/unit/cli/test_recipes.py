@@ -155,8 +155,8 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         return words[path], words[path]
     if path in written:
         return written[path]
-    if path.endswith(".clip"):
-        return "quantile:0.5", "quantile:0.5"
+    if path.endswith(".clip.kind"):
+        return "quantile", "quantile"
     if isinstance(value, bool):
         return str(not value).lower(), not value
     if isinstance(value, float):

@@ -8,14 +8,19 @@ from graphs import random_array, run_graph
 from kurtail_onnx.graph.activations import fake_quantized, integer_rows
 from kurtail_onnx.graph.builder import GraphBuilder
 
-from kurtail_pl.maths.quantizers import Quantizer, dequantize, fake_quantize, quantize
+from kurtail_pl.maths.quantizers import Clip, Quantizer, dequantize, fake_quantize, quantize
 
 BATCH, TOKENS, SIZE = 2, 7, 48
 QUANTIZERS = [
     Quantizer(bits, symmetric, clip, group)
     for bits in (4, 8)
     for symmetric in (True, False)
-    for clip, group in (("ratio:0.9", None), ("ratio:1.0", 16), ("quantile:0.98", None), ("quantile:0.931", 12))
+    for clip, group in (
+        (Clip(amount=0.9), None),
+        (Clip(), 16),
+        (Clip("quantile", 0.98), None),
+        (Clip("quantile", 0.931), 12),
+    )
 ]
 
 
@@ -30,7 +35,7 @@ def test_fake_quantized_is_torchs(quantizer: Quantizer) -> None:
     values = random_array(BATCH, TOKENS, SIZE)
     (found,) = run_graph(g, {"y": fake_quantized(g, x, SIZE, quantizer, shape)}, x=values)
     # torch interpolates a quantile with one rounding less.
-    tolerance = 0 if quantizer.clip_kind == "ratio" else 3e-7
+    tolerance = 0 if quantizer.clip.kind == "ratio" else 3e-7
     np.testing.assert_allclose(found, fake_quantize(torch.from_numpy(values), quantizer).numpy(), rtol=tolerance)
 
 
@@ -41,9 +46,9 @@ def test_the_grid_is_the_formulas(quantizer: Quantizer) -> None:
     values = random_array(BATCH, TOKENS, SIZE)
     (found,) = run_graph(g, {"y": fake_quantized(g, x, SIZE, quantizer, shape)}, x=values)
     rows = values.astype(np.float64).reshape(-1, quantizer.group_size or SIZE)
-    amount, largest = float(quantizer.clip.split(":")[1]), 2 ** (quantizer.bits - 1) - 1
+    amount, largest = quantizer.clip.amount, 2 ** (quantizer.bits - 1) - 1
     magnitude = np.abs(rows)
-    limit = amount * magnitude.max(1) if "ratio" in quantizer.clip else np.quantile(magnitude, amount, axis=1)
+    limit = amount * magnitude.max(1) if quantizer.clip.kind == "ratio" else np.quantile(magnitude, amount, axis=1)
     scale = np.where(limit > 0, limit / largest, 1)[:, None]
     steps = found.astype(np.float64).reshape(rows.shape) / scale
     np.testing.assert_allclose(steps, steps.round(), atol=1e-4)
@@ -53,8 +58,8 @@ def test_the_grid_is_the_formulas(quantizer: Quantizer) -> None:
     assert np.abs(rows / scale - steps)[inside].max() < 0.5001
 
 
-@pytest.mark.parametrize("clip", ["ratio:0.9", "quantile:0.98"])
-def test_integer_rows_are_the_codes(clip: str) -> None:
+@pytest.mark.parametrize("clip", [Clip(amount=0.9), Clip("quantile", 0.98)])
+def test_integer_rows_are_the_codes(clip: Clip) -> None:
     quantizer = Quantizer(4, True, clip)
     g, x, shape = graph()
     values = random_array(BATCH, TOKENS, SIZE)

@@ -10,14 +10,14 @@ from graphs import Array, random_array, run_graph
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import CachePart, append
 
-from kurtail_pl.maths.quantizers import Quantizer, dequantize, fake_quantize, quantize
+from kurtail_pl.maths.quantizers import Clip, Quantizer, dequantize, fake_quantize, quantize
 
 BATCH, HEADS, TOKENS, DIM = 2, 3, 5, 8
 QUANTIZERS = [
     Quantizer(bits, symmetric, clip)
     for bits in (4, 8)
     for symmetric in (False, True)
-    for clip in ("ratio:0.95", "quantile:0.9")
+    for clip in (Clip(amount=0.95), Clip("quantile", 0.9))
 ]
 
 
@@ -61,7 +61,7 @@ def test_bytes_and_values_are_those_of_the_quantizer(quantizer: Quantizer) -> No
             code = byte % 16 if place[3] < DIM // 2 else byte // 16
         assert code == stored[place]
     # torch interpolates a quantile with one rounding less.
-    tolerance = 0 if quantizer.clip_kind == "ratio" else 3e-7
+    tolerance = 0 if quantizer.clip.kind == "ratio" else 3e-7
     np.testing.assert_allclose(outputs["present.0.key_scale"], expected.grid.scale.numpy(), rtol=tolerance)
     if not quantizer.symmetric:
         assert expected.grid.zero_point is not None
@@ -70,17 +70,17 @@ def test_bytes_and_values_are_those_of_the_quantizer(quantizer: Quantizer) -> No
 
 
 def test_keys_and_values_quantized_together_are_those_quantized_apart() -> None:
-    quantizer = Quantizer(4, False, "ratio:0.95")
+    quantizer = Quantizer(4, False, Clip(amount=0.95))
     values = random_array(BATCH, HEADS, TOKENS, DIM)
     together = appended(cache_part(quantizer), values, {}, beside=quantizer)
-    apart = appended(cache_part(quantizer), values, {}, beside=Quantizer(4, False, "ratio:0.9"))
+    apart = appended(cache_part(quantizer), values, {}, beside=Quantizer(4, False, Clip(amount=0.9)))
     np.testing.assert_array_equal(together["y"], apart["y"])
     np.testing.assert_array_equal(together["z"], fake_quantize(torch.from_numpy(-values), quantizer).numpy())
     assert set(together) == set(apart)
 
 
 def test_new_tokens_come_behind_the_cached_ones() -> None:
-    part = cache_part(Quantizer(4, False, "ratio:0.95"))
+    part = cache_part(Quantizer(4, False, Clip(amount=0.95)))
     values = random_array(BATCH, HEADS, TOKENS, DIM)
     whole = appended(part, values, {})
     first = appended(part, values[:, :, :3], {})
@@ -90,7 +90,7 @@ def test_new_tokens_come_behind_the_cached_ones() -> None:
         np.testing.assert_array_equal(second[name], array)
 
 
-@pytest.mark.parametrize("quantizer", [None, Quantizer(4, False, "ratio:0.95")])
+@pytest.mark.parametrize("quantizer", [None, Quantizer(4, False, Clip(amount=0.95))])
 def test_a_float_cache_holds_values(quantizer: Quantizer | None) -> None:
     part = cache_part(quantizer, packed=False)
     values = random_array(BATCH, HEADS, TOKENS, DIM)

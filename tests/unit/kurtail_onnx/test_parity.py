@@ -18,7 +18,7 @@ from kurtail_onnx.spec import ExportSpec
 from torch.nn.functional import cross_entropy
 
 import kurtail_pl
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | str | None]]] = {
     "groups-asymmetric": (ExportSpec(), {"weights": Uniform(4, False, group_size=32)}),
     "asymmetric": (ExportSpec(), {"weights": Uniform(4, False), "activations": ASYMMETRIC}),
     "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
-    "quantile": (ExportSpec(), {"activations": Quantizer(clip="quantile:0.98")}),
+    "quantile": (ExportSpec(), {"activations": Quantizer(clip=Clip("quantile", 0.98))}),
     "scale-a-head": (ExportSpec(), {"activations": ASYMMETRIC, "attention_output": "head"}),
     "float-values": (ExportSpec(), {"values": None}),
     "float-activations": (ExportSpec(), {"activations": None}),

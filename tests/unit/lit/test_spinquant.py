@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.loader import WindowLoader
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
@@ -79,7 +79,7 @@ def test_the_loss_falls_on_a_window_seen_again_and_again(
     A step of 2^-7 of the largest moves logits, and so the loss of 7, by about a hundredth; with four bits the loss
     goes up and down by 0.1 from step to step.
     """
-    clipping = Scheme(None, Quantizer(8, clip="ratio:0.6"), Quantizer(8, False), Quantizer(8, False))
+    clipping = Scheme(None, Quantizer(8, clip=Clip(amount=0.6)), Quantizer(8, False), Quantizer(8, False))
     record, learner = Record(), module(clipping, steps=40)
     make_trainer(callbacks=[record]).fit(learner, windows(steps=40, count=2))
     assert max(record.losses[-5:]) < record.losses[0] - 0.1

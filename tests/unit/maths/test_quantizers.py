@@ -1,5 +1,6 @@
 """Quantizers against a float64 search for the nearest of all grid values, with limits from torch.quantile."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.maths.quantizers import (
+    Clip,
     Grid,
     LearnedClip,
     Quantizer,
@@ -18,7 +20,7 @@ from kurtail_pl.maths.quantizers import (
     upper_quantile,
 )
 
-CLIPS = ["ratio:1.0", "ratio:0.9", "quantile:0.98", "quantile:0.5", "quantile:1.0"]
+CLIPS = [Clip(), Clip(amount=0.9), Clip("quantile", 0.98), Clip("quantile", 0.5), Clip("quantile", 1.0)]
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -29,8 +31,7 @@ def values(*shape: int, seed: int = 0) -> Tensor:
 
 
 def limits(group: Tensor, quantizer: Quantizer) -> tuple[float, float]:
-    kind, amount = quantizer.clip.split(":")
-    r = float(amount)
+    kind, r = quantizer.clip.kind, quantizer.clip.amount
     if quantizer.symmetric:
         high = r * group.abs().max() if kind == "ratio" else torch.quantile(group.abs(), r)
         return -float(high), float(high)
@@ -77,11 +78,11 @@ def check_against_search(x: Tensor, quantizer: Quantizer) -> None:
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_each_value_goes_to_the_nearest_of_all_codes(bits: int, symmetric: bool, clip: str) -> None:
+def test_each_value_goes_to_the_nearest_of_all_codes(bits: int, symmetric: bool, clip: Clip) -> None:
     check_against_search(values(6, 51), Quantizer(bits, symmetric, clip))
 
 
-@pytest.mark.parametrize("clip", ["ratio:0.95", "quantile:0.9"])
+@pytest.mark.parametrize("clip", [Clip(amount=0.95), Clip("quantile", 0.9)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("shape", "group_size"),
@@ -89,7 +90,7 @@ def test_each_value_goes_to_the_nearest_of_all_codes(bits: int, symmetric: bool,
     ids=["groups", "single", "whole", "heads", "heads side by side", "vector", "no tokens"],
 )
 def test_groups_and_heads_have_their_own_grid(
-    shape: tuple[int, ...], group_size: int | None, symmetric: bool, clip: str
+    shape: tuple[int, ...], group_size: int | None, symmetric: bool, clip: Clip
 ) -> None:
     check_against_search(values(*shape), Quantizer(4, symmetric, clip, group_size))
 
@@ -120,9 +121,9 @@ def test_odd_zero_point_rounds_ties_of_the_value_to_even() -> None:
 
 def test_clipped_values_saturate_at_the_ends() -> None:
     x = torch.tensor([-100.0, 100.0, *torch.linspace(-1, 1, 98).tolist()]).double()
-    codes, _ = quantize(x, Quantizer(4, clip="quantile:0.9"))
+    codes, _ = quantize(x, Quantizer(4, clip=Clip("quantile", 0.9)))
     assert codes[:2].tolist() == [-8, 7]
-    codes, (_, zero) = quantize(x + 0.5, Quantizer(4, symmetric=False, clip="quantile:0.9"))
+    codes, (_, zero) = quantize(x + 0.5, Quantizer(4, symmetric=False, clip=Clip("quantile", 0.9)))
     assert codes[:2].tolist() == [0, 15]
     assert zero is not None
     assert 0 < zero.item() < 15
@@ -132,7 +133,7 @@ def test_clipped_values_saturate_at_the_ends() -> None:
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_fake_form_is_the_dequantized_integer_form(bits: int, symmetric: bool, clip: str, dtype: torch.dtype) -> None:
+def test_fake_form_is_the_dequantized_integer_form(bits: int, symmetric: bool, clip: Clip, dtype: torch.dtype) -> None:
     x = values(40, 64).to(dtype)
     quantizer = Quantizer(bits, symmetric, clip, group_size=32)
     fake = fake_quantize(x, quantizer)
@@ -160,7 +161,7 @@ def test_float32_error_is_at_most_half_a_step(bits: int, symmetric: bool) -> Non
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_quantizing_twice_changes_no_code(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    quantizer = Quantizer(bits, symmetric, "ratio:1.0")
+    quantizer = Quantizer(bits, symmetric, Clip())
     # Both ends of an asymmetric grid must be hit for its limits to come back. Here low : high = -1 : 2, which puts the
     # zero point at a third of 3, 15 or 255: a whole number before it is rounded.
     x = values(50, 64).to(dtype)
@@ -171,10 +172,10 @@ def test_quantizing_twice_changes_no_code(bits: int, symmetric: bool, dtype: tor
     torch.testing.assert_close(dequantize(once), dequantize(twice), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("clip", ["ratio:1.0", "quantile:0.98"])
+@pytest.mark.parametrize("clip", [Clip(), Clip("quantile", 0.98)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_rows_stay_zero(symmetric: bool, clip: str, dtype: torch.dtype) -> None:
+def test_zero_rows_stay_zero(symmetric: bool, clip: Clip, dtype: torch.dtype) -> None:
     x = values(3, 16).to(dtype)
     x[1] = 0
     quantizer = Quantizer(4, symmetric, clip)
@@ -188,10 +189,10 @@ def test_zero_rows_stay_zero(symmetric: bool, clip: str, dtype: torch.dtype) -> 
     assert result[0].any()
 
 
-@pytest.mark.parametrize("clip", ["ratio:1.0", "quantile:0.9"])
+@pytest.mark.parametrize("clip", [Clip(), Clip("quantile", 0.9)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("constant", [0.3, -0.3, 1e-20, 1e20])
-def test_constant_rows_come_back(constant: float, symmetric: bool, clip: str) -> None:
+def test_constant_rows_come_back(constant: float, symmetric: bool, clip: Clip) -> None:
     x = torch.full((2, 16), constant)
     torch.testing.assert_close(fake_quantize(x, Quantizer(4, symmetric, clip)), x, rtol=1e-6, atol=0)
 
@@ -206,7 +207,9 @@ def test_one_sided_rows_keep_zero_on_the_grid(sign: int) -> None:
     assert codes.tolist() == [zero.item() + sign * round(v / 1.2) for v in x.abs().double().tolist()]
 
 
-@pytest.mark.parametrize("quantizer", [Quantizer(4), Quantizer(3, False), Quantizer(8, False, "ratio:0.5")], ids=str)
+@pytest.mark.parametrize(
+    "quantizer", [Quantizer(4), Quantizer(3, False), Quantizer(8, False, Clip(amount=0.5))], ids=str
+)
 def test_a_given_grid_serves_all_rows(quantizer: Quantizer) -> None:
     """Nearest of all values of the one grid, whatever the rows hold; the clip is the grid's own matter."""
     x, zero = values(4, 5, 12), 0 if quantizer.symmetric else 3
@@ -231,7 +234,7 @@ def test_inputs_are_left_alone() -> None:
     for symmetric in (True, False):
         x = values(4, 16).float()
         before = x.clone()
-        for quantizer in (Quantizer(4, symmetric), Quantizer(4, symmetric, "quantile:0.9", 1)):
+        for quantizer in (Quantizer(4, symmetric), Quantizer(4, symmetric, Clip("quantile", 0.9), 1)):
             quantized = quantize(x, quantizer)
             codes = quantized.codes.clone()
             dequantize(quantized)
@@ -252,14 +255,25 @@ def test_code_range(bits: int, symmetric: bool, expected: tuple[int, int]) -> No
     ("field", "value"),
     [
         *(("bits", bits) for bits in (-4, 0, 1, 9, 16)),
-        *(("clip", clip) for clip in ("foo", "", "ratio", "ratio:", "ratio:x", "ratio:1.5", "ratio:0", "ratio:-0.5")),
-        *(("clip", clip) for clip in ("ratio:nan", "ratio:inf", "quantile:1.01", "quantile:0", "foo:0.9", "0.9")),
         *(("group_size", size) for size in (0, -16)),
     ],
 )
 def test_settings_out_of_range_raise(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{field} is '?{value}'?;"):
         Quantizer(**{field: value})
+
+
+@pytest.mark.parametrize("kind", ["ratio", "quantile"])
+@pytest.mark.parametrize("amount", [1.5, 1.01, 0, -0.5, math.nan, math.inf])
+def test_amounts_out_of_range_raise(kind: Any, amount: float) -> None:
+    with pytest.raises(ValueError, match=rf"^clip.amount is {amount}; give a number in \(0, 1\]"):
+        Clip(kind, amount)
+
+
+@pytest.mark.parametrize("kind", ["foo", "", "ratio:0.9", None])
+def test_other_kinds_raise(kind: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^clip.kind is {kind!r}; write ratio or quantile"):
+        Clip(kind)
 
 
 @pytest.mark.parametrize("group_size", [5, 24, 128])
@@ -282,8 +296,8 @@ def test_split_groups_keeps_runs_of_channels() -> None:
 def test_a_learned_clip_quantizes_as_the_same_ratio_does(symmetric: bool) -> None:
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(4))
     ratio = torch.tensor(0.7)
-    fixed = fake_quantize(x, Quantizer(4, symmetric, f"ratio:{ratio.item()}", 8))
-    assert torch.equal(fake_quantize(x, LearnedClip(4, symmetric, "ratio:1.0", 8, ratio)), fixed)
+    fixed = fake_quantize(x, Quantizer(4, symmetric, Clip(amount=ratio.item()), 8))
+    assert torch.equal(fake_quantize(x, Quantizer(4, symmetric, LearnedClip(amount=ratio), 8)), fixed)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -296,7 +310,7 @@ def test_a_clip_learns_from_rounding_errors_and_from_what_is_clipped(symmetric: 
     step = 5 / 3 if symmetric else 8 / 7
     codes = [-4, -3, 0, 1, 3] if symmetric else [-4, -4, 0, 1, 3]
     weight = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
-    (fake_quantize(x, LearnedClip(3, symmetric, ratio=ratio)) * weight).sum().backward()
+    (fake_quantize(x, Quantizer(3, symmetric, LearnedClip(amount=ratio))) * weight).sum().backward()
     inside = [abs(code * step - value) <= step / 2 for code, value in zip(codes, x.tolist(), strict=True)]
     assert inside == [False, True, True, True, False]
     slopes = [
@@ -312,7 +326,7 @@ def test_a_clip_learns_from_rounding_errors_and_from_what_is_clipped(symmetric: 
 def test_gradients_pass_straight_through(symmetric: bool) -> None:
     draw = torch.Generator().manual_seed(3)
     x, weight = torch.randn(5, 8, generator=draw, requires_grad=True), torch.randn(5, 8, generator=draw)
-    (fake_quantize(x, Quantizer(4, symmetric=symmetric, clip="ratio:0.5", group_size=4)) * weight).sum().backward()
+    (fake_quantize(x, Quantizer(4, symmetric=symmetric, clip=Clip(amount=0.5), group_size=4)) * weight).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, weight)
 

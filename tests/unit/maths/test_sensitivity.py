@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.maths.orthogonal import nearest_orthogonal
-from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
 from kurtail_pl.maths.sensitivity import best_step, quantization_error, reduces_maximum, sensitivity
 
 HALF_WIDTH = np.sqrt(3)
@@ -62,7 +62,7 @@ def test_error_is_that_of_the_distribution(name: str, bits: int) -> None:
 def test_error_is_that_of_our_own_quantizer(symmetric_clip: float) -> None:
     values = torch.randn(4096, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     step = symmetric_clip * values.abs().max() / 7
-    quantized = fake_quantize(values, Quantizer(bits=4, symmetric=True, clip=f"ratio:{symmetric_clip}"))
+    quantized = fake_quantize(values, Quantizer(bits=4, symmetric=True, clip=Clip(amount=symmetric_clip)))
     expected = (values - quantized).square().mean()
     torch.testing.assert_close(quantization_error(values, step[None], 4)[0], expected, rtol=1e-12, atol=0)
 
@@ -159,7 +159,7 @@ def test_lemma_2_3_condition_number_bounds_the_error_of_a_layer(seed: int) -> No
 
     mean_bounds = []
     for inputs, matrix in ((x, weight), (rotated, fused)):
-        quantized = fake_quantize(inputs, Quantizer(bits=4, symmetric=True, clip="ratio:1.0"))
+        quantized = fake_quantize(inputs, Quantizer(bits=4, symmetric=True, clip=Clip()))
         relative = (inputs - quantized).norm(dim=1) / inputs.norm(dim=1)
         error = ((inputs - quantized) @ matrix).norm(dim=1) / (inputs @ matrix).norm(dim=1)
         bound = conditions[0] * relative

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.maths.static_grid import count_values, static_grid
 
 
@@ -64,8 +64,8 @@ def test_counts_are_of_values_rounded_to_bfloat16_and_can_be_added() -> None:
 def test_a_grid_ends_within_the_ratio() -> None:
     """Two values alone, which a grid to both ends would hold exactly."""
     counts = count_values(torch.tensor([-1.0, 1.0]))
-    assert static_grid(counts, Quantizer(4, clip="ratio:0.5")).scale.item() == pytest.approx(0.5 / 7)
-    grid = static_grid(counts, Quantizer(4, False, clip="ratio:0.5"))
+    assert static_grid(counts, Quantizer(4, clip=Clip(amount=0.5))).scale.item() == pytest.approx(0.5 / 7)
+    grid = static_grid(counts, Quantizer(4, False, clip=Clip(amount=0.5)))
     assert grid.scale.item() == pytest.approx(1 / 15)
 
 

@@ -12,7 +12,7 @@ from kurtail_pl.maths.weights import round_to_nearest, search_grid
 RATIOS = [1 - step / 100 for step in range(80)]
 SETTINGS = [
     Quantizer(4, True),
-    Quantizer(3, True, "ratio:0.9"),
+    Quantizer(3, True),
     Quantizer(4, True, group_size=16),
     Quantizer(4, False),
     Quantizer(2, False, group_size=32),
@@ -40,7 +40,6 @@ def error(group: np.ndarray, scale: float, zero: float, quantizer: Quantizer) ->
 
 def candidate(group: np.ndarray, ratio: float, quantizer: Quantizer) -> tuple[float, float]:
     """Scale and zero point of one group shrunk by a ratio."""
-    ratio = ratio * float(quantizer.clip.split(":")[1])
     if quantizer.symmetric:
         return ratio * float(np.abs(group).max()) / (2 ** (quantizer.bits - 1) - 1), 0.0
     low, high = ratio * min(float(group.min()), 0), ratio * max(float(group.max()), 0)

@@ -21,7 +21,7 @@ FORMATS: list[Format] = [
         for symmetric in (True, False)
         for g in (None, 8)
     ),
-    Uniform(4, False, "ratio:0.7"),
+    Uniform(4, False),
     *(Normal(bits, group) for bits in (2, 3, 4, 5, 8) for group in (None, 8)),
     *(FloatZero(bits, group_size=group) for bits in (2, 4, 8) for group in (None, 8)),
     MXFP4(),

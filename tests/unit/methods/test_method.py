@@ -21,7 +21,7 @@ from kurtail_pl.methods.method import Method
         GPTQ(64, 0.02, False, "foem"),
         GPTQ(refine=3),
         HQQ(),
-        Uniform(3, False, "ratio:0.9", 16),
+        Uniform(3, False, 16),
         Normal(2, 8),
         NVFP4(),
     ],

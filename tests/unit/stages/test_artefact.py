@@ -13,7 +13,7 @@ from walks import embed
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, KurtailError, TextError
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import RTN, Normal, Uniform
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
@@ -58,7 +58,7 @@ SCHEMES = {
     "3-4-4": Scheme(weights=Uniform(3)),
     "per head": Scheme(activations=Quantizer(4, False), attention_output="head"),
     "w3 groups, a8, k4v2": Scheme(
-        Uniform(3, False, group_size=4), Quantizer(8, clip="quantile:0.98"), values=Quantizer(2, False)
+        Uniform(3, False, group_size=4), Quantizer(8, clip=Clip("quantile", 0.98)), values=Quantizer(2, False)
     ),
     "w8": Scheme(Uniform(8), None, None, None),
     "kv4": Scheme(weights=None, activations=None),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
@@ -75,7 +75,7 @@ def test_each_input_has_the_ratio_of_the_least_output_error(fused: Path, text: T
     weight = torch.cat([linear.weight for linear in linears])
     errors = {}
     for ratio in RATIOS:
-        quantized = fake_quantize(x, Quantizer(3, False, f"ratio:{ratio}"))
+        quantized = fake_quantize(x, Quantizer(3, False, Clip(amount=ratio)))
         errors[ratio] = relative(quantized @ weight.T, x @ weight.T)
     assert [set(layer) for layer in clips] == 4 * [ATTENTION | MLP]
     assert {clips[0][f"self_attn.{name}_proj.activations"] for name in "qkv"} == {best(errors)}
@@ -96,7 +96,7 @@ def test_the_cache_has_the_ratio_of_the_least_output_error(
     _, exact = outputs(model, windows, "self_attn.o_proj")
     errors = {}
     for ratio in RATIOS:
-        setattr(model.model.layers[0].self_attn, part, replace(getattr(QUANTIZED, part), clip=f"ratio:{ratio}"))
+        setattr(model.model.layers[0].self_attn, part, replace(getattr(QUANTIZED, part), clip=Clip(amount=ratio)))
         errors[ratio] = relative(outputs(model, windows, "self_attn.o_proj")[1], exact)
     assert [set(layer) for layer in clips] == 4 * [{f"self_attn.{part}"}]
     assert clips[0][f"self_attn.{part}"] == best(errors)
@@ -111,7 +111,7 @@ def test_a_loaded_artefact_quantizes_with_the_ratios_that_were_found(
     for layer, ratios in zip(model.model.layers, clips, strict=True):
         for site, ratio in ratios.items():
             name, _, part = site.rpartition(".")
-            expected = replace(getattr(QUANTIZED, part), clip=f"ratio:{ratio}")
+            expected = replace(getattr(QUANTIZED, part), clip=Clip(amount=ratio))
             assert getattr(layer.get_submodule(name), part) == expected, site
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, Normal, Rounder, Uniform
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
@@ -51,7 +51,7 @@ def clips_of(folder: Path) -> list[dict[str, float]]:
 def put(layer: nn.Module, clips: dict[str, float], scheme: Scheme) -> None:
     for place, ratio in clips.items():
         name, _, part = place.rpartition(".")
-        setattr(layer.get_submodule(name), part, replace(getattr(scheme, part), clip=f"ratio:{ratio}"))
+        setattr(layer.get_submodule(name), part, replace(getattr(scheme, part), clip=Clip(amount=ratio)))
 
 
 class FirstLayer:
@@ -197,11 +197,11 @@ QUANTIZED = {"scheme": ALL, "quantized_activations": True}
         ),
         (
             lambda: QuantizeSpec(
-                replace(ALL, activations=Quantizer(4, clip="quantile:0.98")),
+                replace(ALL, activations=Quantizer(4, clip=Clip("quantile", 0.98))),
                 quantized_activations=True,
                 learn_clips=ClipLearning(["activations"]),
             ),
-            "scheme.activations.clip is 'quantile:0.98'; .* write ratio:1.0",
+            "scheme.activations.clip is a quantile; .* write clip.kind: ratio",
         ),
         (
             lambda: QuantizeSpec(

@@ -203,7 +203,7 @@ def test_report_of_an_artefact(store: ActivationStore, artefact: Path, text: Tex
     assert "tales.txt: 6 windows of 48 tokens, 282 predicted" in page
     card = (folder / "README.md").read_text()
     weights = "- weights: 4-bit integers, symmetric, per output channel, rounded by GPTQ\n"
-    for part in (weights, "keys: 4 bits, asymmetric, clip ratio:0.95", "by QuaRot."):
+    for part in (weights, "keys: 4 bits, asymmetric, clip ratio 0.95", "by QuaRot."):
         assert part in card
     assert f"{results['evaluation']['perplexity']:.3f}" in card
     # Results and pages are no part of the model: it still loads.
@@ -234,7 +234,7 @@ def test_the_model_card_says_that_scales_are_static_and_what_stands_before_texts
     folder = quantize(fused, spec, tmp_path / "static")
     evaluate_folder(Checkpoint(folder), folder, text, store, 40)
     report(folder)
-    said = "- activations: 4 bits, symmetric, clip ratio:0.9; one calibrated scale for all tokens of each input\n"
+    said = "- activations: 4 bits, symmetric, clip ratio 0.9; one calibrated scale for all tokens of each input\n"
     card = (folder / "README.md").read_text()
     assert said in card
     assert "- before every text: float keys and values of the tokens [5, 7]\n" in card

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kurtail_pl.maths.hadamard import random_hadamard_factors
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, subtract_from_keys
 from kurtail_pl.surgery.equip import equip_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
@@ -87,7 +87,7 @@ def test_centred_keys_alone_change_nothing(tiny: Path, padding: int) -> None:
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("prefix", [1, 9])
 def test_cached_decoding_equals_prefill_with_quantized_cache(tiny: Path, padding: int, prefix: int) -> None:
-    kv4 = Quantizer(4, symmetric=False, clip="ratio:0.95")
+    kv4 = Quantizer(4, symmetric=False, clip=Clip(amount=0.95))
     model, attention_mask = rotated(tiny, Scheme(None, None, kv4, Quantizer(3, symmetric=False))), mask(padding)
     whole = prefill(model, attention_mask)
     assert_close_where_real(decode(model, attention_mask, prefix), whole, attention_mask, 1e-6)
@@ -154,7 +154,7 @@ def test_quantized_keys_and_values_equal_attention_by_hand(
     model.set_attn_implementation(ATTENTION)
     attention = model.model.layers[1].self_attn
     factors = random_hadamard_factors(HEAD_DIM, torch.Generator().manual_seed(4)) if with_r3 else None
-    keys, values = (Quantizer(b, symmetric=False, clip="ratio:0.95") for b in bits)
+    keys, values = (Quantizer(b, symmetric=False, clip=Clip(amount=0.95)) for b in bits)
     equip_attention(attention, factors, keys, values)
     centre = None
     if centred:

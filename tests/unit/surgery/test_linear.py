@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.maths.hadamard import HadamardFactors, random_hadamard_factors
 from kurtail_pl.maths.normal_grid import normal_levels
-from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
+from kurtail_pl.maths.quantizers import Clip, Grid, Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods import Normal, Uniform
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -76,7 +76,7 @@ def factors(inputs: int = IN) -> HadamardFactors:
 def test_forward_is_rotate_quantize_multiply(quantizer: Uniform, rotated: bool, bits: int | None) -> None:
     layer, x = linear(), rows()
     quantized = codes_of(layer, quantizer)
-    activations = None if bits is None else Quantizer(bits, clip="ratio:0.9")
+    activations = None if bits is None else Quantizer(bits, clip=Clip(amount=0.9))
     module = QuantizedLinear(layer, factors() if rotated else None, activations)
     module.pack(quantized, quantizer)
     inputs = x @ factors().dense() if rotated else x
@@ -185,7 +185,7 @@ def test_a_centre_is_subtracted_before_the_quantizer_and_added_by_the_bias(bias:
     """Rows of one sign, which a symmetric quantizer serves badly: the centre takes the offset out."""
     layer, x, centre = linear(bias=bias), rows() + 7, torch.full((IN,), 6.5, dtype=torch.float64)
     quantized = codes_of(layer, Uniform(4))
-    module = QuantizedLinear(layer, None, Quantizer(4, clip="ratio:0.9"))
+    module = QuantizedLinear(layer, None, Quantizer(4, clip=Clip(amount=0.9)))
     module.subtract(centre)
     module.pack(quantized, Uniform(4))
     expected = per_token(x - centre, 4, 0.9) @ dense(quantized).T + centre @ layer.weight.T
@@ -209,7 +209,7 @@ def test_a_fixed_grid_serves_every_token(symmetric: bool) -> None:
     layer, x, centre = linear(), rows(), torch.linspace(-1, 1, IN, dtype=torch.float64)
     x[0, 1] *= 10
     scale, zero, low, high = 0.3, 0 if symmetric else 6, -8 if symmetric else 0, 7 if symmetric else 15
-    module = QuantizedLinear(layer, factors(), Quantizer(4, symmetric, "ratio:0.5"))
+    module = QuantizedLinear(layer, factors(), Quantizer(4, symmetric, Clip(amount=0.5)))
     module.subtract(centre)
     point = torch.tensor([scale], dtype=torch.float64)
     module.fix_grid(Grid(point, None if symmetric else torch.tensor([float(zero)], dtype=torch.float64)))

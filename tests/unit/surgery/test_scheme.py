@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import NVFP4, Format, Normal, Uniform
 from kurtail_pl.surgery.scheme import FLOAT, Scheme, Sinks
 
@@ -33,8 +33,8 @@ def test_name(scheme: Scheme, name: str) -> None:
 def test_defaults_are_the_papers() -> None:
     scheme = Scheme()
     assert scheme.weights == Uniform(4, symmetric=True)
-    assert scheme.activations == Quantizer(4, symmetric=True, clip="ratio:0.9")
-    assert scheme.keys == scheme.values == Quantizer(4, symmetric=False, clip="ratio:0.95")
+    assert scheme.activations == Quantizer(4, symmetric=True, clip=Clip(amount=0.9))
+    assert scheme.keys == scheme.values == Quantizer(4, symmetric=False, clip=Clip(amount=0.95))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_defaults_are_the_papers() -> None:
     [
         Scheme(),
         FLOAT,
-        Scheme(weights=Uniform(3, False, "ratio:0.9", 16), activations=None, values=CACHE2),
+        Scheme(weights=Uniform(3, False, 16), activations=None, values=CACHE2),
         Scheme(attention_output="head", sinks=Sinks(4, 8)),
         Scheme(centre=True, activation_scales="static"),
         Scheme(prefix=[1, 17]),
@@ -58,9 +58,14 @@ def test_round_trip_through_json(scheme: Scheme) -> None:
 def test_plain_data_names_every_setting() -> None:
     data = Scheme(values=None).to_dict()
     assert data["values"] is None
-    settings = {"bits": 4, "symmetric": True, "clip": "ratio:1.0", "group_size": None}
+    settings = {"bits": 4, "symmetric": True, "group_size": None}
     assert data["weights"] == {"kind": "Uniform", "settings": settings}
-    assert data["activations"] == {"bits": 4, "symmetric": True, "clip": "ratio:0.9", "group_size": None}
+    assert data["activations"] == {
+        "bits": 4,
+        "symmetric": True,
+        "clip": {"kind": "ratio", "amount": 0.9},
+        "group_size": None,
+    }
 
 
 def test_cards_of_before_there_were_other_scales_are_read() -> None:
@@ -72,22 +77,17 @@ def test_cards_of_before_there_were_other_scales_are_read() -> None:
 
 def test_what_the_output_projection_reads() -> None:
     assert Scheme().output_activations(16) == Scheme().activations
-    assert Scheme(attention_output="head").output_activations(16) == Quantizer(4, True, "ratio:0.9", group_size=16)
+    assert Scheme(attention_output="head").output_activations(16) == Quantizer(4, True, Clip(amount=0.9), group_size=16)
     assert Scheme(activations=None, attention_output="head").output_activations(16) is None
     with pytest.raises(ValueError, match="attention_output is 'layer'; write token or head"):
         Scheme(attention_output="layer")  # type: ignore[arg-type]
 
 
-def test_weights_refuse_a_quantile() -> None:
-    with pytest.raises(ValueError, match=r"weights.clip is 'quantile:0.98'.*ratio:1.0"):
-        Scheme(weights=Uniform(4, clip="quantile:0.98"))
-
-
 def test_every_layer_has_its_bits() -> None:
     scheme = Scheme(weights=Normal(4, group_size=16), layer_bits=[2, 8])
     assert [scheme.layer_weights(i) for i in (0, 1)] == [Normal(2, 16), Normal(8, 16)]
-    scheme = Scheme(weights=Uniform(4, False, "ratio:0.9", 16), layer_bits=[2, 8])
-    assert [scheme.layer_weights(i) for i in (0, 1)] == [Uniform(b, False, "ratio:0.9", 16) for b in (2, 8)]
+    scheme = Scheme(weights=Uniform(4, False, 16), layer_bits=[2, 8])
+    assert [scheme.layer_weights(i) for i in (0, 1)] == [Uniform(b, False, 16) for b in (2, 8)]
     assert Scheme().layer_weights(1) == Uniform(4)
     assert FLOAT.layer_weights(0) is None
 
@@ -119,11 +119,12 @@ def weights_of(**settings: Any) -> dict[str, Any]:
         (weights_of(bits=4.5), r"Uniform.bits is 4.5"),
         (weights_of(symmetric=1), r"Uniform.symmetric is 1: Input should be a valid boolean"),
         (weights_of(colour=1), r"Uniform.colour is 1: Unexpected"),
-        (weights_of(clip="quantile:0.9"), "weights.clip is 'quantile:0.9'"),
         ({"weights": {"bits": 4}}, "None is no format of this version"),
         ({"weights": {"kind": "Kind", "settings": {}}}, "'Kind' is no format of this version; use the one that made"),
         ({"weights": {"kind": "GPTQ", "settings": {}}}, "'GPTQ' is no format"),
-        ({"keys": {"clip": "ratio:2"}}, "clip is 'ratio:2'"),
+        ({"keys": {"clip": {"amount": 2}}}, "clip.amount is 2"),
+        ({"keys": {"clip": {"kind": "share"}}}, "clip.kind is 'share'"),
+        ({"keys": {"clip": "ratio:0.9"}}, "Scheme.keys.clip is 'ratio:0.9'"),
         ({"keys": {"bits": "4"}}, "Scheme.keys.bits is '4': Input should be a valid integer"),
         ({"sinks": {"tokens": "1"}}, "Scheme.sinks.tokens is '1'"),
         ({"prefix": ["a"]}, "Scheme.prefix.0 is 'a'"),
@@ -151,7 +152,10 @@ def test_centring_what_is_not_quantized_is_refused() -> None:
         ({"activations": None}, "activation_scales is static and activations is null"),
         ({"attention_output": "head"}, "activation_scales is static and attention_output is head"),
         ({"activations": Quantizer(4, group_size=16)}, "activation_scales is static and activations.group_size is 16"),
-        ({"activations": Quantizer(4, clip="quantile:0.98")}, "static and activations.clip is 'quantile:0.98'.*ratio"),
+        (
+            {"activations": Quantizer(4, clip=Clip("quantile", 0.98))},
+            "static and activations.clip is a quantile.*ratio",
+        ),
     ],
 )
 def test_static_scales_of_what_has_several(change: dict[str, Any], message: str) -> None:

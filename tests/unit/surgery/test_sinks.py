@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention
 from kurtail_pl.surgery.scheme import Scheme, Sinks
 
 TOKENS, PADDING = WINDOW + 12, 5
 IDS = torch.randint(2, 300, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-CACHE = Quantizer(3, symmetric=False, clip="ratio:0.9")
+CACHE = Quantizer(3, symmetric=False, clip=Clip(amount=0.9))
 SINKS = [Sinks(1, 16), Sinks(3, 8)]
 
 
