@@ -28,7 +28,7 @@ from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.streaming.compute import Compute
 

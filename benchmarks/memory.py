@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.plan import ProxyLearning, plan
-from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of, open_model
 

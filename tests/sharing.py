@@ -17,18 +17,18 @@ from torch import distributed as dist
 
 from kurtail_pl.methods import GPTQ, RTN, Uniform
 from kurtail_pl.methods.rounders import gptq as rounder_module
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.learned_clips import ClipLearning
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
-from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import equip_model
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 WINDOWS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
 """For two processes, one and two of them."""

@@ -11,7 +11,7 @@ from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.surgery.scheme import Scheme
+from kurtail_pl.methods.scheme import Scheme
 
 
 @dataclass(frozen=True)

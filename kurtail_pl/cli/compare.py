@@ -18,8 +18,9 @@ from kurtail_pl.errors import ArtefactError, listed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
 from kurtail_pl.lit.callbacks.quantization import ARTEFACTS
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.comparison import Row, write_comparison
-from kurtail_pl.stages.quantize import calibration_windows
+from kurtail_pl.stages.quantization.spec import calibration_windows
 from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, measured_key, read_results
 from kurtail_pl.stages.scales import scale_windows
 from kurtail_pl.stages.signs import sign_windows
@@ -31,7 +32,6 @@ from kurtail_pl.storage.folder import read_card
 from kurtail_pl.storage.keys import settings_key, unspelled
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.resume import differences
-from kurtail_pl.surgery.scheme import FLOAT
 
 log = logging.getLogger(__name__)
 

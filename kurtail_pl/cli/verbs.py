@@ -15,9 +15,9 @@ from kurtail_pl.errors import ConfigError, StoreMismatch
 from kurtail_pl.stages import capture as capture_stage
 from kurtail_pl.stages import figures as figures_stage
 from kurtail_pl.stages import fuse as fuse_stage
-from kurtail_pl.stages import quantize as quantize_stage
 from kurtail_pl.stages import report as report_stage
 from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages import quantization as quantize_stage
 from kurtail_pl.stages.results import add_tasks, evaluate_folder
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec

@@ -3,14 +3,20 @@
 A new one is a frozen dataclass in a file of its own, under the seam that it belongs to, imported here.
 """
 
+from kurtail_pl.methods.defaults import default_format, default_rounder
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
 from kurtail_pl.methods.formats.normal import Normal
 from kurtail_pl.methods.formats.uniform import Uniform
+from kurtail_pl.methods.matching import Matching
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.rounders.gptq import GPTQ
 from kurtail_pl.methods.rounders.hqq import HQQ, FloatZero
 from kurtail_pl.methods.rounders.rtn import RTN
+from kurtail_pl.methods.tuner import BitTuner, ClipTuner, Tuner
+from kurtail_pl.methods.tuners.learned_clips import LearnedClips
+from kurtail_pl.methods.tuners.searched_clips import SearchedClips
+from kurtail_pl.methods.tuners.sensitive_bits import SensitiveBits
 
 __all__ = [
     "GPTQ",
@@ -18,23 +24,20 @@ __all__ = [
     "MXFP4",
     "NVFP4",
     "RTN",
+    "BitTuner",
+    "ClipTuner",
     "FloatZero",
     "Format",
+    "LearnedClips",
+    "Matching",
     "Moments",
     "Needs",
     "Normal",
     "Rounder",
+    "SearchedClips",
+    "SensitiveBits",
+    "Tuner",
     "Uniform",
     "default_format",
     "default_rounder",
 ]
-
-
-def default_format() -> Format:
-    """How weights are stored when nobody says otherwise: 4-bit integers, a scale for each output channel."""
-    return Uniform()
-
-
-def default_rounder() -> Rounder:
-    """How weights are rounded when nobody says otherwise."""
-    return GPTQ()

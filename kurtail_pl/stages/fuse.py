@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.errors import CheckpointError
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.channels import Channels
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.scales import Part, ScaleSpec, channel_scales, scale_windows
@@ -45,7 +46,6 @@ from kurtail_pl.surgery.gate import (
 )
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import FLOAT
 
 log = logging.getLogger(__name__)
 

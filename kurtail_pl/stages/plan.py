@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from kurtail_pl.stages.allocation import TOKENS, WINDOWS
 from kurtail_pl.stages.capture import CaptureSpec, shape_of
 from kurtail_pl.stages.fuse import ROWS
 from kurtail_pl.stages.learned_clips import BATCH, ClipLearning
-from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.quantization import QuantizeSpec
+from kurtail_pl.stages.quantization.layer import FLOAT64_WIDTH
+from kurtail_pl.stages.quantization.sensitivity import TOKENS, WINDOWS
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.sizes import Sizes, sizes_of
-from kurtail_pl.stages.solver import FLOAT64_WIDTH
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import store_bytes
 from kurtail_pl.streaming.compute import AUTO, Compute

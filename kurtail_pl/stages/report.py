@@ -9,6 +9,7 @@ from typing import Any
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods import Rounder
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.results import LABELS, RESULTS, label_of, read_results
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_table
@@ -16,7 +17,6 @@ from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.folder import is_ours, read_card, require_sound
 from kurtail_pl.storage.lock import alone_with
-from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.tasks.evaluate import evaluate_tasks
 from kurtail_pl.stages.tasks.spec import TaskSpec
@@ -25,7 +26,6 @@ from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
 from kurtail_pl.streaming.compute import AUTO, Compute
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 RESULTS = "results.json"
 FLOAT_METHOD = "float"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.stages.clips import relative
+from kurtail_pl.methods.tuner import relative
 from kurtail_pl.stages.scales import Part, channel_scales
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint

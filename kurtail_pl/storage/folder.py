@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
 from kurtail_pl.storage.mark import CARD as CARD
@@ -26,7 +27,6 @@ from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized, require_scheme_fits, set_clips
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 FORMAT = 2
 AGAIN = "copy the folder again or make it again"

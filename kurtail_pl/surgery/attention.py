@@ -21,8 +21,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.methods.scheme import Sinks
 from kurtail_pl.surgery.rotations import OnlineHadamard
-from kurtail_pl.surgery.scheme import Sinks
 
 ATTENTION = "kurtail"
 """Name of this attention in a model's configuration (`attn_implementation`)."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from kurtail_pl.errors import CheckpointError, ConfigError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Clip, Grid, Quantizer, require_groups
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
 from kurtail_pl.surgery.exact import exact_class
@@ -20,7 +21,6 @@ from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of, mlp_widths
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
-from kurtail_pl.surgery.scheme import Scheme
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from kurtail_pl.maths.hadamard import hadamard_transform
 from kurtail_pl.methods import Format
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.attention import ATTENTION
 from kurtail_pl.surgery.equip import equip_layer, layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 Turn = Callable[[Tensor], Tensor]
 """From a weight ``[out, in]`` to the one that the rotated model has in its place."""

@@ -14,9 +14,9 @@ from families import tiny_family
 from transformers import AutoTokenizer
 
 from kurtail_pl.cli.recipes import recipe_file, shipped
-from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.storage.folder import read_card, scheme_of
-from kurtail_pl.surgery.scheme import Scheme
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sharing import stages
 
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 

@@ -17,7 +17,7 @@ from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.plan import ProxyLearning, plan
 from kurtail_pl.stages.plan_table import table
-from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.sources import config_of, open_model
 

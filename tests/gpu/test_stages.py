@@ -14,7 +14,7 @@ from kurtail_pl.methods import GPTQ, RTN, Rounder
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import block_sites, value_sites
 from kurtail_pl.storage.checkpoint import Checkpoint

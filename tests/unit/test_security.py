@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.errors import ArtefactError, CheckpointError, NotWritable, RuntimeUnusable
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.storage import folder as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -27,7 +28,6 @@ from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.equip import empty_model
-from kurtail_pl.surgery.scheme import FLOAT
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 CODE = """

@@ -12,13 +12,14 @@ from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, learning_windows, quantize, require_fit
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.spec import calibration_windows, require_fit, tuning_windows
 from kurtail_pl.stages.report import MODEL_CARD, REPORT
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.folder import is_ours, read_card
 from kurtail_pl.storage.keys import folder_sha256, settings_key, unspelled
-from kurtail_pl.surgery.scheme import Scheme
 
 ARTEFACTS = Path("artifacts")
 
@@ -67,7 +68,7 @@ class WeightQuantization(CheckedCallback):
         self._text_sha256 = None if text is None else text.text_sha256
         if not self._awaits_evaluation(folder, data):
             refuse_existing(folder, self.overwrite)
-        learning_windows(data.checkpoint, self.spec)
+        tuning_windows(data.checkpoint, self.spec)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize what the fusion wrote; all processes share the calibration windows."""

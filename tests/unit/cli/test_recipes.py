@@ -15,7 +15,7 @@ from kurtail_pl.cli.trainer import SECTIONS
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.lit.callbacks import Checkpoints, Evaluation, Figures, Fusion
 from kurtail_pl.optim import CayleyAdam
-from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.quantization import QuantizeSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 

@@ -12,12 +12,12 @@ from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
 
 from kurtail_pl.methods import RTN
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 MakeArtefact = Callable[..., Path]
 

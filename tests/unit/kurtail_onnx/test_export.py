@@ -28,12 +28,12 @@ from kurtail_pl.errors import (
 )
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import FloatZero, Normal, Uniform
+from kurtail_pl.methods.scheme import Sinks
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import Sinks
 
 MakeArtefact = Callable[..., Path]
 

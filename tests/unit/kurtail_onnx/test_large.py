@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from kurtail_pl.maths.hadamard import random_hadamard_factors
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.storage.folder import ShardWriter, write_card
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 VOCABULARY = 32_000
 

@@ -15,10 +15,10 @@ from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),

@@ -17,18 +17,18 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.maths.normal_grid import normal_error
 from kurtail_pl.methods import RTN, Normal, Uniform
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages import allocation
-from kurtail_pl.stages.allocation import NOISE, WIDTHS, allocated_bits, measured_sensitivities
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
-from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.layer import LayerSolver
+from kurtail_pl.stages.quantization.sensitivity import NOISE, WIDTHS, allocated_bits, measured_sensitivities
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 pytestmark = pytest.mark.usefixtures("cache")
 WEIGHTS_ONLY = Scheme(Normal(), activations=None, keys=None, values=None)

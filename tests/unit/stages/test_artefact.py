@@ -15,13 +15,13 @@ import kurtail_pl
 from kurtail_pl.errors import ArtefactError, KurtailError, TextError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import RTN, Normal, Uniform
+from kurtail_pl.methods.scheme import FLOAT, Scheme, Sinks
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.scheme import FLOAT, Scheme, Sinks
 
 
 def windows_of(folder: Path, text: TextSpec) -> Tensor:

@@ -12,10 +12,11 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import Uniform
-from kurtail_pl.stages.calibration import received_by
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.prefix import prefix_states
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.calibration import received_by
+from kurtail_pl.stages.quantization.prefix import prefix_states
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
@@ -23,7 +24,6 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.attention import put_prefix
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 WEIGHTS = Scheme(Uniform(4), activations=None, keys=None, values=None)
 PREFIX = [7, 31, 5]

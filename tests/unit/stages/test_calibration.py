@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.ranks import ALONE
-from kurtail_pl.stages.calibration import fix_grid
+from kurtail_pl.stages.quantization.calibration import fix_grid
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 

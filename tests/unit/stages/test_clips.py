@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 RATIOS = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65]
 QUANTIZED = Scheme(weights=None, activations=Quantizer(3, False), keys=Quantizer(2, False), values=Quantizer(2))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.comparison import Row, groups_of, write_comparison
 from kurtail_pl.stages.figures.perplexity import draw_perplexity
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 COST = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5e8}
 

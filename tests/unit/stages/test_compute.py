@@ -12,15 +12,15 @@ from torch import Tensor, nn
 import kurtail_pl
 from kurtail_pl.errors import ResumeMismatch, StoreMismatch
 from kurtail_pl.methods import RTN
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
-from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore, block_sites, value_sites
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.compute import Compute
-from kurtail_pl.surgery.scheme import Scheme
 
 BFLOAT16 = Compute("cpu", "bfloat16")
 CHANGE = 4 * 24 * 2.0**-9

@@ -11,7 +11,7 @@ from kurtail_pl.errors import KurtailError, StoreMismatch
 from kurtail_pl.methods import RTN
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.figures import figures
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.report import report
 from kurtail_pl.stages.results import evaluate_folder
 from kurtail_pl.stages.text import TextSpec

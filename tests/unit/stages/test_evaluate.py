@@ -6,12 +6,12 @@ import pytest
 from torch import Tensor, nn
 
 from kurtail_pl.methods import RTN
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.scheme import Scheme
 
 
 @pytest.mark.usefixtures("cache")

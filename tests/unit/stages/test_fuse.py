@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from kurtail_pl.errors import ArtefactError, DiskFull, GateError, KurtailError, UnsupportedArchitecture
 from kurtail_pl.maths.hadamard import HadamardFactors
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.fuse import _Fuser, fuse
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.text import TextSpec
@@ -24,7 +25,6 @@ from kurtail_pl.storage.rotation_file import FILE
 from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import FLOAT
 
 PARTS = ("residual", "value", "query_key", "attention_output", "mlp_hidden")
 

@@ -14,15 +14,15 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods import GPTQ, RTN, Rounder, Uniform
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
-from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]

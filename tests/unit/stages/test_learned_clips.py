@@ -17,13 +17,13 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, Normal, Rounder, Uniform
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 ACTIVATIONS = Scheme(weights=None, activations=Quantizer(3, False), keys=None, values=None)
 CACHE = Scheme(weights=None, activations=None, keys=Quantizer(2, False), values=Quantizer(2))

@@ -19,15 +19,15 @@ from walks import perplexity_of
 import kurtail_pl
 from kurtail_pl.errors import CheckpointError, NotFinite
 from kurtail_pl.methods import RTN
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.capture import CaptureSpec, capture
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import FLOAT
 
 pytestmark = pytest.mark.usefixtures("cache")
 

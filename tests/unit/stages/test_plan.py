@@ -11,11 +11,12 @@ from families import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.methods import GPTQ, RTN, Normal
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.capture import CaptureSpec
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.plan import ProxyLearning, StagePlan, plan
 from kurtail_pl.stages.plan_table import misfits, state_places, table
-from kurtail_pl.stages.quantize import QuantizeSpec
+from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.sizes import sizes_of
@@ -23,7 +24,6 @@ from kurtail_pl.stages.speed import Speed, probe
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.streaming.compute import AUTO, Compute
-from kurtail_pl.surgery.scheme import Scheme
 
 STAGES = ("capture", "fuse", "quantize")
 MEASURE = """

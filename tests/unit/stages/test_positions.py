@@ -15,7 +15,7 @@ from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
 from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning, plan
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.text import TextSpec, cut_windows

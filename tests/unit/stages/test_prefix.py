@@ -12,15 +12,15 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import RTN
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.prefix import prefix_states
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.prefix import prefix_states
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.attention import put_prefix
 from kurtail_pl.surgery.rotations import random_rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 PREFIX, PADDING = [7, 31, 5], 4
 IDS = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -20,17 +20,17 @@ from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, Resum
 from kurtail_pl.maths.normal_grid import normal_error, normal_levels
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import GPTQ, RTN, Format, Normal, Rounder, Uniform
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fuse import UNROTATED, fuse
 from kurtail_pl.stages.learned_clips import ClipLearning
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
-from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.folder import CARD
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
 LEARNING = ClipLearning(["activations", "keys", "values", "weights"], steps=2, windows=3, seqlen=48)

@@ -14,7 +14,7 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError, TextError
 from kurtail_pl.methods import RTN
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.scales import ScaleSpec
 from kurtail_pl.stages.signs import SignSpec, drawn, sign_errors, with_signs
 from kurtail_pl.stages.text import TextSpec, cut_windows

@@ -8,14 +8,14 @@ from families import tiny_family
 from torch import Tensor
 
 from kurtail_pl.methods import GPTQ, Uniform
-from kurtail_pl.stages.float_layer import FloatLayer
-from kurtail_pl.stages.solver import LayerSolver
+from kurtail_pl.methods.scheme import FLOAT, Scheme
+from kurtail_pl.stages.quantization.float_layer import FloatLayer
+from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 WINDOWS = torch.randint(300, (8, 100), generator=torch.Generator().manual_seed(0))
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kurtail_pl.errors import ArtefactError
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.storage import folder as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.rotation_file import FILE, read_rotations, write_rotations
 from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 NAMES = ("residual", "value", "query_key", "attention_output", "mlp_hidden")
 

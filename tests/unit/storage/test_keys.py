@@ -14,8 +14,9 @@ from transformers import AutoConfig
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Normal, Uniform
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantize import QuantizeSpec, quantize
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import Origin
@@ -30,7 +31,6 @@ from kurtail_pl.storage.keys import (
     tokens_sha256,
 )
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 
 def edit(path: Path, **values: Any) -> None:

@@ -9,12 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConf
 
 from kurtail_pl.errors import UnsupportedArchitecture
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.surgery.architecture import check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized, layers_of
 from kurtail_pl.surgery.families import LLAMA, architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
-from kurtail_pl.surgery.scheme import Scheme
 
 
 def decoder_layer(folder: Path) -> nn.Module:

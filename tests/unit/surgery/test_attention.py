@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kurtail_pl.maths.hadamard import random_hadamard_factors
 from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, subtract_from_keys
 from kurtail_pl.surgery.equip import equip_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 IDS = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16

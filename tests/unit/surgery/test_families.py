@@ -22,6 +22,7 @@ from transformers import (
 from walks import embed
 
 from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
@@ -31,7 +32,6 @@ from kurtail_pl.surgery.families import LLAMA, architecture_of, is_dense
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
-from kurtail_pl.surgery.scheme import FLOAT
 
 IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_pl.errors import GateError, NotFinite
 from kurtail_pl.maths.hadamard import random_hadamard
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.meter import Meter, resident_memory
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.equip import equip_model
 from kurtail_pl.surgery.families import LLAMA
 from kurtail_pl.surgery.gate import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, check, use_exact_norm
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
-from kurtail_pl.surgery.scheme import FLOAT
 
 IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_pl.methods import Uniform
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.learnable import make_learnable
 from kurtail_pl.surgery.rotations import head_dim_of, random_fused, random_rotations
-from kurtail_pl.surgery.scheme import FLOAT, Scheme
 
 IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.methods.scheme import Scheme, Sinks
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention
-from kurtail_pl.surgery.scheme import Scheme, Sinks
 
 TOKENS, PADDING = WINDOW + 12, 5
 IDS = torch.randint(2, 300, (2, TOKENS), generator=torch.Generator().manual_seed(0))

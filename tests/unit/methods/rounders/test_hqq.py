@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.methods import HQQ, RTN, FloatZero, Moments, Uniform
-from kurtail_pl.stages.quantize import QuantizeSpec
-from kurtail_pl.surgery.scheme import Scheme
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.quantization import QuantizeSpec
 
 NOTHING = Moments(None, None)
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import Format, default_format
+from kurtail_pl.methods.defaults import default_format
+from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import validated
 
 

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from kurtail_pl.maths.matching import matched
 from kurtail_pl.maths.quantizers import Quantized
-from kurtail_pl.methods import Format, Moments, Rounder
+from kurtail_pl.methods import Format, Matching, Moments, Rounder
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.tuner import Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.calibration import centre_inputs, centre_keys, fix_grid, received_by
-from kurtail_pl.stages.clips import Part, search_cache, search_inputs, some
-from kurtail_pl.stages.float_layer import FloatLayer, set_aside
+from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fix_grid, received_by
+from kurtail_pl.stages.quantization.float_layer import FloatLayer, set_aside
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.experts import routed
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.scheme import Scheme
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +58,10 @@ class LayerSolver:
         walker: runs the layers.
         scheme: what is calibrated, which needs inputs.
         rounder: turns weights into codes.
-        match: damping with which each weight is first matched to its quantized inputs (`maths.matching`), relative to
-            the mean of the Hessian's diagonal; None leaves the weights as they are. The walker's layers must quantize.
+        match: matches each weight to its quantized inputs first; None leaves the weights as they are. The walker's
+            layers must quantize.
         ranks: the processes that share the windows; each has the hidden states of its own, and all get the same codes.
-        searched: what gets a clip ratio for each site (`stages.clips`). The walker's layers must quantize it.
         by_attention: tokens count in the moments of the linear that makes values by the attention they get.
-
-    Attributes:
-        clips: the ratios of each layer solved so far, by site: a quantizer's place in the layer.
     """
 
     def __init__(
@@ -74,16 +69,15 @@ class LayerSolver:
         walker: Walker,
         scheme: Scheme,
         rounder: Rounder,
-        match: float | None = None,
+        match: Matching | None = None,
         ranks: Ranks = ALONE,
-        searched: Sequence[Part] = (),
         by_attention: bool = False,
     ) -> None:
         self.walker, self.scheme, self.rounder = walker, scheme, rounder
-        self.match, self.ranks, self.searched, self.by_attention = match, ranks, searched, by_attention
+        self.match, self.ranks, self.by_attention = match, ranks, by_attention
         self._weights: Format | None = None
         self._exact: FloatLayer | None = None
-        self.clips: list[dict[str, float]] = []
+        self._tuning: Tuning | None = None
         self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
 
     def solve_layer(
@@ -93,6 +87,7 @@ class LayerSolver:
         hidden: HiddenStates,
         weights: Format | None,
         exact: FloatLayer | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Quantize a layer's linears in place, and fill `hidden.after` with what the quantized layer writes.
 
@@ -102,11 +97,10 @@ class LayerSolver:
             hidden: states of all windows; none where no inputs are needed.
             weights: format of its weights; None leaves them float.
             exact: the layer in the float model, for a rounder that asks for it; it is taken on with the layer.
+            tuning: what a tuner does to the layer on the way.
         """
-        self._weights, self._exact = weights, exact
+        self._weights, self._exact, self._tuning = weights, exact, tuning
         architecture = self.walker.architecture
-        if self.searched:
-            self.clips.append({})
         self._attention(layer, prefix, hidden)
         states, norm = hidden.after, layer.get_submodule(architecture.mlp_norm)
 
@@ -133,21 +127,19 @@ class LayerSolver:
         exact = self._exact
         wanted = exact.attention_inputs if exact else None
 
-        def attended(states: Iterable[Tensor] = hidden.before) -> Iterator[Tensor]:
+        def attended(states: Iterable[Tensor]) -> Iterator[Tensor]:
             return (attention(x, **self.walker.positions(layer, x))[0] for x in map(norm, states))
 
-        counts = received_by(attention, attended()) if self.by_attention else None
+        counts = received_by(attention, attended(hidden.before)) if self.by_attention else None
         self._solve(layer, prefix, architecture.attention_readers, lambda: map(norm, hidden.before), wanted, counts)
         with set_aside(layer, architecture.output) as output:
             assert isinstance(output, QuantizedLinear)
             inner = hidden.scratch(output.in_features)
             if self.scheme.centre_keys:
-                centre_keys(attention, attended(), self.ranks, self.walker)
-            parts = [part for part in self.searched if part != "activations"]
-            if parts:
-                found = search_cache(attention, parts, output, lambda: attended(some(hidden.before)), self.ranks)
-                self.clips[-1] |= {f"{architecture.attention}.{part}": ratio for part, ratio in found.items()}
-            inner.fill(attended())
+                centre_keys(attention, attended(hidden.before), self.ranks, self.walker)
+            if self._tuning is not None:
+                self._tuning.cache(output, attended, hidden.before)
+            inner.fill(attended(hidden.before))
         self._solve(layer, prefix, (architecture.output,), lambda: inner, exact.output_inputs if exact else None)
         hidden.after.fill(h + output(x) for h, x in zip(hidden.before, inner, strict=True))
         if exact is not None:
@@ -239,16 +231,12 @@ class LayerSolver:
         device = self.walker.device
         if self.scheme.centre:
             centre_inputs(readers, inputs(), self.ranks, device)
-        if "activations" in self.searched:
-            self._search_clip(names, readers, inputs)
+        if self._tuning is not None:
+            site = Site("activations", dict(zip(names, readers, strict=True)))
+            self._tuning.inputs(site, readers, inputs)
         if self.scheme.static:
             assert self.scheme.activations is not None
             fix_grid(readers, inputs(), self.scheme.activations, self.ranks, device)
-
-    def _search_clip(self, names: Iterable[str], readers: Sequence[QuantizedLinear], inputs: Inputs) -> None:
-        """Let linears quantize their inputs with the best clip, after centring."""
-        ratio = search_inputs(readers, some(inputs()), self.ranks)
-        self.clips[-1] |= {f"{name}.activations": ratio for name in names}
 
     def _moments(
         self,
@@ -292,7 +280,7 @@ class LayerSolver:
     def _matched(self, name: str, weight: Tensor, moments: Moments) -> Tensor:
         if self.match is not None and moments.hessian is not None and moments.cross is not None:
             try:
-                return matched(weight, moments.hessian, moments.cross, self.match)
+                return self.match.matched(weight, moments)
             except LinAlgError:
                 log.warning("%s: the Hessian is not positive definite; its weight is not matched", name)
                 self._note_fallback(name)

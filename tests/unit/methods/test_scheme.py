@@ -8,7 +8,7 @@ import pytest
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import NVFP4, Format, Normal, Uniform
-from kurtail_pl.surgery.scheme import FLOAT, Scheme, Sinks
+from kurtail_pl.methods.scheme import FLOAT, Scheme, Sinks
 
 CACHE2 = Quantizer(2, symmetric=False)
 

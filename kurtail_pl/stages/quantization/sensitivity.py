@@ -1,8 +1,7 @@
-"""Bits for each decoder layer: how much its weights' errors hurt, measured, and the best way to spend an average.
+"""How much the errors of each decoder layer's weights hurt, measured.
 
-The linearity theorem (HIGGS, arXiv 2411.17525, Theorem 1): for small errors that are not correlated with the weights,
-the logarithm of perplexity grows by ``sum_l alpha_l t_l^2``, with ``t_l^2`` the relative square error of layer l. Noise
-of a known size in one layer at a time gives ``alpha_l``; the normal grid's own error is ``t_l^2`` of its bits.
+Noise of a known size in one layer at a time gives the ``alpha_l`` of the linearity theorem (HIGGS, arXiv 2411.17525,
+Theorem 1), by which `methods.tuners.sensitive_bits` spends an average of bits.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_pl.maths.allocation import allocate
+from kurtail_pl.methods.scheme import Scheme, with_bits
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.ranks import Ranks
@@ -25,26 +25,14 @@ from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.hidden import MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.scheme import Scheme, with_bits
 
 log = logging.getLogger(__name__)
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-"""Bits that a layer may get."""
 WINDOWS, TOKENS = 4, 256
 """Of the calibration text, at most: a layer's noise is felt in all that follow, which costs half a forward of the model
 for each of the layers."""
 NOISE = 0.01
 """Relative square size of the noise, about that of four bits."""
-
-
-def allocated_bits(scheme: Scheme, alphas: list[float], average: float) -> list[int]:
-    """Bits of every layer's weights in the scheme's format, given the layers' ``alpha_l``."""
-    assert scheme.weights is not None
-    errors = torch.tensor([with_bits(scheme.weights, bits).relative_error() for bits in WIDTHS])
-    bits = allocate(torch.tensor(alphas)[:, None] * errors, WIDTHS, average)
-    log.info("bits of each layer's weights, %g on average: %s", average, " ".join(map(str, bits)))
-    return bits
 
 
 def sensitivities(

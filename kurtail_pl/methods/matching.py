@@ -1,0 +1,62 @@
+"""Weights matched to their quantized inputs before they are rounded: the first step of Qronos (arXiv 2505.11695)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.matching import matched
+from kurtail_pl.methods.method import Method
+from kurtail_pl.methods.rounder import Moments, Needs, Rounder
+from kurtail_pl.methods.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Matching(Method):
+    """Changes each weight by least squares, so that its product with quantized inputs is nearest to the float one.
+
+    Args:
+        damping: relative to the mean of the Hessian's diagonal, and added to it.
+
+    Raises:
+        ConfigError: when it is not positive.
+    """
+
+    damping: float = 0.01
+
+    label = "matched"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.damping < math.inf:
+            raise ConfigError(f"matching.damping is {self.damping}; give a positive number, usually 0.01")
+
+    def sentence(self) -> str:
+        """What it makes up for."""
+        return "changed first, to make up for the rounding of their inputs"
+
+    def require(self, scheme: Scheme, quantized_activations: bool, rounder: Rounder) -> None:
+        """Raise ConfigError where inputs are not quantized, or the rounder makes up for that by itself."""
+        if not (quantized_activations and scheme.activations):
+            raise ConfigError(
+                "matching is given; weights are matched to quantized inputs: set quantized_activations: true and give "
+                "scheme.activations"
+            )
+        if Needs.FLOAT_INPUTS in rounder.needs:
+            raise ConfigError(
+                f"matching is given and the weights are {rounder.sentence()}; both make up for the same loss: leave "
+                "one out"
+            )
+
+    def matched(self, weight: Tensor, moments: Moments) -> Tensor:
+        """A weight ``[out, in]`` as it is rounded.
+
+        Raises:
+            torch.linalg.LinAlgError: when the damped Hessian is not positive definite.
+        """
+        assert moments.hessian is not None
+        assert moments.cross is not None
+        return matched(weight, moments.hessian, moments.cross, self.damping)

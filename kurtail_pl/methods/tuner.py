@@ -1,0 +1,192 @@
+"""Tuners: they set what a recipe leaves open, clips of quantizers and bits of layers, by what the model does."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.methods.format import Format
+from kurtail_pl.methods.method import Method
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.ranks import Ranks
+
+Part = Literal["activations", "keys", "values"]
+"""What has quantizers, a clip for each site of it."""
+
+
+@dataclass
+class Site:
+    """What shares one quantizer in a decoder layer: linears that read the same inputs, the keys, or the values.
+
+    Args:
+        part: what it is of, and the attribute of the modules that holds the quantizer.
+        modules: by their names in the layer.
+    """
+
+    part: Part
+    modules: dict[str, nn.Module]
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The quantizer of all of them."""
+        found: Quantizer | None = getattr(next(iter(self.modules.values())), self.part)
+        return found
+
+    @quantizer.setter
+    def quantizer(self, quantizer: Quantizer | None) -> None:
+        for module in self.modules.values():
+            setattr(module, self.part, quantizer)
+
+    def clip(self, ratio: float) -> dict[str, float]:
+        """Give the quantizer a clip ratio; returns it by the quantizer's places in the layer, as cards have it."""
+        assert self.quantizer is not None
+        self.quantizer = replace(self.quantizer, clip=Clip(amount=ratio))
+        return {f"{name}.{self.part}": ratio for name in self.modules}
+
+
+class Reader(Protocol):
+    """A linear as tuners see it."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Its input ``[..., in]`` rotated and centred, not yet quantized."""
+
+    def dense_weight(self) -> Tensor:
+        """Its weight, ``[out, in]``."""
+
+
+class States(Protocol):
+    """What a layer reads or writes in some windows, each ``[1, tokens, width]``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: int) -> Tensor: ...
+
+    def fill(self, states: Iterable[Tensor]) -> None:
+        """Replace them, in order."""
+
+
+class Block(NamedTuple):
+    """A decoder layer as tuners see it.
+
+    Attributes:
+        sites: all that has a clip.
+        run: states before the layer to states after it, as the layer stands.
+        before: states of the tuner's own windows; none unless it asks for them.
+        after: where what the layer writes there goes.
+        ranks: the processes that share the windows.
+        device: of the layer.
+        packed: the modules whose weights are codes, with a tensor `scale`, once they are.
+    """
+
+    sites: list[Site]
+    run: Callable[[Tensor], Tensor]
+    before: States
+    after: States
+    ranks: Ranks
+    device: torch.device
+    packed: Callable[[], list[nn.Module]]
+
+
+class Tuning:
+    """What a tuner does to one decoder layer, in this order; here, nothing.
+
+    Attributes:
+        ratios: clip ratios that it found, by the quantizers' places in the layer.
+    """
+
+    def __init__(self, block: Block) -> None:
+        """Look at the layer while its weights are float."""
+        self.block = block
+        self.ratios: dict[str, float] = {}
+
+    def inputs(self, site: Site, readers: Sequence[Reader], inputs: Callable[[], Iterable[Tensor]]) -> None:
+        """Before linears are solved that read the same inputs, of all windows, ``[1, tokens, in]`` each."""
+
+    def cache(self, output: Reader, attended: Callable[[Iterable[Tensor]], Iterable[Tensor]], states: States) -> None:
+        """Before the output projection is solved; `attended` makes its inputs of states before the layer."""
+
+    def solved(self) -> None:
+        """When all weights are what they will be."""
+
+
+class Tuner(Method):
+    """Sets what others have left open."""
+
+    @abstractmethod
+    def require(self, scheme: Scheme, quantized_activations: bool) -> None:
+        """Raise ConfigError, naming the setting, when there is nothing of a scheme that it could set.
+
+        Args:
+            scheme: what it is for.
+            quantized_activations: whether activations, keys and values are quantized while weights are solved.
+        """
+
+
+class ClipTuner(Tuner):
+    """Gives each site of a layer a clip of its own.
+
+    Attributes:
+        parts: of which sites.
+    """
+
+    @property
+    def own_windows(self) -> tuple[int, int] | None:
+        """Windows, and tokens in each, of the calibration text that it wants apart from those of the weights."""
+        return None
+
+    @abstractmethod
+    def tuning(self, block: Block) -> Tuning:
+        """Its work on one layer."""
+
+
+class BitTuner(Tuner):
+    """Gives each decoder layer's weights bits of their own.
+
+    Attributes:
+        average: bits of a weight over all layers.
+    """
+
+    average: float
+
+    @abstractmethod
+    def bits(self, weights: Format, sensitivities: Sequence[float]) -> list[int]:
+        """Bits of each layer.
+
+        Args:
+            weights: their format.
+            sensitivities: growth of the mean negative log-likelihood per relative square error of each layer's weights.
+        """
+
+
+def require_clipped(scheme: Scheme, parts: Sequence[str], quantized_activations: bool, setting: str) -> None:
+    """Raise ConfigError unless parts of a scheme have quantizers whose clips are ratios of each token's own."""
+    for part in parts:
+        quantizer: Quantizer | None = getattr(scheme, part)
+        if quantizer is None or not quantized_activations:
+            raise ConfigError(
+                f"{setting} names {part}; only what is quantized has a clip: give scheme.{part}, and set "
+                "quantized_activations: true"
+            )
+        if quantizer.clip.kind != "ratio":
+            raise ConfigError(
+                f"{setting} names {part} and scheme.{part}.clip is a {quantizer.clip.kind}; clips are sought among "
+                "ratios: write clip.kind: ratio"
+            )
+    if "activations" in parts and scheme.static:
+        raise ConfigError(
+            f"{setting} names activations and scheme.activation_scales is static; a static grid is searched by itself: "
+            "leave activations out, or write activation_scales: token"
+        )
+
+
+def relative(change: Tensor, written: Tensor) -> Tensor:
+    """Squared change over squared size of each token, summed over the tokens of ``[..., tokens, n]``."""
+    size = written.double().square().sum(-1)
+    return (change.double().square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)).sum()

@@ -1,0 +1,130 @@
+"""What a recipe says of quantization: methods that check themselves and one another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from kurtail_pl.errors import ConfigError, require_seed
+from kurtail_pl.methods import BitTuner, ClipTuner, Matching, Needs, Rounder, default_rounder
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.fuse import UNROTATED
+from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.surgery.equip import require_scheme_fits
+from kurtail_pl.surgery.families import architecture_of
+
+
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """How weights become codes.
+
+    Args:
+        scheme: bits of weights, activations, keys and values.
+        rounder: how weights are rounded. One that asks for the float model's inputs runs it beside, layer by layer.
+        matching: how weights are changed first, to make up for the rounding of their inputs; null for not at all.
+        clips: how each site gets a clip of its own; null leaves those of the scheme.
+        bits: how each decoder layer's weights get bits of their own, by how much their errors hurt on the first of the
+            text's windows (`stages.quantization.sensitivity`); null leaves those of the scheme.
+        text: calibration text.
+        quantized_activations: let the Hessians see activations and KV as quantized as they will be.
+        by_attention: where the weight that makes values is matched and solved, let tokens count by the attention they
+            get (`maths.received`): an error in the first token's value, which most others read, is else one of many.
+        seed: draws the calibration windows.
+
+    Raises:
+        ConfigError: when a seed is none, or methods do not go together.
+    """
+
+    scheme: Scheme = field(default_factory=Scheme)
+    rounder: Rounder = field(default_factory=default_rounder)
+    matching: Matching | None = None
+    clips: ClipTuner | None = None
+    bits: BitTuner | None = None
+    text: TextSpec = field(default_factory=TextSpec)
+    quantized_activations: bool = False
+    by_attention: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
+        for tuner in (self.clips, self.bits):
+            if tuner is not None:
+                tuner.require(self.scheme, self.quantized_activations)
+        if self.matching is not None:
+            self.matching.require(self.scheme, self.quantized_activations, self.rounder)
+        if self.scheme.weights is not None:
+            self.rounder.require(self.scheme.weights)
+
+    @property
+    def scheme_name(self) -> str:
+        """Short name of the scheme, with the bits asked for on average while it is open which layers get them."""
+        return self.scheme.name if self.bits is None else self.scheme.name_with(self.bits.average)
+
+    def method_name(self, rotations: str) -> str:
+        """Name of what a method's rotations and these weights make: without rotations, how the weights are rounded."""
+        return self.rounding if rotations == UNROTATED and self.scheme.weights is not None else rotations
+
+    @property
+    def rounding(self) -> str:
+        """Short name of how weights are rounded, and to what where that is not integers."""
+        weights = self.scheme.weights
+        return "-".join(part for part in ("" if weights is None else weights.label, self.rounder.label) if part)
+
+    @property
+    def needs(self) -> Needs:
+        """What the rounder asks for, where it has something to do."""
+        return Needs.NOTHING if self.scheme.weights is None else self.rounder.needs
+
+    @property
+    def needs_float_model(self) -> bool:
+        """Whether the calibration windows go through the float model too."""
+        return Needs.FLOAT_INPUTS in self.needs
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the inputs of the linears are used."""
+        return bool(self.needs) or self.scheme.calibrated or not (self.matching is None and self.clips is None)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration windows are used."""
+        return self.needs_inputs or self.bits is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, methods by their kinds."""
+        methods = {name: None if m is None else m.to_dict() for name, m in self._methods().items()}
+        return {**asdict(self), "scheme": self.scheme.to_dict(), **methods}
+
+    def _methods(self) -> dict[str, Rounder | ClipTuner | BitTuner | None]:
+        return {"rounder": self.rounder, "clips": self.clips, "bits": self.bits}
+
+
+def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
+    """Raise ConfigError when a model's widths, layers or linears are not what groups, bits or `by_attention` need."""
+    architecture = architecture_of(config)
+    if spec.by_attention and architecture.value == architecture.query:
+        raise ConfigError(
+            f"by_attention is true and {architecture.value} of {architecture.model_type} makes queries and keys too, "
+            "for which tokens count alike; write by_attention: false"
+        )
+    require_scheme_fits(config, spec.scheme)
+
+
+def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
+    """Windows that moments are made from, and sensitivities measured on; None where no text is needed."""
+    if not spec.needs_text:
+        return None
+    return cut_windows(checkpoint, spec.text, "calibration", seed=spec.seed)
+
+
+def tuning_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
+    """Windows of the same text that clips are learned on, drawn by another seed; None where none are asked for."""
+    if spec.clips is None or spec.clips.own_windows is None:
+        return None
+    windows, seqlen = spec.clips.own_windows
+    return cut_windows(
+        checkpoint, replace(spec.text, windows=windows, seqlen=seqlen), "calibration", seed=spec.seed + 1
+    )
