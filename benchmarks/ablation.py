@@ -35,6 +35,18 @@ EARLY = {
     "init_args": {"monitor": "error/validation", "patience": 3},
 }
 SCALED = ["values", "mlp_hidden"]
+
+
+def searched(*parts: str) -> dict[str, Any]:
+    """Clips by search."""
+    return {"class_path": "kurtail_pl.methods.SearchedClips", "init_args": {"parts": list(parts)}}
+
+
+def learned(*parts: str) -> dict[str, Any]:
+    """Clips that learn."""
+    return {"class_path": "kurtail_pl.methods.LearnedClips", "init_args": {"parts": list(parts)}}
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "nothing learned": {f"{MODEL}.optimizer.init_args.lr": 1e-9, STEPS: 1},
@@ -63,7 +75,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "R2 from attended values": {"data.init_args.capture.values": "attended"},
     "inputs not centred": {f"{SCHEME}.centre": False},
     "keys not centred": {f"{SCHEME}.centre_keys": False},
-    "weights not matched": {f"{QUANTIZE}.match_outputs": False},
+    "weights not matched": {f"{QUANTIZE}.matching": None},
     "tokens count alike for values": {f"{QUANTIZE}.by_attention": False},
     "symmetric activations": {f"{SCHEME}.activations.symmetric": True},
     "activation clip 0.9": {f"{SCHEME}.activations.clip": {"kind": "ratio", "amount": 0.9}},
@@ -74,10 +86,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "keys scaled too": {f"{FUSION}.scales.parts": [*SCALED, "keys"]},
     "norms scaled too": {f"{FUSION}.scales.parts": [*SCALED, "attention_input", "mlp_input"]},
     "signs of R4 and R5 out of 8": {f"{FUSION}.signs": {"candidates": 8}},
-    "a clip for each site": {f"{QUANTIZE}.search_clips": ["activations"]},
-    "a cache clip for each layer": {f"{QUANTIZE}.search_clips": ["keys", "values"]},
-    "clips learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values"]}},
-    "activation clips learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations"]}},
+    "a clip for each site": {f"{QUANTIZE}.clips": searched("activations")},
+    "a cache clip for each layer": {f"{QUANTIZE}.clips": searched("keys", "values")},
+    "clips learned": {f"{QUANTIZE}.clips": learned("activations", "keys", "values")},
+    "activation clips learned": {f"{QUANTIZE}.clips": learned("activations")},
     "cache clip 0.95": {f"{SCHEME}.{part}.clip": {"kind": "ratio", "amount": 0.95} for part in ("keys", "values")},
     "first token in 16 bits": {f"{SCHEME}.sinks": {"tokens": 1, "bits": 16}},
     "4 first tokens in 8 bits": {f"{SCHEME}.sinks": {"tokens": 4, "bits": 8}},
@@ -87,10 +99,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "o_proj scales per head": {f"{SCHEME}.attention_output": "head"},
 }
 OF_GPTQ: dict[str, dict[str, Any]] = {
-    "Hessians of float inputs": {f"{QUANTIZE}.quantized_activations": False, f"{QUANTIZE}.match_outputs": False},
+    "Hessians of float inputs": {f"{QUANTIZE}.quantized_activations": False, f"{QUANTIZE}.matching": None},
     "GPTAQ": {
         f"{QUANTIZE}.quantized_activations": True,
-        f"{QUANTIZE}.match_outputs": False,
+        f"{QUANTIZE}.matching": None,
         f"{QUANTIZE}.rounder.init_args.correction": "gptaq",
         f"{QUANTIZE}.rounder.init_args.refine": 0,
     },
@@ -99,8 +111,8 @@ OF_GPTQ: dict[str, dict[str, Any]] = {
     "columns in their order": {f"{QUANTIZE}.rounder.init_args.act_order": False},
     "GPTQ damping 0.1": {f"{QUANTIZE}.rounder.init_args.percdamp": 0.1},
     "32 windows for GPTQ": {f"{QUANTIZE}.text.windows": 32},
-    "scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["weights"]}},
-    "clips and scales learned": {f"{QUANTIZE}.learn_clips": {"parts": ["activations", "keys", "values", "weights"]}},
+    "scales learned": {f"{QUANTIZE}.clips": learned("weights")},
+    "clips and scales learned": {f"{QUANTIZE}.clips": learned("activations", "keys", "values", "weights")},
     # 128 does not divide the 576 channels of SmolLM2.
     "weights in groups of 64": {f"{SCHEME}.weights.init_args.group_size": 64},
 }

@@ -23,12 +23,12 @@ from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.methods import GPTQ, RTN, Rounder
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleyAdam
-from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.capture.stage import CaptureSpec
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.evaluation.results import block_kurtosis
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.results import block_kurtosis
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import Rotations, random_rotations

@@ -25,8 +25,8 @@ from memory import random_model
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.optim import CayleyAdam
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec

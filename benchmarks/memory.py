@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.plan import ProxyLearning, plan
+from kurtail_pl.stages.capture.stage import CaptureSpec
+from kurtail_pl.stages.planning.learning import ProxyLearning
+from kurtail_pl.stages.planning.plan import plan
 from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of, open_model

@@ -28,7 +28,7 @@ from ort_cpu import cache_bytes, decode_speed, load
 from transformers import DynamicCache
 
 import kurtail_pl
-from kurtail_pl.stages import evaluate
+from kurtail_pl.stages.evaluation import perplexity as evaluate
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 

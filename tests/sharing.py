@@ -15,12 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from kurtail_pl.methods import GPTQ, RTN, Uniform
+from kurtail_pl.methods import GPTQ, RTN, LearnedClips, Uniform
 from kurtail_pl.methods.rounders import gptq as rounder_module
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.learned_clips import ClipLearning
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec
@@ -44,8 +43,8 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
         _mixture(place / "mixture", WINDOWS[:windows], out / f"mixture{windows}", ranks)
     quantize(place / "fused", QuantizeSpec(text=text), out / "artefact", ranks=ranks)
     quantize(place / "fused", QuantizeSpec(rounder=GPTQ(correction="gptaq"), text=text), out / "gptaq", ranks=ranks)
-    learning = ClipLearning(["activations", "weights"], steps=4, windows=3, seqlen=64)
-    spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, learn_clips=learning)
+    learning = LearnedClips(["activations", "weights"], steps=4, windows=3, seqlen=64)
+    spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, clips=learning)
     quantize(place / "fused", spec, out / "learned", ranks=ranks)
 
 

@@ -19,12 +19,19 @@ from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
 from kurtail_pl.lit.callbacks.quantization import ARTEFACTS
 from kurtail_pl.methods.scheme import FLOAT
-from kurtail_pl.stages.comparison import Row, write_comparison
+from kurtail_pl.stages.evaluation.results import (
+    FLOAT_METHOD,
+    RESULTS,
+    artefact_name,
+    evaluate_folder,
+    measured_key,
+    read_results,
+)
+from kurtail_pl.stages.evaluation.tasks.evaluate import questions_key
+from kurtail_pl.stages.fusion.scales import scale_windows
+from kurtail_pl.stages.fusion.signs import sign_windows
 from kurtail_pl.stages.quantization.spec import calibration_windows
-from kurtail_pl.stages.results import FLOAT_METHOD, RESULTS, artefact_name, evaluate_folder, measured_key, read_results
-from kurtail_pl.stages.scales import scale_windows
-from kurtail_pl.stages.signs import sign_windows
-from kurtail_pl.stages.tasks.evaluate import questions_key
+from kurtail_pl.stages.reporting.comparison import Row, write_comparison
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.files import write_text

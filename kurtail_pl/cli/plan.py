@@ -5,10 +5,10 @@ from __future__ import annotations
 from kurtail_pl.cli.trainer import SECTIONS, KurtailCLI, RecipeParser, command_line
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.datamodule import StoredModel
-from kurtail_pl.stages import plan as stage
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
-from kurtail_pl.stages.plan_table import misfits, state_places, table
-from kurtail_pl.stages.speed import probe
+from kurtail_pl.stages.planning import plan as stage
+from kurtail_pl.stages.planning.speed import probe
+from kurtail_pl.stages.planning.table import misfits, state_places, table
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
 

@@ -38,8 +38,8 @@ from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
-from kurtail_pl.stages.plan import plan
-from kurtail_pl.stages.plan_table import misfits
+from kurtail_pl.stages.planning.plan import plan
+from kurtail_pl.stages.planning.table import misfits
 from kurtail_pl.storage.files import free_disk, refuse_existing
 from kurtail_pl.storage.lock import alone_with
 

@@ -12,18 +12,18 @@ from jsonargparse import auto_cli
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.usage import SettingsParser, late_errors_explained
 from kurtail_pl.errors import ConfigError, StoreMismatch
-from kurtail_pl.stages import capture as capture_stage
-from kurtail_pl.stages import figures as figures_stage
-from kurtail_pl.stages import fuse as fuse_stage
-from kurtail_pl.stages import report as report_stage
-from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages import quantization as quantize_stage
-from kurtail_pl.stages.results import add_tasks, evaluate_folder
-from kurtail_pl.stages.scales import ScaleSpec
-from kurtail_pl.stages.signs import SignSpec
-from kurtail_pl.stages.tasks.evaluate import evaluate_models
-from kurtail_pl.stages.tasks.spec import TaskSpec, chosen_tasks
-from kurtail_pl.stages.tasks.table import tasks_note, tasks_table
+from kurtail_pl.stages.capture import stage as capture_stage
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.evaluation.results import add_tasks, evaluate_folder
+from kurtail_pl.stages.evaluation.tasks.evaluate import evaluate_models
+from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec, chosen_tasks
+from kurtail_pl.stages.evaluation.tasks.table import tasks_note, tasks_table
+from kurtail_pl.stages.fusion import stage as fuse_stage
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.signs import SignSpec
+from kurtail_pl.stages.reporting import figures as figures_stage
+from kurtail_pl.stages.reporting import report as report_stage
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint

@@ -12,9 +12,9 @@ import lightning as L
 from kurtail_pl.errors import ConfigError, ResumeMismatch, listed
 from kurtail_pl.lit.loader import BlockLoader, WindowLoader
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.capture import CaptureSpec, capture, origin_of, shape_of
-from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning
-from kurtail_pl.stages.results import model_name
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture, origin_of, shape_of
+from kurtail_pl.stages.evaluation.results import model_name
+from kurtail_pl.stages.planning.learning import Learning, ProxyLearning, WholeModelLearning
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.activations import Origin
 from kurtail_pl.storage.checkpoint import Checkpoint

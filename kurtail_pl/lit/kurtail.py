@@ -16,9 +16,9 @@ from kurtail_pl.maths.kurtosis import Mean, distance_to_uniform, kurtosis, rms_n
 from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.objectives import OBJECTIVES
 from kurtail_pl.optim import CayleyAdam
-from kurtail_pl.stages.effects import block_effects
+from kurtail_pl.stages.capture.effects import block_effects
+from kurtail_pl.stages.capture.weight_rows import weight_rows
 from kurtail_pl.stages.text import cut_windows
-from kurtail_pl.stages.weight_rows import weight_rows
 from kurtail_pl.storage.activations import block_sites
 
 START_ROWS = 4096
@@ -48,7 +48,7 @@ class KurTailModule(RotationModule):
         massive_weight: how much the row of a massive token counts, others counting 1; 0 leaves them out, which is
             right where the weights are matched to them later.
         site_weights: how much each block input counts: all ``equal`` (the paper), or each by its measured ``effect``
-            on the residual stream (`stages.effects.block_effects`).
+            on the residual stream (`stages.capture.effects.block_effects`).
         weight_term: how much the objective of rows of the weights that read the block inputs, which R1 turns too,
             counts beside that of the inputs; 0 (the paper) leaves the weights unread.
         centre: learn for inputs whose channel means, over the tokens that are not massive, are subtracted before they

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.matching import matched
+from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.method import Method
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.scheme import Scheme
@@ -37,6 +38,10 @@ class Matching(Method):
     def sentence(self) -> str:
         """What it makes up for."""
         return "changed first, to make up for the rounding of their inputs"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """Two products, a factor and what is solved for."""
+        return Cost(copies=2, doubles=4)
 
     def require(self, scheme: Scheme, quantized_activations: bool, rounder: Rounder) -> None:
         """Raise ConfigError where inputs are not quantized, or the rounder makes up for that by itself."""

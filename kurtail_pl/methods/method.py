@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from inspect import isabstract
 from typing import Any, ClassVar, Self, TypeVar, cast, get_type_hints
@@ -14,6 +14,7 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationEr
 from pydantic_core import CoreSchema, core_schema
 
 from kurtail_pl.errors import ConfigError, shortened
+from kurtail_pl.methods.cost import Cost, Sizes
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Method")
@@ -42,9 +43,14 @@ class Method(ABC):
     def sentence(self) -> str:
         """What it does, for cards and reports; has no full stop."""
 
+    def cost(self, sizes: Sizes) -> Cost:
+        """What it takes on a model of these sizes, for the plan."""
+        return Cost()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: ``{kind, settings}``."""
-        return {"kind": type(self).__name__, "settings": asdict(self)}  # type: ignore[call-overload]
+        names = [each.name for each in fields(self)]  # type: ignore[arg-type]
+        return {"kind": type(self).__name__, "settings": {name: plain(getattr(self, name)) for name in names}}
 
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
@@ -71,6 +77,15 @@ class Method(ABC):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Where a record holds one of several kinds it holds what `to_dict` gives."""
         return core_schema.no_info_plain_validator_function(cls.from_dict) if isabstract(cls) else handler(source)
+
+
+def plain(value: Any) -> Any:
+    """Plain data for JSON of nested dataclasses, methods by their kinds."""
+    if isinstance(value, Method):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 @cache

@@ -52,8 +52,3 @@ class Rounder(Method):
         Raises:
             torch.linalg.LinAlgError: when the Hessian is not positive definite: the weight is then rounded to nearest.
         """
-
-    @property
-    def copies(self) -> int:
-        """Matrices of the weight's size that it holds beside the weight, for the plan."""
-        return 0

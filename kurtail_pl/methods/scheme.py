@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods.defaults import default_format
 from kurtail_pl.methods.format import Format
-from kurtail_pl.methods.method import validated
+from kurtail_pl.methods.method import plain, validated
 
 
 def _activations() -> Quantizer:
@@ -166,7 +166,8 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "weights": None if self.weights is None else self.weights.to_dict()}
+        data: dict[str, Any] = plain(self)
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:

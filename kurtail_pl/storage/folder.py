@@ -75,16 +75,10 @@ class _Source:
 
 @with_config(OTHERS_TOO)
 @dataclass(frozen=True)
-class _Learned:
-    parts: list[str]
-
-
-@with_config(OTHERS_TOO)
-@dataclass(frozen=True)
 class _Quantize:
     rounder: dict[str, Any]
-    search_clips: list[str] | None = None
-    learn_clips: _Learned | None = None
+    matching: dict[str, Any] | None = None
+    clips: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import yaml
 from kurtail_pl.cli.main import main
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.methods import Format, Rounder
-from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
 
 ROOT = Path(__file__).resolve().parents[2]

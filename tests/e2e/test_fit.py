@@ -147,7 +147,7 @@ def test_scales_signs_searched_clips_and_sinks_together(kurtail: Kurtail, recipe
         fuse_with(settings, "scales", 4)
         fuse_with(settings, "signs", 4)
         quantization = settings["quantization"]
-        quantization |= {"quantized_activations": True, "search_clips": ["activations", "keys", "values"]}
+        quantization |= {"quantized_activations": True, "clips": {"class_path": "kurtail_pl.methods.SearchedClips"}}
         quantization["scheme"]["sinks"] = {"tokens": 2, "bits": 8}
 
     edit(recipe, switch)

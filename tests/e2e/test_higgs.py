@@ -52,7 +52,8 @@ def test_bits_by_layer_are_measured_named_and_planned(
     kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = yaml.safe_load(recipe.read_text())
-    settings["quantization"] |= {"average_bits": 3.3, "out": None}
+    bits = {"class_path": "kurtail_pl.methods.SensitiveBits", "init_args": {"average": 3.3}}
+    settings["quantization"] |= {"bits": bits, "out": None}
     settings["quantization"]["scheme"]["weights"] = {"class_path": "kurtail_pl.methods.Normal"}
     settings["quantization"]["rounder"] = {"class_path": "kurtail_pl.methods.RTN"}
     recipe.write_text(yaml.safe_dump(settings))

@@ -13,7 +13,7 @@ from families import tiny_family
 from safetensors.torch import load_file
 from sharing import stages
 
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint

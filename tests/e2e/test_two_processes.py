@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from kurtail_pl.stages.artefact import load
-from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.plan import ProxyLearning, plan
-from kurtail_pl.stages.plan_table import table
+from kurtail_pl.stages.capture.stage import CaptureSpec
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.planning.learning import ProxyLearning
+from kurtail_pl.stages.planning.plan import plan
+from kurtail_pl.stages.planning.table import table
 from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.sources import config_of, open_model

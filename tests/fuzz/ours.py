@@ -15,7 +15,7 @@ from kurtail_onnx.run.generate import Sampling, generate
 from kurtail_onnx.run.session import open_session
 
 from kurtail_pl.stages.artefact import load
-from kurtail_pl.stages.report import report
+from kurtail_pl.stages.reporting.report import report
 from kurtail_pl.storage.activations import ActivationStore, Origin
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.storage.rotation_file import hash_of, read_rotations

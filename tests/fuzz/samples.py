@@ -10,10 +10,10 @@ from kurtail_onnx.spec import ExportSpec
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from kurtail_pl.methods import RTN
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.evaluation.results import evaluate_folder
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.results import evaluate_folder
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations

@@ -18,8 +18,8 @@ from task_rows import question
 from kurtail_pl.cli.failures import USAGE, USER
 from kurtail_pl.cli.main import main
 from kurtail_pl.errors import KurtailError
-from kurtail_pl.stages.tasks.harness import parts_of
-from kurtail_pl.stages.tasks.spec import MMLU, TASKS, TaskSpec, split_of
+from kurtail_pl.stages.evaluation.tasks.harness import parts_of
+from kurtail_pl.stages.evaluation.tasks.spec import MMLU, TASKS, TaskSpec, split_of
 from kurtail_pl.stages.text import read_text
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"

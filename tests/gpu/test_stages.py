@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 import kurtail_pl
 from kurtail_pl.methods import GPTQ, RTN, Rounder
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import block_sites, value_sites

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.errors import ArtefactError, CheckpointError, NotWritable, RuntimeUnusable
 from kurtail_pl.methods.scheme import FLOAT
-from kurtail_pl.stages.tasks.spec import TaskSpec
+from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
 from kurtail_pl.storage import folder as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import new_folder, write_json, write_tensors, write_text
@@ -179,7 +179,7 @@ def test_a_graph_reads_no_file_outside_its_folder(tmp_path: Path, place: str) ->
 
 @pytest.mark.parametrize("name", ["arc_easy", "boolq", "hellaswag", "winogrande"])
 def test_rows_of_tasks_are_no_templates(task_rows: Path, tmp_path: Path, name: str) -> None:
-    from kurtail_pl.stages.tasks.harness import parts_of
+    from kurtail_pl.stages.evaluation.tasks.harness import parts_of
 
     folder = Path(shutil.copytree(task_rows / name, tmp_path / name))
     evil = "{{ ''.__class__ }}{% for a in b %}"

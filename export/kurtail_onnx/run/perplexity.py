@@ -1,4 +1,4 @@
-"""Perplexity of an export, on the windows and by the protocol of `kurtail_pl.stages.evaluate`."""
+"""Perplexity of an export, on the windows and by the protocol of `kurtail_pl.stages.evaluation.perplexity`."""
 
 from __future__ import annotations
 

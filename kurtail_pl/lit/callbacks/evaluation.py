@@ -11,9 +11,9 @@ from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of, require
 from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.report import report
-from kurtail_pl.stages.results import evaluate_folder
-from kurtail_pl.stages.tasks.spec import TaskSpec, chosen_tasks
+from kurtail_pl.stages.evaluation.results import evaluate_folder
+from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec, chosen_tasks
+from kurtail_pl.stages.reporting.report import report
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 

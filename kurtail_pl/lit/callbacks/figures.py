@@ -14,8 +14,8 @@ from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.figures import Pages, chosen_layers, figures
-from kurtail_pl.stages.fuse import UNROTATED
+from kurtail_pl.stages.fusion.stage import UNROTATED
+from kurtail_pl.stages.reporting.figures import Pages, chosen_layers, figures
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 from kurtail_pl.surgery.rotations import random_rotations
 

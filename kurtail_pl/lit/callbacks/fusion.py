@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.scales import ScaleSpec, scale_windows
-from kurtail_pl.stages.signs import SignSpec, sign_windows
+from kurtail_pl.stages.fusion.scales import ScaleSpec, scale_windows
+from kurtail_pl.stages.fusion.signs import SignSpec, sign_windows
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 
 FUSED = "fused"

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
+from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Format, Tensors
+
+SEARCH_PASSES = 80 * 10
+"""The search makes so many passes over a weight: 80 clip ratios, about ten elementwise steps each."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Uniform(Format):
         """Bits, symmetry and groups."""
         what = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.bits}-bit integers, {what}, {self.groups}"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """The search of its grid."""
+        return Cost(passes=SEARCH_PASSES * float(sizes.stack))
 
     def grid(self, weight: Tensor) -> Grid:
         """By the search."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import Settings, gptq
 from kurtail_pl.maths.quantizers import Quantized
+from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 
@@ -47,7 +48,7 @@ class GPTQ(Settings, Rounder):
         assert moments.hessian is not None
         return gptq(weight, moments.hessian, weights.grid(weight), weights, self, moments.cross)
 
-    @property
-    def copies(self) -> int:
-        """Of the weight."""
-        return 5 if self.refine else 3 if self.correction == "foem" else 2
+    def cost(self, sizes: Sizes) -> Cost:
+        """The Hessian's factor, and its float32 copy; GPTAQ has three products more."""
+        copies = 5 if self.refine else 3 if self.correction == "foem" else 2
+        return Cost(copies=copies, doubles=5 if self.correction == "gptaq" else 2, singles=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
+from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Format, Tensors
 from kurtail_pl.methods.formats.uniform import Uniform
 from kurtail_pl.methods.rounder import Moments, Rounder
@@ -103,6 +104,10 @@ class HQQ(Rounder):
     def sentence(self) -> str:
         """In words."""
         return "rounded by HQQ"
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """About ten elementwise steps a round."""
+        return Cost(copies=6, passes=10 * self.rounds * float(sizes.stack))
 
     def require(self, weights: Format) -> None:
         """A zero point that is an integer has nothing to be fitted."""

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import LearnedClip
+from kurtail_pl.methods.cost import FLOAT32, KEPT_HIDDEN, KEPT_WIDE, Cost, Sizes
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Block, ClipTuner, Site, Tuning, relative, require_clipped
 
@@ -81,6 +82,18 @@ class LearnedClips(ClipTuner):
                 f"clips.parts names weights, and they are {scheme.weights.sentence()}, whose scales are no plain "
                 "numbers; leave weights out"
             )
+
+    def cost(self, sizes: Sizes) -> Cost:
+        """One layer's training, and its windows' way through the model."""
+        batch, tokens = BATCH * self.seqlen, self.windows * self.seqlen
+        # A quantizer keeps what it read and how far it was from that; a weight is made of codes and scales.
+        kept = 2 * batch * (KEPT_HIDDEN * sizes.hidden + KEPT_WIDE * sizes.widest) + 3 * sizes.layer
+        return Cost(
+            memory=kept * FLOAT32 + tokens * sizes.hidden * sizes.value,
+            states=2 * tokens * sizes.hidden * sizes.value,
+            flops=self.steps * 3 * sizes.forward(batch, self.seqlen) + 2 * sizes.forward(tokens, self.seqlen),
+            again=True,
+        )
 
     @property
     def own_windows(self) -> tuple[int, int]:

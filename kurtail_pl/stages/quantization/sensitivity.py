@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kurtail_pl.maths.allocation import allocate
-from kurtail_pl.methods.scheme import Scheme, with_bits
+from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.ranks import Ranks
@@ -33,6 +32,17 @@ WINDOWS, TOKENS = 4, 256
 for each of the layers."""
 NOISE = 0.01
 """Relative square size of the noise, about that of four bits."""
+
+
+def cost(sizes: Sizes) -> Cost:
+    """Of measuring: the windows with each layer's noise and its negative, on average through half the layers."""
+    copies, tokens = 1 + 2 * sizes.layers, WINDOWS * TOKENS
+    states = 2 * copies * tokens * sizes.hidden * sizes.value
+    return Cost(
+        before=states + 2 * sizes.layer * sizes.value,
+        states=states,
+        flops=copies * (sizes.forward(tokens, TOKENS) / 2 + 2.0 * tokens * sizes.embedding),
+    )
 
 
 def sensitivities(

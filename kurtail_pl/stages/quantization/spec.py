@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.methods import BitTuner, ClipTuner, Matching, Needs, Rounder, default_rounder
+from kurtail_pl.methods.method import Method, plain
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import UNROTATED
+from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.equip import require_scheme_fits
@@ -93,13 +94,15 @@ class QuantizeSpec:
         """Whether calibration windows are used."""
         return self.needs_inputs or self.bits is not None
 
+    @property
+    def methods(self) -> list[Method]:
+        """What works on weights and clips."""
+        weights = [] if self.scheme.weights is None else [self.scheme.weights, self.rounder]
+        return [method for method in (*weights, self.matching, self.clips, self.bits) if method is not None]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, methods by their kinds."""
-        methods = {name: None if m is None else m.to_dict() for name, m in self._methods().items()}
-        return {**asdict(self), "scheme": self.scheme.to_dict(), **methods}
-
-    def _methods(self) -> dict[str, Rounder | ClipTuner | BitTuner | None]:
-        return {"rounder": self.rounder, "clips": self.clips, "bits": self.bits}
+        return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
 
 
 def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:

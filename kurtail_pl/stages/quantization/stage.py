@@ -16,7 +16,7 @@ from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.methods.tuner import Block, Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.fuse import copy_companions
+from kurtail_pl.stages.fusion.stage import copy_companions
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.quantization.calibration import as_stored
 from kurtail_pl.stages.quantization.float_layer import FloatLayer

@@ -141,11 +141,12 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.rounder.class_path": "kurtail_pl.methods.RTN",
         "quantization.scheme.weights.class_path": "kurtail_pl.methods.MXFP4",
         "quantization.rounder.init_args.correction": "foem",
+        "quantization.clips": "kurtail_pl.methods.SearchedClips",
+        "quantization.bits": "kurtail_pl.methods.SensitiveBits",
     }
     written: dict[str, tuple[str, Any]] = {
         "trainer.logger": ("false", False),
         "trainer.callbacks": ("[]", []),
-        "quantization.search_clips": ('["keys"]', ["keys"]),
         "quantization.scheme.prefix": ("[1]", [1]),
         "quantization.scheme.layer_bits": ("[3]", [3]),
         "figures.layers": ("[1]", [1]),
@@ -163,13 +164,15 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         return str(value / 2 or 0.5), value / 2 or 0.5
     if isinstance(value, int):
         return str(value + 1), value + 1
-    if value is None and path.endswith(("group_size", "average_bits")):
+    if value is None and path.endswith("group_size"):
         return "4", 4
     return "elsewhere", "elsewhere"
 
 
+CLASSES = ("model.init_args.scheduler", "quantization.clips", "quantization.bits")
+"""Settings that are null, and may be an object of a class."""
 OPTIONAL = {
-    "fusion.scales": "seed", "fusion.signs": "candidates", "quantization.learn_clips": "steps",
+    "fusion.scales": "seed", "fusion.signs": "candidates", "quantization.matching": "damping",
     "quantization.scheme.sinks": "tokens", "evaluation.tasks": "limit",
 }  # fmt: skip
 """Settings that are null, and one of those that they may have."""
@@ -181,7 +184,7 @@ def test_every_setting_has_a_flag_and_may_stand_in_a_later_file(
     """Every one by a flag of its own, all at once but for those that exchange a class, and by files the same."""
     changes = {path: another(path, value) for path, value in leaves(SETTINGS) if path not in OPTIONAL}
     changes |= {f"{path}.{name}": ("5", 5) for path, name in OPTIONAL.items()}
-    classes = {path: change for path, change in changes.items() if "class_path" in path or path.endswith("scheduler")}
+    classes = {path: change for path, change in changes.items() if "class_path" in path or path in CLASSES}
     others = {path: change for path, change in changes.items() if path not in classes}
     assert len(changes) >= 80
     flags = [flag for path, (text, _) in others.items() for flag in (f"--{path}", text)]

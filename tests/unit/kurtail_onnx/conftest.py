@@ -13,7 +13,7 @@ from kurtail_onnx.spec import ExportSpec
 
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint

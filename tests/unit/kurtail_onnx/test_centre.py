@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods import Uniform
-from kurtail_pl.stages import evaluate
+from kurtail_pl.stages.evaluation import perplexity as evaluate
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.attention import Scored, watched_scores

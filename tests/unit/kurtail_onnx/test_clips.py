@@ -11,17 +11,16 @@ from kurtail_onnx.export import export
 from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
-from kurtail_pl.methods import RTN
+from kurtail_pl.methods import RTN, LearnedClips, SearchedClips
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.learned_clips import ClipLearning
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
 
-LEARNED = {"learn_clips": ClipLearning(["activations", "keys", "values", "weights"], 3, 0.02, windows=2, seqlen=64)}
-SEARCHED = {"search_clips": ["activations", "keys", "values"]}
+LEARNED = {"clips": LearnedClips(["activations", "keys", "values", "weights"], 3, 0.02, windows=2, seqlen=64)}
+SEARCHED = {"clips": SearchedClips()}
 
 
 @pytest.mark.parametrize(

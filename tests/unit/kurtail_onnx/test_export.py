@@ -29,7 +29,7 @@ from kurtail_pl.errors import (
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import FloatZero, Normal, Uniform
 from kurtail_pl.methods.scheme import Sinks
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.rotation_file import read_rotations

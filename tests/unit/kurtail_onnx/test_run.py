@@ -23,7 +23,7 @@ from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, ConfigError, InputError, RuntimeUnusable
-from kurtail_pl.stages import evaluate
+from kurtail_pl.stages.evaluation import perplexity as evaluate
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 

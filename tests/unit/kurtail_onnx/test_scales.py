@@ -11,10 +11,10 @@ from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.methods import RTN
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.signs import SignSpec
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.scales import ScaleSpec
-from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from kurtail_pl.errors import ConfigError, StoreMismatch
 from kurtail_pl.lit import ActivationDataModule
-from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
 
 

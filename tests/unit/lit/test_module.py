@@ -16,10 +16,10 @@ from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.optim import CayleyAdam, CayleySGD
-from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.effects import block_effects
+from kurtail_pl.stages.capture.effects import block_effects
+from kurtail_pl.stages.capture.stage import CaptureSpec
+from kurtail_pl.stages.capture.weight_rows import weight_rows
 from kurtail_pl.stages.text import TextSpec, cut_windows
-from kurtail_pl.stages.weight_rows import weight_rows
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),

@@ -17,7 +17,7 @@ from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
-from kurtail_pl.stages.capture import CaptureSpec
+from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
 
 pytestmark = [

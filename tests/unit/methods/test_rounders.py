@@ -9,8 +9,10 @@ from torch import Tensor
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import gptq
 from kurtail_pl.methods import GPTQ, HQQ, MXFP4, NVFP4, RTN, FloatZero, Format, Moments, Needs, Normal, Rounder, Uniform
+from kurtail_pl.methods.cost import Sizes
 
 NOTHING = Moments(None, None)
+SIZES = Sizes(layers=1, hidden=8, widest=8, wide=64, stack=64, layer=64, active=64, attention=8, embedding=80, stored=4)
 FORMATS: list[Format] = [
     Normal(2), Normal(3), Normal(4), Normal(4, 16), Uniform(3), Uniform(4, False, group_size=16),
     FloatZero(3, group_size=16), MXFP4(), NVFP4(),
@@ -83,7 +85,12 @@ def test_what_each_needs() -> None:
     assert not HQQ().needs
     assert GPTQ().needs == GPTQ(correction="foem").needs == Needs.INPUTS
     assert GPTQ(correction="gptaq").needs == Needs.INPUTS | Needs.FLOAT_INPUTS
-    assert [rounder.copies for rounder in (RTN(), GPTQ(), GPTQ(correction="foem"), GPTQ(refine=1))] == [0, 2, 3, 5]
+    assert [each.cost(SIZES).copies for each in (RTN(), GPTQ(), GPTQ(correction="foem"), GPTQ(refine=1))] == [
+        0,
+        2,
+        3,
+        5,
+    ]
 
 
 @pytest.mark.parametrize("weights", FORMATS, ids=str)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from kurtail_pl.methods.rounders import gptq as rounder_module
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore

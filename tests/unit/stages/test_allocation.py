@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kurtail_pl
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.maths.normal_grid import normal_error
-from kurtail_pl.methods import RTN, Normal, Uniform
+from kurtail_pl.methods import RTN, Normal, SensitiveBits, Uniform
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages import allocation
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.quantization import QuantizeSpec, quantize
+from kurtail_pl.methods.tuners.sensitive_bits import WIDTHS
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.fusion.stage import fuse
+from kurtail_pl.stages.quantization import QuantizeSpec, quantize, sensitivity
 from kurtail_pl.stages.quantization.layer import LayerSolver
-from kurtail_pl.stages.quantization.sensitivity import NOISE, WIDTHS, allocated_bits, measured_sensitivities
+from kurtail_pl.stages.quantization.sensitivity import NOISE, measured_sensitivities
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
@@ -77,7 +77,7 @@ def test_a_layer_that_writes_nothing_has_no_sensitivity(tiny: Path, windows: Ten
     found = measured_sensitivities(Checkpoint(turned), windows, seed=0)
     assert found[1] == 0
     assert 0 not in (found[0], found[2], found[3])
-    assert allocated_bits(Scheme(Normal()), found, 4)[1] == 2
+    assert SensitiveBits(4.0).bits(Normal(), found)[1] == 2
 
 
 def test_an_interrupted_measurement_goes_on(
@@ -107,7 +107,7 @@ def test_an_interrupted_measurement_goes_on(
 
 def test_bits_are_the_best_of_all_assignments() -> None:
     sensitivities = [0.5, 9.0, 2.0, 0.01]
-    found = allocated_bits(Scheme(Normal()), sensitivities, 3.5)
+    found = SensitiveBits(3.5).bits(Normal(), sensitivities)
 
     def growth(bits: tuple[int, ...] | list[int]) -> float:
         return sum(a * normal_error(b) for a, b in zip(sensitivities, bits, strict=True))
@@ -117,14 +117,14 @@ def test_bits_are_the_best_of_all_assignments() -> None:
 
 
 def test_an_artefact_has_the_bits_that_were_chosen(fused: Path, text: TextSpec, tmp_path: Path) -> None:
-    spec = QuantizeSpec(WEIGHTS_ONLY, RTN(), average_bits=3.25, text=text)
+    spec = QuantizeSpec(WEIGHTS_ONLY, RTN(), bits=SensitiveBits(3.25), text=text)
     assert spec.scheme_name == "w3.25a16kv16"
     folder = quantize(fused, spec, tmp_path / "out")
     card = json.loads((folder / "kurtail.json").read_text())
     bits = card["scheme"]["layer_bits"]
     assert sum(bits) <= 13
     assert set(bits) <= set(WIDTHS)
-    assert bits == allocated_bits(WEIGHTS_ONLY, card["sensitivities"], 3.25)
+    assert bits == SensitiveBits(3.25).bits(Normal(), card["sensitivities"])
     assert card["calibration_text_sha256"] is not None
     # The same as when the bits are given, and no sensitivities measured.
     given = quantize(fused, QuantizeSpec(replace(WEIGHTS_ONLY, layer_bits=bits), RTN()), tmp_path / "given")
@@ -137,7 +137,9 @@ def test_an_artefact_has_the_bits_that_were_chosen(fused: Path, text: TextSpec, 
 def test_sensitivities_are_not_measured_again_after_an_interruption(
     fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, measured, real = QuantizeSpec(WEIGHTS_ONLY, RTN(), average_bits=3.0, text=text), [], LayerSolver.solve_layer
+    spec = QuantizeSpec(WEIGHTS_ONLY, RTN(), bits=SensitiveBits(3.0), text=text)
+    measured: list[object] = []
+    real = LayerSolver.solve_layer
 
     def counted(*arguments: object) -> list[float]:
         measured.append(arguments)
@@ -148,13 +150,13 @@ def test_sensitivities_are_not_measured_again_after_an_interruption(
             raise KeyboardInterrupt
         real(self, layer, prefix, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(allocation, "measured_sensitivities", counted)
+    monkeypatch.setattr(sensitivity, "measured_sensitivities", counted)
     with monkeypatch.context() as patch:
         patch.setattr(LayerSolver, "solve_layer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize(fused, spec, tmp_path / "out")
-    with pytest.raises(ResumeMismatch, match=r"average_bits is 3\.0, wanted 4\.0"):
-        quantize(fused, replace(spec, average_bits=4.0), tmp_path / "out")
+    with pytest.raises(ResumeMismatch, match=r"bits.settings.average is 3\.0, wanted 4\.0"):
+        quantize(fused, replace(spec, bits=SensitiveBits(4.0)), tmp_path / "out")
     card = json.loads((quantize(fused, spec, tmp_path / "out") / "kurtail.json").read_text())
     assert len(measured) == 1
     assert card["sensitivities"] == [1.0, 2.0, 3.0, 90.0]
@@ -186,13 +188,17 @@ def test_perplexity_grows_as_the_linearity_theorem_says(stories: Path, tmp_path:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"scheme": Scheme(Uniform())}, r"average_bits is 3\.5.*where the error of a format is known: .* normal"),
+        ({"scheme": Scheme(Uniform())}, r"bits.average is 3\.5.*where the error of a format is known: .* normal"),
         ({"scheme": Scheme(weights=None)}, "give scheme.weights with levels of the normal distribution"),
         ({"scheme": Scheme(Normal(), layer_bits=[4] * 4)}, "layer_bits null"),
-        ({"average_bits": 1.5}, r"average_bits is 1\.5; layers have 2 to 8"),
-        ({"average_bits": 9}, "average_bits is 9; layers have 2 to 8"),
     ],
 )
 def test_averages_that_cannot_be_had(spec: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        QuantizeSpec(**{"scheme": Scheme(Normal()), "average_bits": 3.5, **spec})  # type: ignore[arg-type]
+        QuantizeSpec(**{"scheme": Scheme(Normal()), "bits": SensitiveBits(3.5), **spec})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("average", [1.5, 9.0])
+def test_averages_out_of_range(average: float) -> None:
+    with pytest.raises(ConfigError, match=rf"bits.average is {average}; layers have 2 to 8"):
+        SensitiveBits(average)

@@ -16,7 +16,7 @@ from kurtail_pl.errors import ArtefactError, KurtailError, TextError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import RTN, Normal, Uniform
 from kurtail_pl.methods.scheme import FLOAT, Scheme, Sinks
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint

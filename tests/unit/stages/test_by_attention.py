@@ -13,7 +13,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import Uniform
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.calibration import received_by
 from kurtail_pl.stages.quantization.prefix import prefix_states

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, StoreMismatch, TextError
-from kurtail_pl.stages.capture import COST, CaptureSpec, capture
+from kurtail_pl.stages.capture.stage import COST, CaptureSpec, capture
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import MANIFEST, ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -138,7 +138,7 @@ def test_a_damaged_store_is_not_reused(spec: CaptureSpec, store: ActivationStore
 def test_a_dry_run_writes_nothing(
     spec: CaptureSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, store: ActivationStore
 ) -> None:
-    with caplog.at_level("INFO", logger="kurtail_pl.stages.capture"):
+    with caplog.at_level("INFO", logger="kurtail_pl.stages.capture.stage"):
         assert capture(spec, tmp_path / "store", dry_run=True) is None
     assert list(tmp_path.iterdir()) == []
     payload = ROWS * 2 * 4 * (48 + 48 + 32)
@@ -163,7 +163,7 @@ def test_all_rows_are_a_permutation_of_all_tokens(
     spec = CaptureSpec(str(tiny), replace(text, windows=windows, seqlen=16), "all", seed=SEED)
     drawn = drawn_windows(tiny, spec.text)
     assert spec.known_rows == (None if windows is None else 32)
-    with caplog.at_level("INFO", logger="kurtail_pl.stages.capture"):
+    with caplog.at_level("INFO", logger="kurtail_pl.stages.capture.stage"):
         assert capture(spec, tmp_path / "store", dry_run=True) is None
     assert f"{drawn.numel()} rows of each of 12 sites" in caplog.text
     store = capture(spec, tmp_path / "store")

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.methods import SearchedClips
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ MLP = {f"mlp.{name}_proj.activations" for name in ("gate", "up", "down")}
 
 def searching(text: TextSpec, *parts: str) -> QuantizeSpec:
     text = replace(text, windows=9)
-    return QuantizeSpec(QUANTIZED, text=text, quantized_activations=True, search_clips=list(parts))  # type: ignore[arg-type]
+    return QuantizeSpec(QUANTIZED, text=text, quantized_activations=True, clips=SearchedClips(list(parts)))  # type: ignore[arg-type]
 
 
 def clips_of(folder: Path) -> list[dict[str, float]]:
@@ -129,20 +130,26 @@ def test_every_expert_has_its_own_ratios(tied: Path, text: TextSpec, tmp_path: P
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: QuantizeSpec(search_clips=["keys"]), "search_clips names keys; .* quantized_activations: true"),
+        (lambda: SearchedClips([]), "clips.parts is empty; .* clips: null"),
+        (lambda: SearchedClips(["queries"]), "parts is .*queries.*: Input should be"),  # type: ignore[list-item]
+        (lambda: QuantizeSpec(clips=SearchedClips(["keys"])), "names keys; .* quantized_activations: true"),
         (
-            lambda: QuantizeSpec(replace(QUANTIZED, keys=None), quantized_activations=True, search_clips=["keys"]),
-            "search_clips names keys; .* scheme.keys",
-        ),
-        (
-            lambda: QuantizeSpec(quantized_activations=True, search_clips=["queries"]),  # type: ignore[list-item]
-            "search_clips names queries; activations, keys and values",
+            lambda: QuantizeSpec(replace(QUANTIZED, keys=None), quantized_activations=True, clips=SearchedClips()),
+            "names keys; .* scheme.keys",
         ),
         (
             lambda: QuantizeSpec(
-                replace(QUANTIZED, activation_scales="static"), quantized_activations=True, search_clips=["activations"]
+                replace(QUANTIZED, values=Quantizer(4, clip=Clip("quantile", 0.98))),
+                quantized_activations=True,
+                clips=SearchedClips(["values"]),
             ),
-            "search_clips names activations and .* static",
+            "scheme.values.clip is a quantile; .* write clip.kind: ratio",
+        ),
+        (
+            lambda: QuantizeSpec(
+                replace(QUANTIZED, activation_scales="static"), quantized_activations=True, clips=SearchedClips()
+            ),
+            "names activations and .* static",
         ),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.stages.comparison import Row, groups_of, write_comparison
-from kurtail_pl.stages.figures.perplexity import draw_perplexity
+from kurtail_pl.stages.reporting.comparison import Row, groups_of, write_comparison
+from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
 
 COST = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5e8}
 

@@ -13,8 +13,8 @@ import kurtail_pl
 from kurtail_pl.errors import ResumeMismatch, StoreMismatch
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec

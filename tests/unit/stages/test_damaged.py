@@ -9,11 +9,11 @@ import pytest
 import kurtail_pl
 from kurtail_pl.errors import KurtailError, StoreMismatch
 from kurtail_pl.methods import RTN
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.figures import figures
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.evaluation.results import evaluate_folder
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.report import report
-from kurtail_pl.stages.results import evaluate_folder
+from kurtail_pl.stages.reporting.figures import figures
+from kurtail_pl.stages.reporting.report import report
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint

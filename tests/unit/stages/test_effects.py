@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from kurtail_pl.stages.effects import NOISE, block_effects
+from kurtail_pl.stages.capture.effects import NOISE, block_effects
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint

@@ -20,13 +20,13 @@ from torch import Tensor
 from kurtail_pl.cli.verbs import _figures
 from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
 from kurtail_pl.maths.sensitivity import Sensitivity
-from kurtail_pl.stages.figures import Pages, figures
-from kurtail_pl.stages.figures.histogram import BINS, densities, draw_histogram
-from kurtail_pl.stages.figures.kurtosis import draw_kurtosis_by_layer
-from kurtail_pl.stages.figures.reduction import Reductions
-from kurtail_pl.stages.figures.sensitivity import draw_sensitivity
-from kurtail_pl.stages.figures.style import COLOURS, HADAMARD, VANILLA
-from kurtail_pl.stages.figures.surface import draw_surfaces, patches
+from kurtail_pl.stages.reporting.figures import Pages, figures
+from kurtail_pl.stages.reporting.figures.histogram import BINS, densities, draw_histogram
+from kurtail_pl.stages.reporting.figures.kurtosis import draw_kurtosis_by_layer
+from kurtail_pl.stages.reporting.figures.reduction import Reductions
+from kurtail_pl.stages.reporting.figures.sensitivity import draw_sensitivity
+from kurtail_pl.stages.reporting.figures.style import COLOURS, HADAMARD, VANILLA
+from kurtail_pl.stages.reporting.figures.surface import draw_surfaces, patches
 from kurtail_pl.storage.activations import ActivationStore, block_sites
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.surgery.rotations import Rotations

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoTokenizer
 from kurtail_pl.errors import ArtefactError, DiskFull, GateError, KurtailError, UnsupportedArchitecture
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.methods.scheme import FLOAT
-from kurtail_pl.stages.fuse import _Fuser, fuse
-from kurtail_pl.stages.scales import ScaleSpec
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.stage import _Fuser, fuse
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.methods import GPTQ, RTN, Rounder, Uniform
+from kurtail_pl.methods import GPTQ, RTN, Matching, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.layer import LayerSolver
@@ -251,7 +251,7 @@ def test_matched_weights_bring_the_outputs_nearer(
     expected = outputs_of(fused, windows)
     errors = {}
     for match in (False, True):
-        spec = QuantizeSpec(scheme, text=text, quantized_activations=True, match_outputs=match)
+        spec = QuantizeSpec(scheme, text=text, quantized_activations=True, matching=Matching() if match else None)
         found = outputs_of(quantize(fused, spec, tmp_path / str(match)), windows)
         errors[match] = {name: (found[name] - expected[name]).norm().item() for name in expected}
     for name in errors[True]:
@@ -271,12 +271,12 @@ def outputs_of(folder: Path, windows: Tensor) -> dict[str, Tensor]:
 
 def test_matching_without_quantized_inputs_is_refused() -> None:
     with pytest.raises(ConfigError, match="quantized_activations: true"):
-        QuantizeSpec(match_outputs=True)
+        QuantizeSpec(matching=Matching())
     with pytest.raises(ConfigError, match=r"scheme\.activations"):
-        QuantizeSpec(WEIGHTS_ONLY, match_outputs=True, quantized_activations=True)
+        QuantizeSpec(WEIGHTS_ONLY, matching=Matching(), quantized_activations=True)
 
 
 def test_matching_and_gptaq_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"match_outputs is true and .* rounded by GPTQ with GPTAQ's correction"):
-        QuantizeSpec(rounder=GPTQ(correction="gptaq"), quantized_activations=True, match_outputs=True)
-    QuantizeSpec(rounder=GPTQ(correction="foem"), quantized_activations=True, match_outputs=True)
+    with pytest.raises(ConfigError, match=r"matching is given and .* rounded by GPTQ with GPTAQ's correction"):
+        QuantizeSpec(rounder=GPTQ(correction="gptaq"), quantized_activations=True, matching=Matching())
+    QuantizeSpec(rounder=GPTQ(correction="foem"), quantized_activations=True, matching=Matching())

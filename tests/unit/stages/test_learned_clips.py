@@ -16,10 +16,9 @@ from torch import Tensor, nn
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, Normal, Rounder, Uniform
+from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, LearnedClips, Matching, Normal, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.learned_clips import ClipLearning
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -39,8 +38,8 @@ CACHED = ["self_attn.keys", "self_attn.values"]
 
 
 def learning(text: TextSpec, scheme: Scheme, *parts: str, steps: int = 40, lr: float = 0.03) -> QuantizeSpec:
-    clips = ClipLearning(list(parts), steps, lr, text.windows or 0, text.seqlen)  # type: ignore[arg-type]
-    return QuantizeSpec(scheme, text=text, quantized_activations=scheme != WEIGHTS, learn_clips=clips)
+    clips = LearnedClips(list(parts), steps, lr, text.windows or 0, text.seqlen)  # type: ignore[arg-type]
+    return QuantizeSpec(scheme, text=text, quantized_activations=scheme != WEIGHTS, clips=clips)
 
 
 def clips_of(folder: Path) -> list[dict[str, float]]:
@@ -115,7 +114,7 @@ def test_scales_learn_and_codes_stay(
     """Of the first layer, whose inputs are the same with and without."""
     spec = replace(learning(text, replace(WEIGHTS, weights=weights), "weights", lr=0.005), rounder=rounder)
     learned = quantize(fused, spec, tmp_path / "learned")
-    plain = quantize(fused, replace(spec, learn_clips=None), tmp_path / "plain")
+    plain = quantize(fused, replace(spec, clips=None), tmp_path / "plain")
     first = FirstLayer(fused, text)
     assert first.error(kurtail_pl.load(learned)) < 0.97 * first.error(kurtail_pl.load(plain))
     one, other = tensors_of(learned), tensors_of(plain)
@@ -130,9 +129,9 @@ def test_steps_of_no_size_change_nothing(fused: Path, text: TextSpec, tmp_path: 
     """Learning itself leaves no trace in the layer: every tensor is that of an artefact without it."""
     scheme = replace(ALL, centre=True, centre_keys=True, prefix=[7])
     spec = learning(text, scheme, "activations", "keys", "values", "weights", steps=2, lr=1e-30)
-    spec = replace(spec, match_outputs=True)
+    spec = replace(spec, matching=Matching())
     learned = tensors_of(quantize(fused, spec, tmp_path / "learned"))
-    plain = tensors_of(quantize(fused, replace(spec, learn_clips=None), tmp_path / "plain"))
+    plain = tensors_of(quantize(fused, replace(spec, clips=None), tmp_path / "plain"))
     assert learned.keys() == plain.keys()
     assert all(torch.equal(learned[name], plain[name]) for name in plain)
 
@@ -168,38 +167,31 @@ def test_experts_learn(tied: Path, text: TextSpec, tmp_path: Path) -> None:
     kurtail_pl.load(folder)
 
 
-QUANTIZED = {"scheme": ALL, "quantized_activations": True}
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClipLearning([]), "learn_clips.parts is .*learn_clips: null"),
-        (lambda: ClipLearning(["queries"]), "learn_clips.parts is .*queries.* name some of"),  # type: ignore[list-item]
-        (lambda: ClipLearning(steps=0), "learn_clips.steps is 0; give a positive number"),
-        (lambda: ClipLearning(lr=-1.0), "learn_clips.lr is -1.0; give a positive number"),
+        (lambda: LearnedClips([]), "clips.parts is empty; .* clips: null"),
+        (lambda: LearnedClips(["queries"]), "parts is .*queries.*: Input should be"),  # type: ignore[list-item]
+        (lambda: LearnedClips(steps=0), "clips.steps is 0; give a positive number"),
+        (lambda: LearnedClips(lr=-1.0), "clips.lr is -1.0; give a positive number"),
         (
-            lambda: QuantizeSpec(learn_clips=ClipLearning(["keys"])),
+            lambda: QuantizeSpec(clips=LearnedClips(["keys"])),
             "parts names keys; .* quantized_activations: true",
         ),
         (
-            lambda: QuantizeSpec(WEIGHTS, quantized_activations=True, learn_clips=ClipLearning(["values"])),
+            lambda: QuantizeSpec(WEIGHTS, quantized_activations=True, clips=LearnedClips(["values"])),
             "parts names values; .* give scheme.values",
         ),
-        (lambda: QuantizeSpec(CACHE, learn_clips=ClipLearning(["weights"])), "parts names weights; .* scheme.weights"),
+        (lambda: QuantizeSpec(CACHE, clips=LearnedClips(["weights"])), "parts names weights; .* scheme.weights"),
         (
-            lambda: QuantizeSpec(Scheme(NVFP4()), RTN(), learn_clips=ClipLearning(["weights"])),
+            lambda: QuantizeSpec(Scheme(NVFP4()), RTN(), clips=LearnedClips(["weights"])),
             "parts names weights, and they are NVFP4.* no plain numbers; leave weights out",
-        ),
-        (
-            lambda: QuantizeSpec(**QUANTIZED, learn_clips=ClipLearning(["weights"]), search_clips=["keys"]),  # type: ignore[arg-type]
-            "learn_clips is given and search_clips names keys; .*search_clips: ",
         ),
         (
             lambda: QuantizeSpec(
                 replace(ALL, activations=Quantizer(4, clip=Clip("quantile", 0.98))),
                 quantized_activations=True,
-                learn_clips=ClipLearning(["activations"]),
+                clips=LearnedClips(["activations"]),
             ),
             "scheme.activations.clip is a quantile; .* write clip.kind: ratio",
         ),
@@ -207,7 +199,7 @@ QUANTIZED = {"scheme": ALL, "quantized_activations": True}
             lambda: QuantizeSpec(
                 replace(ALL, activation_scales="static"),
                 quantized_activations=True,
-                learn_clips=ClipLearning(["activations"]),
+                clips=LearnedClips(["activations"]),
             ),
             "parts names activations and .* static",
         ),

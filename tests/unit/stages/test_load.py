@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, p
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.compute import Compute

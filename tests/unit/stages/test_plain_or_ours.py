@@ -17,9 +17,9 @@ from kurtail_pl.cli.verbs import _eval, _fuse
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import FLOAT
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint

@@ -10,17 +10,18 @@ import pytest
 from families import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from kurtail_pl.methods import GPTQ, RTN, Normal
+from kurtail_pl.methods import GPTQ, RTN, LearnedClips, Normal, SensitiveBits
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.capture import CaptureSpec
-from kurtail_pl.stages.learned_clips import ClipLearning
-from kurtail_pl.stages.plan import ProxyLearning, StagePlan, plan
-from kurtail_pl.stages.plan_table import misfits, state_places, table
+from kurtail_pl.stages.capture.stage import CaptureSpec
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.signs import SignSpec
+from kurtail_pl.stages.planning.learning import ProxyLearning
+from kurtail_pl.stages.planning.plan import plan
+from kurtail_pl.stages.planning.run import StagePlan
+from kurtail_pl.stages.planning.sizes import sizes_of
+from kurtail_pl.stages.planning.speed import Speed, probe
+from kurtail_pl.stages.planning.table import misfits, state_places, table
 from kurtail_pl.stages.quantization import QuantizeSpec
-from kurtail_pl.stages.scales import ScaleSpec
-from kurtail_pl.stages.signs import SignSpec
-from kurtail_pl.stages.sizes import sizes_of
-from kurtail_pl.stages.speed import Speed, probe
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -147,7 +148,7 @@ def test_higgs_needs_no_text_and_bits_by_layer_a_little() -> None:
     specs = {
         "rtn": QuantizeSpec(rounder=RTN()),
         "higgs": QuantizeSpec(Scheme(Normal()), RTN()),
-        "bits by layer": QuantizeSpec(Scheme(Normal()), RTN(), average_bits=4),
+        "bits by layer": QuantizeSpec(Scheme(Normal()), RTN(), bits=SensitiveBits(4.0)),
     }
     rtn, same, own = (planned(config, capture, spec, 0)["quantize"] for spec in specs.values())
     assert (same.memory, same.disk, same.flops) == (rtn.memory, rtn.disk, rtn.flops)
@@ -159,7 +160,7 @@ def test_higgs_needs_no_text_and_bits_by_layer_a_little() -> None:
 
 def test_learned_clips_take_their_windows_and_three_passes_a_step() -> None:
     config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
-    specs = [QuantizeSpec(text=text, learn_clips=c) for c in (None, ClipLearning(["weights"], 10, 0.01, 16, 256))]
+    specs = [QuantizeSpec(text=text, clips=c) for c in (None, LearnedClips(["weights"], 10, 0.01, 16, 256))]
     plain, learned = (planned(config, CaptureSpec("x", text, 9), spec, 0)["quantize"] for spec in specs)
     assert learned.disk - plain.disk == 2 * 16 * 256 * config.hidden_size * 4
     forward = sizes_of(config).forward

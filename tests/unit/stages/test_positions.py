@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.methods import RTN
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.evaluate import perplexity
-from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.learned_clips import ClipLearning
-from kurtail_pl.stages.plan import Learning, ProxyLearning, WholeModelLearning, plan
+from kurtail_pl.methods import RTN, LearnedClips
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.signs import SignSpec
+from kurtail_pl.stages.fusion.stage import fuse
+from kurtail_pl.stages.planning.learning import Learning, ProxyLearning, WholeModelLearning
+from kurtail_pl.stages.planning.plan import plan
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.scales import ScaleSpec
-from kurtail_pl.stages.signs import SignSpec
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import Rotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 POSITIONS = 256
 """Of the tiny model."""
-LONG = ClipLearning(windows=1, seqlen=POSITIONS + 1)
+LONG = LearnedClips(windows=1, seqlen=POSITIONS + 1)
 
 
 def refused(seqlen: int = POSITIONS + 1, positions: int = POSITIONS) -> str:
@@ -39,8 +39,8 @@ def test_windows_up_to_the_last_position(
     stage: str, seqlen: int, tiny: Path, fused: Path, rotations: Rotations, text: TextSpec, tmp_path: Path
 ) -> None:
     long, out = TextSpec(text.source, windows=1, seqlen=seqlen), tmp_path / "out"
-    learning = ClipLearning(parts=["activations"], steps=1, windows=1, seqlen=seqlen)
-    learned = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, learn_clips=learning)
+    learning = LearnedClips(parts=["activations"], steps=1, windows=1, seqlen=seqlen)
+    learned = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, clips=learning)
     plain = Checkpoint(tiny)
     stages: dict[str, Callable[[], object]] = {
         "evaluate": lambda: perplexity(plain, long),
@@ -69,7 +69,7 @@ def test_a_plan_refuses_them_too(part: str | None, tiny: Path) -> None:
 
     quantized = QuantizeSpec(text=of("quantize"), quantized_activations=True)
     if part == "clips":
-        quantized = replace(quantized, learn_clips=LONG)
+        quantized = replace(quantized, clips=LONG)
     learning: Learning = WholeModelLearning(1, 1, of("learn").seqlen) if part == "learn" else ProxyLearning(1, 1)
 
     def planned() -> object:

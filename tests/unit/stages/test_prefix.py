@@ -14,7 +14,7 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.artefact import whole_model
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.prefix import prefix_states
 from kurtail_pl.stages.text import TextSpec

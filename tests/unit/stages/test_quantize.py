@@ -19,10 +19,9 @@ import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, ResumeMismatch, TextError
 from kurtail_pl.maths.normal_grid import normal_error, normal_levels
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import GPTQ, RTN, Format, Normal, Rounder, Uniform
+from kurtail_pl.methods import GPTQ, RTN, Format, LearnedClips, Matching, Normal, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import UNROTATED, fuse
-from kurtail_pl.stages.learned_clips import ClipLearning
+from kurtail_pl.stages.fusion.stage import UNROTATED, fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec
@@ -33,7 +32,7 @@ from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
-LEARNING = ClipLearning(["activations", "keys", "values", "weights"], steps=2, windows=3, seqlen=48)
+LEARNING = LearnedClips(["activations", "keys", "values", "weights"], steps=2, windows=3, seqlen=48)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 
@@ -148,7 +147,7 @@ def test_a_card_holds_all_that_repeats_it(fused: Path, artefact: Path, text: Tex
     assert card["rounding"] == "gptq"
     settings = {"block_size": 128, "percdamp": 0.01, "act_order": True, "correction": None, "refine": 0}
     assert card["quantize"]["rounder"] == {"kind": "GPTQ", "settings": settings}
-    assert card["quantize"]["match_damping"] == 0.01
+    assert card["quantize"]["matching"] is None
     assert card["quantize"]["text"] == {"source": text.source, "windows": 6, "seqlen": 48}
     assert card["calibration_text_sha256"] == sha256_of(Path(text.source))
     assert card["fallbacks"] == []
@@ -257,8 +256,8 @@ def test_gptq_refines_evenly_spaced_levels_alone(fused: Path, text: TextSpec, tm
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
 def test_the_damping_of_matching_is_positive(damping: float) -> None:
-    with pytest.raises(ConfigError, match=r"match_damping is .*; give a positive number"):
-        QuantizeSpec(match_damping=damping)
+    with pytest.raises(ConfigError, match=r"matching.damping is .*; give a positive number"):
+        Matching(damping)
 
 
 def test_a_plain_model_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -306,7 +305,7 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
         {"rounder": GPTQ(correction="gptaq")},
         {"scheme": Scheme(centre=True, activation_scales="static", prefix=[7])},
         {"scheme": Scheme(prefix=[7]), "rounder": GPTQ(correction="gptaq")},
-        {"quantized_activations": True, "learn_clips": LEARNING},
+        {"quantized_activations": True, "clips": LEARNING},
     ],
     ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips"],
 )

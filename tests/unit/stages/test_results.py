@@ -13,12 +13,12 @@ import kurtail_pl
 from kurtail_pl.errors import ArtefactError, StoreMismatch
 from kurtail_pl.methods import RTN, Normal
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.stages.capture import CaptureSpec, capture
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name, block_kurtosis, evaluate_folder, read_results
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.report import COLUMNS, report, row, siblings
-from kurtail_pl.stages.results import RESULTS, artefact_name, block_kurtosis, evaluate_folder, read_results
-from kurtail_pl.stages.tables import markdown
+from kurtail_pl.stages.reporting.report import COLUMNS, report, row, siblings
+from kurtail_pl.stages.reporting.tables import markdown
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore, block_sites
 from kurtail_pl.storage.checkpoint import Checkpoint

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kurtail_pl.errors import ConfigError, GateError, TextError
-from kurtail_pl.stages.fuse import fuse
-from kurtail_pl.stages.scales import Part, ScaleSpec
+from kurtail_pl.stages.fusion.scales import Part, ScaleSpec
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery import folding

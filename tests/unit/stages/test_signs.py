@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kurtail_pl
 from kurtail_pl.errors import ConfigError, TextError
 from kurtail_pl.methods import RTN
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.signs import SignSpec, drawn, sign_errors, with_signs
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.scales import ScaleSpec
-from kurtail_pl.stages.signs import SignSpec, drawn, sign_errors, with_signs
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.folder import read_card, rotations_of

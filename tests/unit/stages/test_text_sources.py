@@ -16,7 +16,7 @@ from conftest import sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kurtail_pl.errors import TextError
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.text import TextSpec, cut_windows, read_text, title_of
 from kurtail_pl.stages.text.hub import HUB, HubText
 from kurtail_pl.storage.checkpoint import Checkpoint

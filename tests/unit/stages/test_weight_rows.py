@@ -6,7 +6,7 @@ import torch
 from families import tiny_family
 from transformers import AutoModelForCausalLM
 
-from kurtail_pl.stages.weight_rows import weight_rows
+from kurtail_pl.stages.capture.weight_rows import weight_rows
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 

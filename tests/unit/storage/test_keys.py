@@ -15,9 +15,9 @@ from transformers import AutoConfig
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Normal, Uniform
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import Origin
 from kurtail_pl.storage.checkpoint import Checkpoint

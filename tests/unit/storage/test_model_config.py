@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from kurtail_pl.errors import CheckpointError, KurtailError
-from kurtail_pl.stages.evaluate import perplexity
+from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.model_config import read_config, read_generation_config

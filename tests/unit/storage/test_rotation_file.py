@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 import kurtail_pl
 from kurtail_pl.cli.main import main
 from kurtail_pl.errors import CheckpointError
-from kurtail_pl.stages.fuse import fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.rotation_file import FILE, read_rotations, require_rotations_of, write_rotations
 from kurtail_pl.surgery.rotations import Rotations, random_rotations

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kurtail_pl
-from kurtail_pl.stages.results import evaluate_folder
-from kurtail_pl.stages.tasks.evaluate import evaluate_models, evaluate_tasks
-from kurtail_pl.stages.tasks.model import LoadedModel
-from kurtail_pl.stages.tasks.spec import TASKS, ZERO_SHOT, TaskSpec
+from kurtail_pl.stages.evaluation.results import evaluate_folder
+from kurtail_pl.stages.evaluation.tasks.evaluate import evaluate_models, evaluate_tasks
+from kurtail_pl.stages.evaluation.tasks.model import LoadedModel
+from kurtail_pl.stages.evaluation.tasks.spec import TASKS, ZERO_SHOT, TaskSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -130,7 +130,7 @@ def test_packed_weights_give_the_same_answers(artefact: Path, task_rows: Path, m
     """Where memory is short they are dequantized at every use."""
     spec = TaskSpec(names="hellaswag,arc_easy", folder=str(task_rows))
     usual = evaluate_tasks(Checkpoint(artefact), spec)
-    monkeypatch.setattr("kurtail_pl.stages.tasks.evaluate.free_memory", lambda: 1)
+    monkeypatch.setattr("kurtail_pl.stages.evaluation.tasks.evaluate.free_memory", lambda: 1)
     assert evaluate_tasks(Checkpoint(artefact), spec)["tasks"] == usual["tasks"]
 
 

@@ -10,8 +10,8 @@ import pytest
 from task_rows import read_rows
 
 from kurtail_pl.errors import ConfigError, HarnessMissing, TextError
-from kurtail_pl.stages.tasks.harness import deal, parts_of
-from kurtail_pl.stages.tasks.spec import TASKS, TaskSpec, chosen_tasks, split_of
+from kurtail_pl.stages.evaluation.tasks.harness import deal, parts_of
+from kurtail_pl.stages.evaluation.tasks.spec import TASKS, TaskSpec, chosen_tasks, split_of
 
 
 @pytest.fixture

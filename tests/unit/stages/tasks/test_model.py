@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.errors import NotFinite, TextError
-from kurtail_pl.stages.tasks import model as model_module
-from kurtail_pl.stages.tasks.harness import parts_of
-from kurtail_pl.stages.tasks.model import LoadedModel, batches
-from kurtail_pl.stages.tasks.spec import TaskSpec
+from kurtail_pl.stages.evaluation.tasks import model as model_module
+from kurtail_pl.stages.evaluation.tasks.harness import parts_of
+from kurtail_pl.stages.evaluation.tasks.model import LoadedModel, batches
+from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
 
 FLOAT = 1e-3
 """Ten tokens of logits about ten, each rounded some hundred times to 24 bits, 6e-8. Another token has another 0.1."""

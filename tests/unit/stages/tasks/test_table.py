@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from kurtail_pl.stages.tasks.spec import MMLU, TASKS
-from kurtail_pl.stages.tasks.table import measured_alike, tasks_note, tasks_table
+from kurtail_pl.stages.evaluation.tasks.spec import MMLU, TASKS
+from kurtail_pl.stages.evaluation.tasks.table import measured_alike, tasks_note, tasks_table
 
 
 def result(value: float, *names: str) -> dict[str, Any]:

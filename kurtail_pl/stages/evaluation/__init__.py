@@ -1,0 +1,1 @@
+"""Perplexity, kurtosis and tasks of models."""

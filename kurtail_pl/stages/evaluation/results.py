@@ -1,0 +1,235 @@
+"""Results of a model folder: perplexity, kurtosis of the block inputs, cost; `results.json` and the model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, with_config
+from torch import Tensor
+
+from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
+from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
+from kurtail_pl.methods.scheme import FLOAT, Scheme
+from kurtail_pl.stages.evaluation.perplexity import perplexity
+from kurtail_pl.stages.evaluation.tasks.evaluate import evaluate_tasks
+from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.activations import ActivationStore, Origin, block_sites
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.files import sha256_of_text, write_json
+from kurtail_pl.storage.folder import is_ours, read_card, require_sound, rotations_of
+from kurtail_pl.storage.keys import model_key
+from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
+from kurtail_pl.streaming.compute import AUTO, Compute
+
+RESULTS = "results.json"
+FLOAT_METHOD = "float"
+AGAIN = "remove it and run kurtail eval again"
+
+LABELS = {
+    "float": "float", "none": "none", "rtn": "RTN", "gptq": "GPTQ", "higgs": "HIGGS", "quarot": "QuaRot",
+    "spinquant": "SpinQuant", "kurtail": "KurTail", "kurtail-plus": "KurTail+",
+}  # fmt: skip
+"""Methods as the tables print them, in their order; without rotations, a method is how the weights are rounded."""
+
+
+def label_of(method: str) -> str:
+    """A method as tables print it."""
+    return LABELS.get(method, method)
+
+
+def artefact_name(model: str, method: str, bits: str) -> str:
+    """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""
+    return f"{model_name(model)}-{method}-{bits}"
+
+
+def model_name(model: str) -> str:
+    """Short name of a model for folders, from its name on the hub, its folder or its file."""
+    return Path(model).name.lower().removesuffix(".gguf")
+
+
+def block_kurtosis(store: ActivationStore, residual: Tensor | None, start: int, stop: int, eps: float) -> Tensor:
+    """Kurtosis of each normed block input, rotated or not, over rows ``[start, stop)``: ``[2 layers]``, float64."""
+    values = []
+    for site in block_sites(store.shape.layers):
+        rows = rms_norm(store.read(site, start, stop).double(), eps)
+        values.append(kurtosis((rows if residual is None else rows @ residual).flatten()))
+    return torch.stack(values)
+
+
+def evaluate_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    text: TextSpec,
+    store: ActivationStore,
+    validation_rows: int,
+    tasks: TaskSpec | None = None,
+    compute: Compute = AUTO,
+) -> dict[str, Any]:
+    """Measure a model and write `results.json`; what tasks gave earlier is kept when none are asked for.
+
+    Args:
+        checkpoint: what to measure: an artefact folder, or a plain model for the float reference.
+        folder: where the results go.
+        text: evaluation text.
+        store: activation store of the vanilla model.
+        validation_rows: its last rows, on which the kurtosis of the block inputs is measured.
+        tasks: of the lm-evaluation-harness, if any.
+        compute: device and floating-point type of the text's perplexity; tasks are answered there in float32.
+
+    Raises:
+        ArtefactError: when a file of the model's folder is missing or damaged.
+        StoreMismatch: when one of the store is.
+    """
+    store.require_intact()
+    require_sound(checkpoint.folder)
+    card: dict[str, Any] = {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
+    source = checkpoint.sha256
+    if is_ours(checkpoint.folder):
+        card = read_card(checkpoint.folder)
+        source = card["source"]["sha256"]
+    if store.origin.model_sha256 != source:
+        raise StoreMismatch(
+            f"the store {store.folder} holds activations of another model than {checkpoint.folder} was made from; "
+            "name the store of that model, or capture one"
+        )
+    rows = store.origin.rows
+    if not 0 < validation_rows <= rows:
+        raise ConfigError(
+            f"validation_rows is {validation_rows}; the store {store.folder} has {rows} rows: ask for fewer"
+        )
+    residual = rotations_of(checkpoint.folder).residual
+    per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
+    measured = perplexity(checkpoint, text, compute)
+    answers = None if tasks is None else evaluate_tasks(checkpoint, tasks, compute.device)
+    learned = card.get("rotations", {}).get("cost")
+    cost = {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")}
+    results = {
+        "method": card["method"],
+        "model": store.origin.model,
+        "measured": measured_key(store.origin, validation_rows),
+        "scheme": card["scheme"],
+        "evaluation": measured,
+        "kurtosis": {
+            "mean": per_site.mean().item(),
+            "max": per_site.max().item(),
+            "rows": validation_rows,
+            "sites": dict(zip(block_sites(store.shape.layers), per_site.tolist(), strict=True)),
+        },
+        "disk_bytes": checkpoint.size,
+        "cost": cost,
+    }
+    with alone_with(folder / RESULTS):
+        earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
+        if answers is not None:
+            results["tasks"] = answers
+        elif earlier is not None and model_key(checkpoint).items() <= earlier.items():
+            results["tasks"] = earlier
+        # Only now: results without the tasks would pass for results of other settings.
+        write_json(folder / RESULTS, results)
+    return results
+
+
+def measured_key(origin: Origin, validation_rows: int) -> dict[str, Any]:
+    """Of what model and on which rows a kurtosis is measured."""
+    rows_sha256 = sha256_of_text(json.dumps(origin.key, sort_keys=True))
+    return {"model_sha256": origin.model_sha256, "kurtosis_rows": validation_rows, "rows_sha256": rows_sha256}
+
+
+def add_tasks(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Put what `evaluate_tasks` found into a folder's `results.json`, beside what is there; returns all of it."""
+    with alone_with(folder / RESULTS):
+        results = {**(read_results(folder) if (folder / RESULTS).is_file() else {}), "tasks": found}
+        write_json(folder / RESULTS, results)
+    return results
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Origin:
+    model_sha256: str
+
+
+_Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
+"""JSON has whole numbers of any length, and no float is that large."""
+
+
+@with_config(OTHERS_TOO)
+@dataclass(frozen=True)
+class _Cost:
+    seconds: _Number
+    cpu_seconds: _Number
+    peak_bytes: _Number
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What tables read of results, beside tasks."""
+
+    method: str
+    model: str
+    measured: _Origin
+    scheme: Scheme
+    evaluation: dict[str, Any]
+    kurtosis: dict[str, Any]
+    disk_bytes: int
+    cost: Annotated[dict[str, _Cost], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    perplexity: _Number
+    source: str
+    windows: int
+    seqlen: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Kurtosis:
+    mean: _Number
+    max: _Number
+    rows: int
+    sites: dict[str, _Number]
+
+
+@dataclass(frozen=True)
+class _WithTasks:
+    tasks: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    tasks: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    harness: str
+    files_sha256: dict[str, str]
+    skipped: dict[str, str]
+    mean: float | None = None
+    mmlu: float | None = None
+    mathqa: float | None = None
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read `results.json`: what a text gave, what tasks gave, or both.
+
+    Raises:
+        ArtefactError: when there is none, or what it holds cannot be shown.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise ArtefactError(f"{folder} has no results; run kurtail eval on it with --text and --store")
+    results = read_object(path, ArtefactError, AGAIN)
+    if "evaluation" in results or "tasks" not in results:
+        measured = fields_of(results, _Measured, path, ArtefactError, AGAIN)
+        fields_of(measured.evaluation, _Evaluation, path, ArtefactError, AGAIN)
+        fields_of(measured.kurtosis, _Kurtosis, path, ArtefactError, AGAIN)
+    if "tasks" in results:
+        fields_of(results, _WithTasks, path, ArtefactError, AGAIN)
+        fields_of(results["tasks"], _Tasks, path, ArtefactError, AGAIN)
+    return results

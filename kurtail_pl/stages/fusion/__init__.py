@@ -1,0 +1,1 @@
+"""From a plain model and rotations to a fused model, gated in float64."""

@@ -1,0 +1,156 @@
+"""Channel scales: measured on a text as it goes through the original layer, and folded with the rotations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kurtail_pl.errors import ConfigError, require_seed
+from kurtail_pl.maths.scales import balanced_scale, range_power
+from kurtail_pl.stages.fusion.channels import Channels, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
+from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery import folding
+from kurtail_pl.surgery.architecture import Architecture
+from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.rotations import head_dim_of
+
+Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
+
+
+def _short_windows() -> TextSpec:
+    return TextSpec(windows=32, seqlen=64)
+
+
+@dataclass(frozen=True)
+class ScaleSpec:
+    """Which channels are scaled, at no cost later, so that what is quantized errs least.
+
+    Args:
+        parts: ``values`` (from `v_proj` into `o_proj`, before R2), ``mlp_hidden`` (from `up_proj` into `down_proj`,
+            before R5), ``keys`` (from `q_proj` into `k_proj`, before R3, two channels that RoPE turns together alike),
+            ``attention_input`` and ``mlp_input`` (from what reads a norm into the norm's weight, after R1). The last
+            three are right for what is centred before it is quantized (`Scheme.centre` and `Scheme.centre_keys`): they
+            go by what channels hold about their mean.
+        text: its windows go through the original model, in float64, beside the probes; a few thousand tokens do.
+        seed: draws the windows.
+
+    Raises:
+        ConfigError: for no parts, or others than these.
+    """
+
+    parts: list[Part] = field(default_factory=lambda: ["values", "mlp_hidden"])
+    text: TextSpec = field(default_factory=_short_windows)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_seed("scales.seed", self.seed)
+        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+            raise ConfigError(
+                f"scales.parts is {self.parts}; name some of {', '.join(get_args(Part))}, or write scales: null"
+            )
+
+
+def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
+    """Windows that channels are measured on.
+
+    Raises:
+        ConfigError: when keys are to be scaled that have norms of their own.
+        TextError: when the text is too short.
+    """
+    if "keys" in scales.parts and architecture_of(checkpoint.config).head_norms:
+        raise ConfigError(
+            f"scales.parts is {scales.parts} and {checkpoint.config.model_type} has norms behind q_proj and k_proj, "
+            "which undo the scales of keys; leave keys out"
+        )
+    return cut_windows(checkpoint, scales.text, "calibration", seed=scales.seed)
+
+
+@dataclass(frozen=True)
+class ChannelScales:
+    """Measures and scales the channels of a model's layers.
+
+    Args:
+        parts: as in `ScaleSpec`; none scale nothing.
+        architecture: record of the family.
+        kv_heads: key and value heads.
+        head_dim: their size.
+        rotary: channels of a head that RoPE turns, the first half of them with the second.
+    """
+
+    parts: Sequence[Part]
+    architecture: Architecture
+    kv_heads: int
+    head_dim: int
+    rotary: int
+
+    @contextmanager
+    def measured(self, layer: nn.Module, normed: Callable[[Tensor], Tensor]) -> Iterator[Channels]:
+        """While the original layer runs, what its channels hold.
+
+        Args:
+            layer: with its weights.
+            normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
+        """
+        names, found = self.architecture, Channels()
+        inputs = [names.output] if "values" in self.parts else []
+        inputs += names.mlp_writers(layer) if "mlp_hidden" in self.parts else ()
+        norms = {"attention_input": names.attention_norm, "mlp_input": names.mlp_norm}
+        with ExitStack() as stack:
+            stack.enter_context(measured_inputs(layer, inputs, found))
+            chosen = [norm for part, norm in norms.items() if part in self.parts]
+            stack.enter_context(measured_norms(layer, chosen, normed, found))
+            if "keys" in self.parts:
+                stack.enter_context(measured_keys(layer, names, self.head_dim, found))
+            yield found
+
+    def fold(self, layer: nn.Module, found: Channels) -> None:
+        """Scale what R2, R3 and R5 will turn, before they do; the layer's output stays what it is."""
+        names = self.architecture
+        for name, squares in found.inputs.items():
+            weight = folding.linear_of(layer, name).weight.square().sum(0)
+            if name == names.output:
+                # The query heads of a group read the same values.
+                held, read = (self._of_group(x).flatten() for x in (squares, weight))
+                folding.scale_values(layer, names, balanced_scale(held, read).view(self.kv_heads, self.head_dim))
+            else:
+                mlp = name.removesuffix(f".{names.down}")
+                folding.scale_hidden(layer, names, mlp, balanced_scale(squares, weight))
+        if "keys" in self.parts:
+            energies = found.keys.variance, self._of_group(found.queries.energy)
+            pair = self._rope_pairs().to(energies[0].device)
+            keys, queries = (x.new_zeros(len(x), int(pair.max()) + 1).index_add(1, pair, x) for x in energies)
+            folding.scale_keys(layer, names, balanced_scale(keys, queries)[:, pair])
+
+    def fold_norms(self, layer: nn.Module, found: Channels) -> None:
+        """Scale what the norms give, after R1; the layer's output stays what it is."""
+        names = self.architecture
+        linears = {names.attention_norm: names.attention_readers, names.mlp_norm: names.mlp_readers(layer)}
+        for name, spread in found.normed.items():
+            # A router, which reads the MLP norm too, is not quantized.
+            read = torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]).square().sum(0)
+            scale = balanced_scale(spread.variance, read, range_power(len(read)))
+            # In bfloat16, so that no type that the norm's weight is kept in rounds it.
+            folding.scale_norm(layer, names, name, scale.bfloat16().to(scale.dtype))
+
+    def _of_group(self, x: Tensor) -> Tensor:
+        """Sum over the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
+        return x.view(self.kv_heads, -1, self.head_dim).sum(1)
+
+    def _rope_pairs(self) -> Tensor:
+        """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
+        channel, half = torch.arange(self.head_dim), self.rotary // 2
+        return torch.where(channel < self.rotary, channel % half, channel - half)
+
+
+def channel_scales(walker: Walker, parts: Sequence[Part]) -> ChannelScales:
+    """Scales of the layers of a walker's model."""
+    config, architecture = walker.checkpoint.config, walker.architecture
+    frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
+    return ChannelScales(parts, architecture, config.num_key_value_heads, head_dim_of(config), 2 * len(frequencies))

@@ -1,0 +1,67 @@
+"""Plan: what each stage of a recipe will take, from the model's configuration alone."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from kurtail_pl.stages.capture.stage import CaptureSpec, shape_of
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.signs import SignSpec
+from kurtail_pl.stages.planning import stages
+from kurtail_pl.stages.planning.learning import Learning
+from kurtail_pl.stages.planning.run import WHOLE_TEXT, Run, StagePlan
+from kurtail_pl.stages.planning.sizes import sizes_of
+from kurtail_pl.stages.quantization import QuantizeSpec
+from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.activations import store_bytes
+from kurtail_pl.streaming.compute import AUTO, Compute
+from kurtail_pl.surgery.positions import positions_of, require_positions
+
+TOKENIZER = 50_000_000
+"""Bytes that a tokenizer takes once it is read, about."""
+
+
+def plan(
+    config: PretrainedConfig,
+    capture: CaptureSpec,
+    learning: Learning,
+    quantize: QuantizeSpec,
+    evaluation: TextSpec,
+    program: int,
+    compute: Compute = AUTO,
+    scales: ScaleSpec | None = None,
+    signs: SignSpec | None = None,
+) -> list[StagePlan]:
+    """The stages of a recipe, in their order.
+
+    Args:
+        config: of the model.
+        capture: what is captured.
+        learning: how rotations are learned.
+        quantize: how weights are quantized.
+        evaluation: evaluation text.
+        program: bytes that the program itself takes, libraries included.
+        compute: device and floating-point type of the layers.
+        scales: channels that are scaled when the rotations are fused.
+        signs: how those of the online rotations are chosen then.
+
+    Raises:
+        ConfigError: when any windows are longer than the model's positions.
+    """
+    texts = [capture.text, evaluation, *(spec.text for spec in (scales, signs) if spec is not None)]
+    texts += [quantize.text] if quantize.needs_text else []
+    own = None if quantize.clips is None else quantize.clips.own_windows
+    lengths = [*(text.seqlen for text in texts), learning.seqlen, None if own is None else own[1]]
+    for seqlen in lengths:
+        if seqlen is not None:
+            require_positions(seqlen, positions_of(config))
+    sizes = sizes_of(config, compute.torch_dtype.itemsize)
+    run = Run(sizes, config.vocab_size, program + TOKENIZER, compute)
+    store = store_bytes(shape_of(config, capture.values), capture.known_rows or WHOLE_TEXT)
+    return [
+        stages.capture(run, capture.text, store),
+        learning.plan(run),
+        stages.fuse(run, scales, signs),
+        stages.quantize(run, quantize),
+        stages.evaluate(run, evaluation),
+    ]

@@ -1,0 +1,37 @@
+"""Sizes of a model, from its configuration alone."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from kurtail_pl.methods.cost import FLOAT32, Sizes
+from kurtail_pl.surgery.families import architecture_of, is_dense, mlp_widths
+from kurtail_pl.surgery.rotations import head_dim_of
+
+
+def sizes_of(config: PretrainedConfig, value: int = FLOAT32) -> Sizes:
+    """Sizes from a configuration, and the bytes of a computed value; raises UnsupportedArchitecture."""
+    architecture = architecture_of(config)
+    hidden, head_dim, widths = config.hidden_size, head_dim_of(config), mlp_widths(config)
+    attention, cache = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    experts = (getattr(config, "num_local_experts", None) or config.num_experts) if architecture.experts else 1
+    chosen = config.num_experts_per_tok if architecture.experts else 1
+    heads = 2 * hidden * (attention + cache)
+    # Channels of each layer's MLP, all of them and those that a token meets.
+    kinds = ((experts * widths[0], chosen * widths[0]), (widths[-1], widths[-1]))
+    channels = [kinds[is_dense(config, layer)] for layer in range(config.num_hidden_layers)]
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return Sizes(
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        widest=max(*widths, attention, hidden),
+        wide=max(*widths, attention, hidden) * hidden,
+        stack=sum(heads + 3 * hidden * size for size, _ in channels),
+        layer=heads + 3 * hidden * max(size for size, _ in channels),
+        active=heads + 3 * hidden * sum(met for _, met in channels) // len(channels),
+        attention=attention,
+        embedding=config.vocab_size * hidden,
+        stored=dtype.itemsize,
+        value=value,
+    )
