@@ -55,7 +55,7 @@ class Method(ABC):
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
         """All methods of this seam by their names."""
-        return {kind.__name__: kind for kind in _subclasses(cls) if not isabstract(kind)}
+        return {kind.__name__: kind for kind in (cls, *_subclasses(cls)) if not isabstract(kind)}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

@@ -215,7 +215,8 @@ class _Rounding:
             return [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
 
         def run(states: Tensor) -> Tensor:
-            return self.walker.advance(layer, states)
+            after: Tensor = layer(states, **self.walker.positions(layer, states))  # With gradients, where asked for.
+            return after
 
         sites = _sites(layer, self.walker.architecture)
         return Block(sites, run, own.before, own.after, self.ranks, self.walker.device, packed)

@@ -142,6 +142,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.scheme.weights.class_path": "kurtail_pl.methods.MXFP4",
         "quantization.rounder.init_args.correction": "foem",
         "quantization.clips": "kurtail_pl.methods.SearchedClips",
+        "quantization.matching": "kurtail_pl.methods.Matching",
         "quantization.bits": "kurtail_pl.methods.SensitiveBits",
     }
     written: dict[str, tuple[str, Any]] = {
@@ -169,10 +170,10 @@ def another(path: str, value: Any) -> tuple[str, Any]:
     return "elsewhere", "elsewhere"
 
 
-CLASSES = ("model.init_args.scheduler", "quantization.clips", "quantization.bits")
+CLASSES = ("model.init_args.scheduler", "quantization.matching", "quantization.clips", "quantization.bits")
 """Settings that are null, and may be an object of a class."""
 OPTIONAL = {
-    "fusion.scales": "seed", "fusion.signs": "candidates", "quantization.matching": "damping",
+    "fusion.scales": "seed", "fusion.signs": "candidates", 
     "quantization.scheme.sinks": "tokens", "evaluation.tasks": "limit",
 }  # fmt: skip
 """Settings that are null, and one of those that they may have."""
