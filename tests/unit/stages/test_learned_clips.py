@@ -184,7 +184,7 @@ def test_experts_learn(tied: Path, text: TextSpec, tmp_path: Path) -> None:
         ),
         (
             lambda: QuantizeSpec(CACHE, clips=LearnedClips(["weights"])),
-            "parts names weights and scheme.weights is null",
+            "names weights and scheme.weights is null",
         ),
         (
             lambda: QuantizeSpec(Scheme(NVFP4()), RTN(), clips=LearnedClips(["weights"])),
