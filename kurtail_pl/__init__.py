@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kurtail_pl.artefact.load import load
     from kurtail_pl.cli.api import quantize
-    from kurtail_pl.stages.artefact import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "quantize"]
 
 
-_PLACES = {"load": "kurtail_pl.stages.artefact", "quantize": "kurtail_pl.cli.api"}
+_PLACES = {"load": "kurtail_pl.artefact.load", "quantize": "kurtail_pl.cli.api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,8 @@ from kurtail_pl.stages.signs import sign_windows
 from kurtail_pl.stages.tasks.evaluate import questions_key
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
+from kurtail_pl.storage.card import read_card
 from kurtail_pl.storage.files import write_text
-from kurtail_pl.storage.folder import read_card
 from kurtail_pl.storage.keys import settings_key, unspelled
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.resume import differences

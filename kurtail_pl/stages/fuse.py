@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kurtail_pl.artefact.shards import ShardWriter, named
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.stages.channels import Channels
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.scales import Part, ScaleSpec, channel_scales, scale_windows
 from kurtail_pl.stages.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.card import is_ours, read_card, require_intact, write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
-from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, require_intact, write_card
 from kurtail_pl.storage.keys import companions_sha256, require_learned_on, settings_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.mark import write_config

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ArtefactError, CheckpointError, reason
+from kurtail_pl.storage.card import require_plain
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import require_plain
 from kurtail_pl.storage.gguf import from_gguf
 from kurtail_pl.storage.mark import is_marked
 from kurtail_pl.storage.model_config import CONFIG, read_config

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from kurtail_pl.cli.recipes import recipe_file, shipped
 from kurtail_pl.stages.quantize import QuantizeSpec
-from kurtail_pl.storage.folder import read_card, scheme_of
+from kurtail_pl.storage.card import read_card, scheme_of
 from kurtail_pl.surgery.scheme import Scheme
 
 pytestmark = [

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kurtail_pl
+from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import RTN
-from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.stages.fuse import fuse
 from kurtail_pl.stages.prefix import prefix_states
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize

@@ -19,8 +19,8 @@ from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import Origin
+from kurtail_pl.storage.card import write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import write_card
 from kurtail_pl.storage.keys import (
     companions_sha256,
     folder_sha256,
