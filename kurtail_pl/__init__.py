@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kurtail_pl.artefact.registration import register
+
 if TYPE_CHECKING:
     from kurtail_pl.artefact.load import load
     from kurtail_pl.cli.api import quantize
@@ -21,3 +23,6 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

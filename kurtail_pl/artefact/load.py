@@ -57,7 +57,7 @@ def load(
     require_intact(path)
     model = whole_model(Checkpoint(path), kind, where)
     model.config.dtype = kind
-    model.__class__ = type(type(model).__name__, (Loaded, type(model)), {"folder": path.resolve()})
+    mark_loaded(model, path)
     model.generation_config = read_generation_config(path) or model.generation_config
     if device_map is not None:
         spread(model, device_map)
@@ -99,6 +99,11 @@ class Loaded(PreTrainedModel):  # type: ignore[no-untyped-call]
             )
         with new_folder(target, overwrite=False) as partial:
             shutil.copytree(self.folder, partial, dirs_exist_ok=True)
+
+
+def mark_loaded(model: PreTrainedModel, folder: Path) -> None:
+    """Let a model know the folder that it came from, by a class of its own under the old name."""
+    model.__class__ = type(type(model).__name__, (Loaded, type(model)), {"folder": folder.resolve()})
 
 
 def _changed(model: Loaded) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,13 +35,18 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     require_sound(checkpoint.folder)
     model = empty_model(checkpoint.config)
     if is_ours(checkpoint.folder):
-        scheme = scheme_of(checkpoint.folder)
-        require_scheme_fits(checkpoint.config, scheme)
-        equip_model(model, scheme, rotations_of(checkpoint.folder))
-        expect_quantized(model, scheme)
-        if clips := read_card(checkpoint.folder).get("clips"):
-            set_clips(model, clips)
+        equip(model, checkpoint.folder)
     return model
+
+
+def equip(model: PreTrainedModel, folder: Path) -> None:
+    """Make an empty plain model expect the weights of a folder of ours, and compute what that folder does, in place."""
+    scheme = scheme_of(folder)
+    require_scheme_fits(model.config, scheme)
+    equip_model(model, scheme, rotations_of(folder))
+    expect_quantized(model, scheme)
+    if clips := read_card(folder).get("clips"):
+        set_clips(model, clips)
 
 
 def whole_model(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from schemes import SCHEMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from walks import embed, windows_of
@@ -14,13 +15,13 @@ import kurtail_pl
 from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.errors import ArtefactError, KurtailError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import RTN, Normal, Uniform
+from kurtail_pl.methods import RTN, Uniform
 from kurtail_pl.stages.evaluate import perplexity
 from kurtail_pl.stages.quantize import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.scheme import FLOAT, Scheme, Sinks
+from kurtail_pl.surgery.scheme import Scheme
 
 
 def nll(logits: Tensor, ids: Tensor) -> float:
@@ -39,29 +40,6 @@ def walked(folder: Path, windows: Tensor) -> list[Tensor]:
         hidden = [walker.advance(layer, h) for h in hidden]
     norm, head = walker.head()
     return [head(norm(h))[0] for h in hidden]
-
-
-EIGHT = Quantizer(8)
-SCHEMES = {
-    "16-16-16": FLOAT,
-    "4-16-16": Scheme(activations=None, keys=None, values=None),
-    "4-8-8": Scheme(activations=EIGHT, keys=EIGHT, values=EIGHT),
-    "4-4-16": Scheme(keys=None, values=None),
-    "3-4-4": Scheme(weights=Uniform(3)),
-    "per head": Scheme(activations=Quantizer(4, False), attention_output="head"),
-    "w3 groups, a8, k4v2": Scheme(
-        Uniform(3, False, group_size=4), Quantizer(8, clip="quantile:0.98"), values=Quantizer(2, False)
-    ),
-    "w8": Scheme(Uniform(8), None, None, None),
-    "kv4": Scheme(weights=None, activations=None),
-    "sinks": Scheme(weights=None, sinks=Sinks(2, 8)),
-    "prefix": Scheme(None, centre_keys=True, prefix=[5, 7]),
-    "static": Scheme(activation_scales="static"),
-    "static, centred": Scheme(None, Quantizer(4, False), centre=True, centre_keys=True, activation_scales="static"),
-    "bits by layer": Scheme(Uniform(4, False, group_size=4), None, None, None, layer_bits=[2, 8, 3, 5]),
-    "higgs": Scheme(Normal(), activation_scales="static"),
-    "higgs, bits by layer": Scheme(Normal(group_size=4), None, None, None, layer_bits=[2, 8, 3, 5]),
-}
 
 
 @pytest.fixture(params=["w4a4kv4", *SCHEMES])
