@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kurtail_pl.artefact.registration import register
+
 if TYPE_CHECKING:
+    from kurtail_pl.artefact.load import load
     from kurtail_pl.cli.api import quantize
-    from kurtail_pl.stages.artefact import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "quantize"]
 
 
-_PLACES = {"load": "kurtail_pl.stages.artefact", "quantize": "kurtail_pl.cli.api"}
+_PLACES = {"load": "kurtail_pl.artefact.load", "quantize": "kurtail_pl.cli.api"}
 
 
 def __getattr__(name: str) -> Any:
@@ -21,3 +23,6 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import open_session
@@ -15,6 +14,7 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.texts import compare_texts, scenarios
 from transformers import DynamicCache, PreTrainedModel
 
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.surgery.linear import QuantizedLinear
 

@@ -1,4 +1,4 @@
-"""What tests walk by themselves: hidden states before the first layer, and a text through a whole model."""
+"""What tests walk by themselves: windows of a text, hidden states before the first layer, a text through a model."""
 
 import math
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.streaming.walker import Walker
 
 
@@ -28,3 +29,10 @@ def perplexity_of(model: PreTrainedModel, tokenizer: Any, text: Path, windows: i
         logits = model(window[None]).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
     return math.exp(torch.stack(losses).mean())
+
+
+def windows_of(folder: Path, text: TextSpec) -> Tensor:
+    """The first windows, from the tokenizer's output."""
+    content = Path(text.source).read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(folder)(content, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: text.windows * text.seqlen]).view(text.windows, text.seqlen)

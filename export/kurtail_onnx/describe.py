@@ -12,13 +12,13 @@ from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.profiles import PROFILES
 from kurtail_onnx.spec import ExportSpec
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.card import read_card
 from kurtail_pl.storage.files import sha256_of
-from kurtail_pl.storage.folder import read_card
 from kurtail_pl.surgery.positions import positions_of, rotary_border
 
 FORMAT = 1

@@ -12,9 +12,9 @@ from kurtail_onnx.card import CARD, card
 from kurtail_onnx.describe import DATA, DESCRIPTION, MODEL, describe
 from kurtail_onnx.genai import GENAI, genai_config
 from kurtail_onnx.graph.model import build_model
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.check import check, small_enough
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.stages.fusion.stage import copy_companions
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.files import gigabytes, new_folder, refuse_existing, require_space, write_json, write_text

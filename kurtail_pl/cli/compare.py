@@ -34,8 +34,8 @@ from kurtail_pl.stages.quantization.spec import calibration_windows
 from kurtail_pl.stages.reporting.comparison import Row, write_comparison
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
+from kurtail_pl.storage.card import read_card
 from kurtail_pl.storage.files import write_text
-from kurtail_pl.storage.folder import read_card
 from kurtail_pl.storage.keys import settings_key, unspelled
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.resume import differences

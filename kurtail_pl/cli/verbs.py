@@ -26,9 +26,9 @@ from kurtail_pl.stages.reporting import figures as figures_stage
 from kurtail_pl.stages.reporting import report as report_stage
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
+from kurtail_pl.storage.card import is_ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import refuse_existing
-from kurtail_pl.storage.folder import is_ours
 from kurtail_pl.storage.rotation_file import read_rotations, require_rotations_of
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.datamodule import WindowDataModule
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleySGD
-from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.surgery.learnable import make_learnable
 from kurtail_pl.surgery.rotations import random_rotations

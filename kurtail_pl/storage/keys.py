@@ -26,9 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.storage.card import is_ours, read_card, rotations_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
-from kurtail_pl.storage.folder import is_ours, read_card, rotations_of
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of
 from kurtail_pl.surgery.rotations import Rotations

@@ -2,7 +2,9 @@
 
 transformers skips a `quant_method` that it does not know with a warning, and would go on to random weights, or leave
 online rotations out. `transformers_weights` names the file that it reads instead of the usual ones: what is no file of
-weights it refuses with an error that repeats the value. Type, sizes and all else stay, for tokenizers and people.
+weights it refuses with an error that repeats the value. Type, sizes and all else stay, for tokenizers and people. Once
+`kurtail_pl` is imported, transformers knows the `quant_method`, and its quantizer (`artefact.quantizer`) takes
+`transformers_weights` away.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ CARD = "kurtail.json"
 """The file that makes a folder one of ours; its tensors have our own names and are taken as they are."""
 CONFIG = "config.json"
 METHOD = "kurtail"
+WEIGHTS = "transformers_weights"
 MARK = {
     "quantization_config": {"quant_method": METHOD},
-    "transformers_weights": "none, transformers alone would read this folder wrongly; load it with kurtail_pl.load",
+    WEIGHTS: "none, transformers alone would read this folder wrongly; import kurtail_pl before, or load it with "
+    "kurtail_pl.load",
 }
 
 

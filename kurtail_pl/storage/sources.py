@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ArtefactError, CheckpointError, reason
+from kurtail_pl.storage.card import is_ours, read_card, require_plain
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import require_plain
 from kurtail_pl.storage.gguf import from_gguf
 from kurtail_pl.storage.mark import is_marked
 from kurtail_pl.storage.model_config import CONFIG, read_config
@@ -65,6 +65,22 @@ def folder_of(name: str) -> Path:
     return path if path.exists() or name.startswith((".", "/", "~")) else _from_hub(name)
 
 
+def completed(folder: Path, name: str) -> Path:
+    """A folder of ours, with what transformers leaves on the Hugging Face hub: it fetches configuration and weights.
+
+    Args:
+        folder: any; what it lacks is fetched when it is a download in the hub's cache.
+        name: of its repository.
+
+    Raises:
+        CheckpointError: when the hub does not give it.
+    """
+    downloaded = folder.parent.name == "snapshots"
+    if downloaded and not (is_ours(folder) and all((folder / file).is_file() for file in read_card(folder)["sha256"])):
+        _from_hub(name, revision=folder.name, cache_dir=folder.parents[2])
+    return folder
+
+
 def config_of(model: str) -> PretrainedConfig:
     """Configuration of a model, without its weights where they need not be converted.
 
@@ -100,13 +116,26 @@ def _packaged_file(model: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _from_hub(model: str, patterns: Sequence[str] = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")) -> Path:
+def _from_hub(
+    model: str,
+    patterns: Sequence[str] = ("*.json", "*.safetensors", "tokenizer*", "*.jinja"),
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         # Mistral's repositories hold the weights twice, once in its own layout.
-        return Path(snapshot_download(model, allow_patterns=[*patterns], ignore_patterns=["consolidated*"]))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=[*patterns],
+                ignore_patterns=["consolidated*"],
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         packaged = ", ".join(PACKAGED)
         raise CheckpointError(

@@ -13,8 +13,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.progress import track
+from kurtail_pl.storage.card import require_plain
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
-from kurtail_pl.storage.folder import require_plain
 from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.streaming.heap import trim_heap
 from kurtail_pl.streaming.hidden import CPU, HiddenStates

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kurtail_pl.errors import CheckpointError, ConfigError, reason, shortened
+from kurtail_pl.errors import CheckpointError, ConfigError, KurtailError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Clip, Grid, Quantizer, require_groups
 from kurtail_pl.methods.scheme import Scheme
@@ -32,24 +32,36 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
         CheckpointError: when transformers cannot make the model.
     """
-    architecture = architecture_of(config)
+    architecture_of(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation="sdpa", trust_remote_code=False
             )
-        rotary = model.get_submodule(architecture.rotary)
-        model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=config))
+        take_over(model)
+    except KurtailError:
+        raise
     except Exception as error:  # Whatever a model's class raises for values that it cannot have.
         raise CheckpointError(
             f"the config.json of {config.name_or_path or config.model_type} makes no model "
             f"({type(error).__name__}: {reason(error)}); correct it"
         ) from error
+    return model
+
+
+def take_over(model: PreTrainedModel) -> None:
+    """Put modules of our own into an empty model that transformers made: exact rotary frequencies, single experts.
+
+    Raises:
+        UnsupportedArchitecture: when the model's type or its layers do not match a record.
+    """
+    architecture = architecture_of(model.config)
+    rotary = model.get_submodule(architecture.rotary)
+    model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=model.config))
     for layer in layers_of(model, architecture):
         separate_experts(layer, architecture)
         check_layer(layer, architecture)
     model.train(False).requires_grad_(False)
-    return model
 
 
 def layers_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from kurtail_pl.storage import folder
+from kurtail_pl.artefact import shards as writing
 
 Kurtail = Callable[..., None]
 
@@ -55,9 +55,9 @@ def test_what_was_finished_is_kept_and_the_work_goes_on(
             fill_up(ballast)
         write(path, tensors, *rest)  # type: ignore[arg-type]
 
-    write = folder.write_tensors
+    write = writing.write_tensors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "write_tensors", fill)
+        patch.setattr(writing, "write_tensors", fill)
         with pytest.raises(SystemExit):
             kurtail(small_disk, *fuse, small_disk / "out")
     assert "the disk is full" in capsys.readouterr().err

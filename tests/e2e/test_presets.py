@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from kurtail_pl.cli.recipes import recipe_file, shipped
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.quantization import QuantizeSpec
-from kurtail_pl.storage.folder import read_card, scheme_of
+from kurtail_pl.storage.card import read_card, scheme_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),

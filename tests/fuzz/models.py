@@ -12,7 +12,7 @@ from gguf_files import write_gguf
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from kurtail_pl.stages.artefact import load
+from kurtail_pl.artefact.load import load
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.planning.learning import ProxyLearning

@@ -14,7 +14,7 @@ from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.generate import Sampling, generate
 from kurtail_onnx.run.session import open_session
 
-from kurtail_pl.stages.artefact import load
+from kurtail_pl.artefact.load import load
 from kurtail_pl.stages.reporting.report import report
 from kurtail_pl.storage.activations import ActivationStore, Origin
 from kurtail_pl.storage.resume import resumable_folder

@@ -20,7 +20,7 @@ from kurtail_pl.cli.trainer import RecipeCLI, command_line
 from kurtail_pl.errors import ArtefactError, CheckpointError, NotWritable, RuntimeUnusable
 from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
-from kurtail_pl.storage import folder as ours
+from kurtail_pl.storage import card as ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import new_folder, write_json, write_tensors, write_text
 from kurtail_pl.storage.lock import alone_with

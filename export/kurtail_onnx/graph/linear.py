@@ -18,8 +18,8 @@ from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, values_of
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.weights import float_weight, initializer
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.packing import unpack_codes
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.surgery.linear import QuantizedLinear

@@ -14,10 +14,10 @@ from kurtail_onnx.graph.mixture import mixture
 from kurtail_onnx.graph.mlp import mlp
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import rotary_tables
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.step import Step
 from kurtail_onnx.graph.weights import float_weight, stored_dtype, stored_weight, widened
 from kurtail_onnx.spec import ExportSpec
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.step import Step
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
 from kurtail_pl.surgery.positions import LONGROPE, positions_of, rotary_border
 

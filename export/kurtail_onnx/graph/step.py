@@ -13,9 +13,9 @@ from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.grids import GridNodes
 from kurtail_onnx.graph.linear import linear
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.graph.weights import float_weight, initializer
 from kurtail_onnx.spec import ExportSpec
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
 
 

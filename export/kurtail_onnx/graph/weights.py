@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kurtail_onnx.graph.builder import Array, GraphBuilder
-from kurtail_onnx.graph.source import Source
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.finite import half_or_float
 

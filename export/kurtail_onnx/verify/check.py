@@ -9,7 +9,6 @@ from typing import Any
 
 from kurtail_onnx.describe import DATA
 from kurtail_onnx.graph.builder import Precision
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import import_runtime
 from kurtail_onnx.spec import ExportSpec
@@ -17,6 +16,7 @@ from kurtail_onnx.verify.kernels import fused_linears, placement, trace
 from kurtail_onnx.verify.layers import LayerAgreement, compare_layers
 from kurtail_onnx.verify.structure import check_structure
 from kurtail_onnx.verify.texts import TextAgreement, compare_texts, scenarios, windows
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.storage.files import write_json
 from kurtail_pl.surgery.linear import QuantizedLinear

@@ -21,12 +21,12 @@ from transformers import DynamicCache
 from kurtail_onnx.graph.builder import FLOATS, Precision
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, cache_parts, hidden_name
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.positions import steady_positions

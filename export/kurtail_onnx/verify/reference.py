@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.spec import ExportSpec
+from kurtail_pl.artefact.skeleton import skeleton
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer, quantize
 from kurtail_pl.storage.checkpoint import to_float
-from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state

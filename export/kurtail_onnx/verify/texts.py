@@ -17,7 +17,6 @@ from transformers import DynamicCache, PretrainedConfig
 
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.profiles import Profile
@@ -25,6 +24,7 @@ from kurtail_onnx.run.session import open_session
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.reference import cached_codes, whole_reference
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.stages.text import TextSpec, cut_windows

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.card import require_sound
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import require_sound, skeleton
 from kurtail_pl.storage.keys import model_key, tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute

@@ -19,9 +19,9 @@ from kurtail_pl.stages.evaluation.tasks.evaluate import evaluate_tasks
 from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore, Origin, block_sites
+from kurtail_pl.storage.card import is_ours, read_card, require_sound, rotations_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text, write_json
-from kurtail_pl.storage.folder import is_ours, read_card, require_sound, rotations_of
 from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kurtail_pl.artefact.shards import ShardWriter, named
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.fusion.channels import Channels
@@ -20,9 +21,9 @@ from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, channel_scales, sca
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.card import is_ours, read_card, require_intact, write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
-from kurtail_pl.storage.folder import ShardWriter, is_ours, named, read_card, require_intact, write_card
 from kurtail_pl.storage.keys import companions_sha256, require_learned_on, settings_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.mark import write_config

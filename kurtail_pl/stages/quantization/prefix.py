@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.positions import positions_of
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.storage.keys import model_key, tokens_sha256
 from kurtail_pl.storage.resume import Workplace, resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute

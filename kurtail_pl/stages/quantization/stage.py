@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kurtail_pl.artefact.shards import ShardWriter, named
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.methods.tuner import Block, Site, Tuning
@@ -26,9 +27,9 @@ from kurtail_pl.stages.quantization.sensitivity import sensitivities
 from kurtail_pl.stages.quantization.spec import QuantizeSpec, calibration_windows, require_fit, tuning_windows
 from kurtail_pl.stages.text import Windows
 from kurtail_pl.stages.versions import versions
+from kurtail_pl.storage.card import read_card, require_intact, rotations_of, write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space
-from kurtail_pl.storage.folder import ShardWriter, named, read_card, require_intact, rotations_of, write_card
 from kurtail_pl.storage.keys import folder_sha256, settings_key
 from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder

@@ -13,8 +13,8 @@ from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, label_of, read_re
 from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
 from kurtail_pl.stages.reporting.tables import markdown
 from kurtail_pl.stages.text import title_of
+from kurtail_pl.storage.card import CARD, is_ours, read_card
 from kurtail_pl.storage.files import gigabytes, sha256_of, whole_file, write_json, write_text
-from kurtail_pl.storage.folder import CARD, is_ours, read_card
 
 TABLE, DATA, CHART = "compare.md", "compare.json", "compare.png"
 QUAROT = "quarot"

@@ -14,8 +14,8 @@ from kurtail_pl.stages.evaluation.results import LABELS, RESULTS, label_of, read
 from kurtail_pl.stages.evaluation.tasks.table import measured_alike, tasks_note, tasks_table
 from kurtail_pl.stages.reporting.tables import markdown
 from kurtail_pl.stages.text import title_of
+from kurtail_pl.storage.card import is_ours, read_card, require_sound
 from kurtail_pl.storage.files import gigabytes, write_text
-from kurtail_pl.storage.folder import is_ours, read_card, require_sound
 from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)

@@ -122,6 +122,6 @@ def test_package_and_help_load_no_heavy_library(statement: str) -> None:
 
 
 def test_package_gives_load_and_nothing_unknown() -> None:
-    assert kurtail_pl.load.__module__ == "kurtail_pl.stages.artefact"
+    assert kurtail_pl.load.__module__ == "kurtail_pl.artefact.load"
     with pytest.raises(AttributeError, match="unload"):
         kurtail_pl.unload  # noqa: B018

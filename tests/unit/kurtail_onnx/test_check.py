@@ -11,7 +11,6 @@ import pytest
 from exports import CENTRED
 from kurtail_onnx.export import export, save
 from kurtail_onnx.graph.model import build_model
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import open_session
@@ -21,6 +20,7 @@ from kurtail_onnx.verify.kernels import fused_linears, placement, time_by_part, 
 from kurtail_onnx.verify.layers import compare_layers
 from kurtail_onnx.verify.structure import check_structure
 
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed, NotFinite
 from kurtail_pl.maths.quantizers import Quantizer
 

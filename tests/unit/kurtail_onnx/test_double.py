@@ -11,7 +11,6 @@ import pytest
 from exports import CENTRED, checks_of
 from families import FAMILIES
 from kurtail_onnx.export import export
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import open_session
@@ -19,6 +18,7 @@ from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify import check as checks
 from kurtail_onnx.verify.structure import check_structure
 
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import Uniform

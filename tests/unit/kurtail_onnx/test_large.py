@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from kurtail_onnx.export import export
-from kurtail_onnx.graph.source import Source
 from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.layers import compare_layers
 from kurtail_onnx.verify.structure import check_structure
 from torch import Tensor
 from transformers import LlamaConfig
 
+from kurtail_pl.artefact.shards import ShardWriter
+from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.hadamard import random_hadamard_factors
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.storage.folder import ShardWriter, write_card
+from kurtail_pl.storage.card import write_card
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized
 from kurtail_pl.surgery.rotations import Rotations

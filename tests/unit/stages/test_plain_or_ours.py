@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_family
 from logits import IDS
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kurtail_pl
 from kurtail_pl.cli.verbs import _eval, _fuse
@@ -24,10 +26,17 @@ from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
+from kurtail_pl.storage.mark import is_marked
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
-DOORS: list[Callable[[Path], object]] = [
+DOORS = """
+import sys
+from pathlib import Path
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, pipeline
+
+folder = Path(sys.argv[1])
+doors = [
     AutoModelForCausalLM.from_pretrained,
     AutoModel.from_pretrained,
     LlamaForCausalLM.from_pretrained,
@@ -36,6 +45,15 @@ DOORS: list[Callable[[Path], object]] = [
     lambda folder: pipeline("text-generation", model=str(folder)),
     lambda folder: AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name),
 ]
+for door in doors:
+    try:
+        door(folder)
+    except ValueError as error:
+        assert "import kurtail_pl before, or load it with kurtail_pl.load" in str(error), error
+    else:
+        sys.exit(f"door {doors.index(door)} is open")
+assert "kurtail_pl" not in sys.modules
+"""
 
 
 @pytest.fixture(params=["fused", "artefact"])
@@ -45,18 +63,17 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_transformers_alone_refuses_and_names_load(folder: Path, door: Callable[[Path], object]) -> None:
-    with pytest.raises(ValueError, match=r"load it with kurtail_pl.load"):
-        door(folder)
+def test_transformers_alone_refuses_and_says_what_to_do(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", DOORS, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_a_model_without_online_rotations_is_refused_once_quantized(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
+def test_a_model_without_online_rotations_is_marked_once_quantized(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     plain = fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused")
     rounded = quantize(plain, QuantizeSpec(rounder=RTN(), text=text), tmp_path / "rounded")
-    with pytest.raises(ValueError, match=r"load it with kurtail_pl.load"):
-        AutoModelForCausalLM.from_pretrained(rounded)
     halved = quantize(plain, QuantizeSpec(FLOAT, RTN(), text=text), tmp_path / "halved")
+    marked = [is_marked(json.loads((folder / "config.json").read_text())) for folder in (plain, rounded, halved)]
+    assert marked == [False, True, False]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(halved, dtype=torch.float32)(IDS).logits
         assert torch.equal(logits, kurtail_pl.load(halved)(IDS).logits)

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kurtail_pl
+from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.prefix import prefix_states

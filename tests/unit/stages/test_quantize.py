@@ -25,9 +25,9 @@ from kurtail_pl.stages.fusion.stage import UNROTATED, fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.card import CARD
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
-from kurtail_pl.storage.folder import CARD
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 

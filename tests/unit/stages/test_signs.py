@@ -18,8 +18,8 @@ from kurtail_pl.stages.fusion.signs import SignSpec, drawn, sign_errors, with_si
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.storage.card import read_card, rotations_of
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import read_card, rotations_of
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 

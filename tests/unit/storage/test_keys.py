@@ -20,8 +20,8 @@ from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import Origin
+from kurtail_pl.storage.card import write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import write_card
 from kurtail_pl.storage.keys import (
     companions_sha256,
     folder_sha256,

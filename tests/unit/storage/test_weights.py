@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import CheckpointError
-from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.storage.weights import INDEX, SINGLE

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.methods import Uniform
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.stages.artefact import whole_model
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.learnable import make_learnable

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kurtail_pl.artefact.load import load
+from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.progress import track
-from kurtail_pl.stages.artefact import load, whole_model
 from kurtail_pl.stages.evaluation.tasks.spec import MATHQA, MMLU, ZERO_SHOT, TaskSpec, chosen_tasks, files_of, split_of
 from kurtail_pl.stages.meter import Meter, free_memory
+from kurtail_pl.storage.card import is_ours, require_sound
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
-from kurtail_pl.storage.folder import is_ours, require_sound
 from kurtail_pl.storage.keys import model_key, settings_key
 from kurtail_pl.storage.resume import Workplace, resumable_work
 from kurtail_pl.streaming.compute import Compute, Device

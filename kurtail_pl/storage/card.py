@@ -12,51 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import with_config
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import sha256_of, tensor_bytes, write_json, write_tensors
+from kurtail_pl.storage.files import sha256_of, write_json
 from kurtail_pl.storage.mark import CARD as CARD
 from kurtail_pl.storage.mark import require_card
 from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object, require_format, require_inside
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
-from kurtail_pl.storage.weights import INDEX
-from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized, require_scheme_fits, set_clips
 from kurtail_pl.surgery.rotations import Rotations
 
 FORMAT = 2
 AGAIN = "copy the folder again or make it again"
-
-
-class ShardWriter:
-    """Writes a model's weights as numbered shards, one decoder layer or so at a time, and their index.
-
-    Args:
-        folder: where they go.
-        shards: how many there will be; the Hugging Face names hold the number.
-    """
-
-    def __init__(self, folder: Path, shards: int) -> None:
-        self._paths = [folder / f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
-
-    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a shard, the first being 0."""
-        write_tensors(self._paths[number], tensors)
-
-    def close(self) -> None:
-        """Write the index, after the last shard."""
-        weight_map: dict[str, str] = {}
-        size = 0
-        for path in self._paths:
-            sizes = tensor_bytes(path)
-            weight_map.update(dict.fromkeys(sizes, path.name))
-            size += sum(sizes.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(self._paths[0].with_name(INDEX), index)
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
@@ -161,26 +129,3 @@ def scheme_of(folder: Path) -> Scheme:
 def rotations_of(folder: Path) -> Rotations:
     """Rotations of a model folder; a plain one has none."""
     return read_rotations(folder / ROTATIONS) if is_ours(folder) else Rotations()
-
-
-def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The modules that a folder's weights belong in, without the weights (device ``meta``).
-
-    Raises:
-        ArtefactError: when the folder is ours, and a file is missing or not the one that was written.
-    """
-    require_sound(checkpoint.folder)
-    model = empty_model(checkpoint.config)
-    if is_ours(checkpoint.folder):
-        scheme = scheme_of(checkpoint.folder)
-        require_scheme_fits(checkpoint.config, scheme)
-        equip_model(model, scheme, rotations_of(checkpoint.folder))
-        expect_quantized(model, scheme)
-        if clips := read_card(checkpoint.folder).get("clips"):
-            set_clips(model, clips)
-    return model
-
-
-def named(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State of a module under its name in the whole model."""
-    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}

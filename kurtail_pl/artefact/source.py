@@ -1,4 +1,4 @@
-"""What a graph is built from: the modules of an artefact, without weights, and its tensors, read when asked for."""
+"""What an exporter builds from: the modules of an artefact, without weights, and its tensors, read when asked for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from kurtail_pl.artefact.skeleton import skeleton
+from kurtail_pl.storage.card import read_card, require_intact, rotations_of, scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import read_card, require_intact, rotations_of, scheme_of, skeleton
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import checkpoint_name
@@ -19,7 +20,7 @@ from kurtail_pl.surgery.rotations import head_dim_of
 
 
 class Source:
-    """An artefact folder as the graph builder sees it.
+    """An artefact folder as an exporter sees it.
 
     Args:
         folder: what `kurtail fit`, `fuse` or `quantize` wrote.

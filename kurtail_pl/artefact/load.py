@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,18 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kurtail_pl.artefact.placement import Place, device_of, dtype_of, spread
+from kurtail_pl.artefact.skeleton import CPU, parts_of, skeleton, whole_model
 from kurtail_pl.errors import ArtefactError, ConfigError
-from kurtail_pl.stages.placement import Place, device_of, dtype_of, place, spread
-from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.storage.card import require_intact
+from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import new_folder
-from kurtail_pl.storage.folder import require_intact, skeleton
 from kurtail_pl.storage.model_config import read_generation_config
 from kurtail_pl.storage.sources import folder_of
-from kurtail_pl.surgery.equip import layers_of
-from kurtail_pl.surgery.families import architecture_of
-from kurtail_pl.surgery.layout import module_state
-
-CPU = torch.device("cpu")
 
 
 def load(
@@ -61,37 +57,11 @@ def load(
     require_intact(path)
     model = whole_model(Checkpoint(path), kind, where)
     model.config.dtype = kind
-    model.__class__ = type(type(model).__name__, (Loaded, type(model)), {"folder": path.resolve()})
+    mark_loaded(model, path)
     model.generation_config = read_generation_config(path) or model.generation_config
     if device_map is not None:
         spread(model, device_map)
     return model
-
-
-def whole_model(
-    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device = CPU
-) -> PreTrainedModel:
-    """The model of any folder, plain or ours, with all its weights in memory, in evaluation mode.
-
-    Raises:
-        ConfigError: when the type does not hold the weights.
-    """
-    model = skeleton(checkpoint)
-    for name, tensors in _parts(checkpoint, model):
-        part = model.get_submodule(name)
-        checkpoint.fill(part, name, tensors)
-        place(part, name, dtype, device)
-    model.get_submodule(architecture_of(model.config).rotary).to(device)
-    return model
-
-
-def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each module of a model that is read at once, by name, and its tensors, floats as float32."""
-    architecture = architecture_of(model.config)
-    layers = [f"{architecture.layers}.{index}" for index in range(len(layers_of(model, architecture)))]
-    for name in (architecture.embedding, architecture.final_norm, architecture.head, *layers):
-        state = module_state(checkpoint.tensors_under(name), architecture)
-        yield name, {key: to_float(tensor, torch.float32) for key, tensor in state.items()}
 
 
 class Loaded(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -131,6 +101,11 @@ class Loaded(PreTrainedModel):  # type: ignore[no-untyped-call]
             shutil.copytree(self.folder, partial, dirs_exist_ok=True)
 
 
+def mark_loaded(model: PreTrainedModel, folder: Path) -> None:
+    """Let a model know the folder that it came from, by a class of its own under the old name."""
+    model.__class__ = type(type(model).__name__, (Loaded, type(model)), {"folder": folder.resolve()})
+
+
 def _changed(model: Loaded) -> str | None:
     """Name of the first module or tensor that differs from what `load` made of its folder; None for none."""
     checkpoint = Checkpoint(model.folder)
@@ -141,7 +116,7 @@ def _changed(model: Loaded) -> str | None:
         module, other = wanted.get(name), found.get(name)
         if module is None or other is None or _settings(module) != _settings(other):
             return name
-    for name, tensors in _parts(checkpoint, fresh):
+    for name, tensors in parts_of(checkpoint, fresh):
         state = model.get_submodule(name).state_dict()
         for key in {**tensors, **state}:
             if key not in tensors or key not in state or not _equal(tensors[key], state[key]):

@@ -1,34 +1,27 @@
-"""Artefacts loaded back: the evaluated logits, generation, damage; perplexity against transformers' loss."""
+"""Artefacts loaded back: the evaluated logits, generation, damage."""
 
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from schemes import SCHEMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from walks import embed
+from walks import embed, windows_of
 
 import kurtail_pl
-from kurtail_pl.errors import ArtefactError, KurtailError, TextError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import RTN, Normal, Uniform
-from kurtail_pl.methods.scheme import FLOAT, Scheme, Sinks
+from kurtail_pl.artefact.skeleton import skeleton
+from kurtail_pl.errors import ArtefactError, KurtailError
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import RTN, Uniform
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import skeleton
 from kurtail_pl.streaming.walker import Walker
-
-
-def windows_of(folder: Path, text: TextSpec) -> Tensor:
-    """The first windows, from the tokenizer's output."""
-    content = Path(text.source).read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(folder)(content, add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: text.windows * text.seqlen]).view(text.windows, text.seqlen)
 
 
 def nll(logits: Tensor, ids: Tensor) -> float:
@@ -47,29 +40,6 @@ def walked(folder: Path, windows: Tensor) -> list[Tensor]:
         hidden = [walker.advance(layer, h) for h in hidden]
     norm, head = walker.head()
     return [head(norm(h))[0] for h in hidden]
-
-
-EIGHT = Quantizer(8)
-SCHEMES = {
-    "16-16-16": FLOAT,
-    "4-16-16": Scheme(activations=None, keys=None, values=None),
-    "4-8-8": Scheme(activations=EIGHT, keys=EIGHT, values=EIGHT),
-    "4-4-16": Scheme(keys=None, values=None),
-    "3-4-4": Scheme(weights=Uniform(3)),
-    "per head": Scheme(activations=Quantizer(4, False), attention_output="head"),
-    "w3 groups, a8, k4v2": Scheme(
-        Uniform(3, False, group_size=4), Quantizer(8, clip=Clip("quantile", 0.98)), values=Quantizer(2, False)
-    ),
-    "w8": Scheme(Uniform(8), None, None, None),
-    "kv4": Scheme(weights=None, activations=None),
-    "sinks": Scheme(weights=None, sinks=Sinks(2, 8)),
-    "prefix": Scheme(None, centre_keys=True, prefix=[5, 7]),
-    "static": Scheme(activation_scales="static"),
-    "static, centred": Scheme(None, Quantizer(4, False), centre=True, centre_keys=True, activation_scales="static"),
-    "bits by layer": Scheme(Uniform(4, False, group_size=4), None, None, None, layer_bits=[2, 8, 3, 5]),
-    "higgs": Scheme(Normal(), activation_scales="static"),
-    "higgs, bits by layer": Scheme(Normal(group_size=4), None, None, None, layer_bits=[2, 8, 3, 5]),
-}
 
 
 @pytest.fixture(params=["w4a4kv4", *SCHEMES])
@@ -173,27 +143,3 @@ def test_folders_that_are_not_ours_are_refused(tiny: Path, artefact: Path, tmp_p
     (copy / "kurtail.json").write_text("{")
     with pytest.raises(KurtailError, match=r"kurtail.json is not JSON"):
         kurtail_pl.load(str(copy))
-
-
-@pytest.mark.parametrize("which", ["tiny", "tied", "stories"])
-def test_perplexity_is_that_of_transformers_loss(which: str, request: pytest.FixtureRequest, text: TextSpec) -> None:
-    folder: Path = request.getfixturevalue(which)
-    windows = windows_of(folder, text)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        losses = [model(w.unsqueeze(0), labels=w.unsqueeze(0)).loss.double().item() for w in windows]
-    measured = perplexity(Checkpoint(folder), text)
-    assert measured["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
-    assert (measured["windows"], measured["seqlen"], measured["tokens"]) == (6, 48, 6 * 47)
-    assert measured["source"] == text.source
-    assert measured["cost"]["peak_bytes"] > 0
-
-
-def test_a_fused_model_has_the_perplexity_of_the_original(tiny: Path, fused: Path, text: TextSpec) -> None:
-    before, after = (perplexity(Checkpoint(f), text)["perplexity"] for f in (tiny, fused))
-    assert after == pytest.approx(before, rel=1e-4)
-
-
-def test_too_short_a_text(tiny: Path, text: TextSpec) -> None:
-    with pytest.raises(TextError, match="were asked for"):
-        perplexity(Checkpoint(tiny), replace(text, windows=10_000))

@@ -36,9 +36,14 @@ def device_of(device: Place) -> torch.device:
 def place(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Cast and move the weights of a module, in place; raises ConfigError when the type does not hold one of them."""
     module.to(device, dtype)
-    for key, tensor in module.state_dict().items():
+    require_range(module, f"{name}.")
+
+
+def require_range(module: nn.Module, prefix: str = "") -> None:
+    """Raise ConfigError when a weight of a module was too large for float16."""
+    for key, tensor in module.state_dict(prefix=prefix).items():
         if tensor.dtype == torch.float16 and not torch.isfinite(tensor).all():
-            raise ConfigError(f"dtype is float16, and {name}.{key} is beyond its range; choose bfloat16 or float32")
+            raise ConfigError(f"dtype is float16, and {key} is beyond its range; choose bfloat16 or float32")
 
 
 def spread(model: PreTrainedModel, device_map: Place | Mapping[str, Any]) -> None:
@@ -59,15 +64,20 @@ def spread(model: PreTrainedModel, device_map: Place | Mapping[str, Any]) -> Non
         device_map = _filled(model)
     elif not isinstance(device_map, Mapping):
         device_map = {"": device_of(device_map)}
+    require_no_offload(device_map)
+    try:
+        dispatch_model(model, dict(device_map))
+    except (ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ConfigError(f"device_map cannot be used here ({reason(error)}); give auto, or a device") from error
+
+
+def require_no_offload(device_map: Mapping[str, Any]) -> None:
+    """Raise ConfigError when parts would be fetched from memory or disk at each use."""
     places = sorted({str(place) for place in device_map.values()})
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ConfigError(
             f"device_map puts parts on {' and '.join(places)}; give devices with room for all, or the cpu"
         )
-    try:
-        dispatch_model(model, dict(device_map))
-    except (ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ConfigError(f"device_map cannot be used here ({reason(error)}); give auto, or a device") from error
 
 
 def _filled(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Folders of ours: rotations bit for bit, shards and their index, the card and its hashes."""
+"""Folders of ours: rotations bit for bit, the card and its hashes."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.storage import folder as ours
-from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage import card as ours
 from kurtail_pl.storage.rotation_file import FILE, read_rotations, write_rotations
-from kurtail_pl.storage.weights import INDEX
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 NAMES = ("residual", "value", "query_key", "attention_output", "mlp_hidden")
@@ -49,27 +46,6 @@ def test_equal_rotations_give_equal_files(rotations: Rotations, tmp_path: Path) 
     for number in range(8):
         write_rotations(tmp_path / f"{number}", rotations)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-
-
-def test_shards_are_what_transformers_reads(tiny: Path, tmp_path: Path) -> None:
-    """Written layer by layer, loaded by transformers itself."""
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    writer = ours.ShardWriter(tmp_path, shards=6)
-    for number, prefix in enumerate(("model.embed_tokens", *[f"model.layers.{i}" for i in range(4)])):
-        writer.write(number, ours.named(prefix, model.get_submodule(prefix).state_dict()))
-    norm = ours.named("model.norm", model.model.norm.state_dict())
-    writer.write(5, {**norm, "lm_head.weight": model.lm_head.weight})
-    writer.close()
-    model.config.save_pretrained(tmp_path)
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
-    index = json.loads((tmp_path / INDEX).read_text())
-    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
-    for name, file in index["weight_map"].items():
-        assert name in load_file(tmp_path / file)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(again.get_parameter(name), parameter)
 
 
 def card_with(scheme: Scheme) -> dict[str, Any]:
@@ -162,7 +138,6 @@ def test_a_plain_folder_is_float_and_not_rotated(tiny: Path) -> None:
     assert not ours.is_ours(tiny)
     assert ours.scheme_of(tiny) == FLOAT
     assert ours.rotations_of(tiny) == Rotations()
-    assert set(ours.skeleton(Checkpoint(tiny)).state_dict()) == set(Checkpoint(tiny).names)
 
 
 def test_scheme_and_rotations_of_our_folder(tmp_path: Path, rotations: Rotations) -> None:

@@ -1,0 +1,75 @@
+"""The modules of a model folder, plain or ours: without weights, and with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kurtail_pl.artefact.placement import place
+from kurtail_pl.storage.card import is_ours, read_card, require_sound, rotations_of, scheme_of
+from kurtail_pl.storage.checkpoint import Checkpoint, to_float
+from kurtail_pl.surgery.equip import (
+    empty_model,
+    equip_model,
+    expect_quantized,
+    layers_of,
+    require_scheme_fits,
+    set_clips,
+)
+from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.layout import module_state
+
+CPU = torch.device("cpu")
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The modules that a folder's weights belong in, without the weights (device ``meta``).
+
+    Raises:
+        ArtefactError: when the folder is ours, and a file is missing or not the one that was written.
+    """
+    require_sound(checkpoint.folder)
+    model = empty_model(checkpoint.config)
+    if is_ours(checkpoint.folder):
+        equip(model, checkpoint.folder)
+    return model
+
+
+def equip(model: PreTrainedModel, folder: Path) -> None:
+    """Make an empty plain model expect the weights of a folder of ours, and compute what that folder does, in place."""
+    scheme = scheme_of(folder)
+    require_scheme_fits(model.config, scheme)
+    equip_model(model, scheme, rotations_of(folder))
+    expect_quantized(model, scheme)
+    if clips := read_card(folder).get("clips"):
+        set_clips(model, clips)
+
+
+def whole_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> PreTrainedModel:
+    """The model of any folder, plain or ours, with all its weights in memory, in evaluation mode.
+
+    Raises:
+        ConfigError: when the type does not hold the weights.
+    """
+    model = skeleton(checkpoint)
+    for name, tensors in parts_of(checkpoint, model):
+        part = model.get_submodule(name)
+        checkpoint.fill(part, name, tensors)
+        place(part, name, dtype, device)
+    model.get_submodule(architecture_of(model.config).rotary).to(device)
+    return model
+
+
+def parts_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each module of a model that is read at once, by name, and its tensors, floats as float32."""
+    architecture = architecture_of(model.config)
+    layers = [f"{architecture.layers}.{index}" for index in range(len(layers_of(model, architecture)))]
+    for name in (architecture.embedding, architecture.final_norm, architecture.head, *layers):
+        state = module_state(checkpoint.tensors_under(name), architecture)
+        yield name, {key: to_float(tensor, torch.float32) for key, tensor in state.items()}
