@@ -186,7 +186,7 @@ def _callbacks(cli: KurtailCLI) -> tuple[WeightQuantization, Evaluation]:
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OneLineParser(
         "kurtail compare",
-        description=__doc__,
+        description=compare.__doc__,
         epilog="Other options override settings of every recipe, as in fit.",
         allow_abbrev=False,
     )

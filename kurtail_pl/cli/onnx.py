@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import TextStreamer
 
-from kurtail_pl.cli.verbs import run
 from kurtail_pl.errors import RuntimeUnusable
 from kurtail_pl.stages.text import TextSpec
 
@@ -31,12 +30,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-def export(arguments: list[str]) -> None:
-    """Write an ONNX model of an artefact folder, and check it."""
-    run(_export, arguments)
-
-
-def _export(
+def export(
     checkpoint: Path,
     out: Path,
     dtype: Precision = "fp32",
@@ -62,12 +56,7 @@ def _export(
     export_artefact(checkpoint, out, ExportSpec(dtype, kv, weights, act), check, overwrite)
 
 
-def generate(arguments: list[str]) -> None:
-    """Continue a prompt by an export, printing the text as it comes."""
-    run(_generate, arguments)
-
-
-def _generate(
+def generate(
     onnx: Path, prompt: str, sampling: Sampling, profile: Profile = "exact", device: Device = "cpu", threads: int = 0
 ) -> None:
     """Continue a prompt by an export, printing the text as it comes.

@@ -1,16 +1,10 @@
-"""The verbs that need no trainer; each calls one stage, with options from its signature."""
+"""The verbs that need no trainer; each calls one stage, and its parameters are the options."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
-
-from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.usage import SettingsParser, late_errors_explained
 from kurtail_pl.errors import ConfigError, StoreMismatch
 from kurtail_pl.stages import capture as capture_stage
 from kurtail_pl.stages import figures as figures_stage
@@ -36,21 +30,7 @@ from kurtail_pl.surgery.positions import require_positions
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 
-def run(function: Callable[..., None], arguments: list[str], repeatable: tuple[str, ...] = ()) -> None:
-    """Call a function with options from its signature."""
-    name = f"kurtail {function.__name__.strip('_')}"
-    with late_errors_explained():
-        auto_cli(
-            function, args=prepared(arguments, repeatable), as_positional=False, parser_class=SettingsParser, prog=name
-        )
-
-
-def capture(arguments: list[str]) -> None:
-    """Run the model over text and store sampled activations."""
-    run(_capture, arguments)
-
-
-def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
+def capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
     """Run the model over text and store sampled activations.
 
     Args:
@@ -62,12 +42,7 @@ def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False
     capture_stage.capture(spec, store, dry_run, compute)
 
 
-def fuse(arguments: list[str]) -> None:
-    """Fuse rotations, learned or random, into a model's weights."""
-    run(_fuse, arguments)
-
-
-def _fuse(
+def fuse(
     model: str,
     folder: Path,
     rotations: Path | None = None,
@@ -106,12 +81,7 @@ def _fuse(
     fuse_stage.fuse(checkpoint, chosen, name, folder, overwrite, device, scales, signs)
 
 
-def quantize(arguments: list[str]) -> None:
-    """Quantize a fused model into an artefact folder."""
-    run(_quantize, arguments)
-
-
-def _quantize(
+def quantize(
     fused: Path,
     folder: Path,
     spec: quantize_stage.QuantizeSpec,
@@ -130,12 +100,7 @@ def _quantize(
     quantize_stage.quantize(fused, spec, folder, overwrite, compute)
 
 
-def evaluate(arguments: list[str]) -> None:
-    """Measure perplexity or tasks of models or artefact folders."""
-    run(_eval, [re.sub(r"^--model(?=$|=)", "--model+", argument) for argument in arguments], ("--model+",))
-
-
-def _eval(
+def evaluate(
     text: TextSpec | None = None,
     tasks: TaskSpec | None = None,
     model: list[str] | str | None = None,
@@ -207,12 +172,7 @@ def _print_perplexity(value: float, text: TextSpec) -> None:
     print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.name})")
 
 
-def figures(arguments: list[str]) -> None:
-    """Draw the paper's figures from activations and rotations."""
-    run(_figures, arguments)
-
-
-def _figures(
+def figures(
     store: Path,
     rotations: Path,
     folder: Path,
@@ -246,12 +206,7 @@ def _figures(
     print(f"{pages.tables['max_reduction']}\n{folder}")
 
 
-def report(arguments: list[str]) -> None:
-    """Write an artefact's report and print the table of methods."""
-    run(_report, arguments)
-
-
-def _report(folder: Path) -> None:
+def report(folder: Path) -> None:
     """Write an artefact's report and print the table of methods.
 
     Args:

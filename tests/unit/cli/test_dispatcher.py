@@ -29,7 +29,7 @@ def test_help_lists_every_verb_by_its_docstring(capsys: pytest.CaptureFixture[st
     listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     functions = []
     for verb, _ in listed:
-        module, function = VERBS[verb][0].split(":")
+        module, function = VERBS[verb].split(":")
         functions.append(getattr(importlib.import_module(module), function))
     assert [text for _, text in listed] == [(function.__doc__ or "").splitlines()[0] for function in functions]
     verbs = {"fit", "validate", "compare", "capture", "fuse", "quantize", "eval", "report"}

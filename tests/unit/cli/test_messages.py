@@ -283,6 +283,13 @@ def test_every_model_is_measured(typed: list[str], monkeypatch: pytest.MonkeyPat
     assert opened == ["A", "B"]
 
 
+def test_an_option_that_takes_a_list_grows_when_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    others = ["--store", "s", "--rotations", "r", "--folder", "f"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["figures", *others, "--layers", "1", "--layers=[7, 15]", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["layers"] == [1, 7, 15]
+
+
 def test_a_misspelled_option_names_its_neighbour(refusal: Refusal) -> None:
     assert "did you mean folder?" in refusal("report", "--foldr", "x")
 

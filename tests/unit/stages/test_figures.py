@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from mpl_toolkits.mplot3d import Axes3D
 from torch import Tensor
 
-from kurtail_pl.cli.verbs import _figures
+from kurtail_pl.cli import verbs
 from kurtail_pl.errors import ArtefactError, ConfigError, StoreMismatch
 from kurtail_pl.maths.sensitivity import Sensitivity
 from kurtail_pl.stages.figures import Pages, figures
@@ -312,4 +312,4 @@ def test_what_cannot_be_drawn_is_refused_and_leaves_nothing(
 def test_a_store_of_another_model_is_refused(store: ActivationStore, stories: Path, tmp_path: Path) -> None:
     write_rotations(tmp_path / "none.safetensors", Rotations())
     with pytest.raises(StoreMismatch, match="is of a model of other sizes than"):
-        _figures(store.folder, tmp_path / "none.safetensors", tmp_path / "drawn", model=str(stories))
+        verbs.figures(store.folder, tmp_path / "none.safetensors", tmp_path / "drawn", model=str(stories))
