@@ -45,7 +45,7 @@ def compare(arguments: list[str]) -> None:
         _recipe([*common, *overrides], options.weights or BASELINES),
         *(_recipe([*common, *_overlays(names), *overrides], options.weights or []) for names in options.others),
     ]
-    folder = options.folder or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
+    folder = options.out or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     begun: set[Path] = set()
@@ -206,7 +206,7 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="recipes for how weights are rounded, such as float, rtn, gptq, hqq; as the recipe says if not given",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of the rotations; the recipe's own if not given")
-    parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPES)")
+    parser.add_argument("--out", type=Path, help="folder of table, picture and recipes (comparisons/RECIPES)")
     parser.add_argument("--overwrite", choices=("true", "false"), default="false", help="make everything anew")
     options, others = parser.parse_known_args(prepared(arguments, ("--with",)))
     options.overwrite = options.overwrite == "true"

@@ -24,6 +24,7 @@ NO_MAPPING = "argument after ** must be a mapping"
 LATE = re.compile(rf"{re.escape(NO_MAPPING)}, not (\w+)")
 REFUSED = re.compile(r"\AD[^\n]*\n[^\n]*\nErrors:\n  - (?!Expected |Not a valid subclass |Problem with given)([^\n]+)")
 """What the first of several types makes of a value, where it is a class that was called."""
+UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<group>)--([\w.-]+)")
 REQUIRED = re.compile(r"arguments are required: (.+)")
 NO_MODULE = re.compile(r"No module named '([^']+)'")
 NO_SETTINGS = re.compile(r"Unable to load config '([^']*)'")
@@ -106,6 +107,9 @@ def explained(message: str) -> str:
         names = sorted(getattr(importlib.import_module("kurtail_pl.methods"), seam).kinds())
         shown = shortened(name[1], VALUE_LENGTH)
         return f"{place} is {shown}, expected one of {', '.join(names)}{_like(name[1].upper(), names)}"
+    if unrecognized := UNRECOGNIZED.search(message):
+        hint = _suggested(message) or "; --help lists the options"
+        return f"there is no option --{shortened(unrecognized[2], VALUE_LENGTH)}{hint}"
     return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"
 
 
@@ -156,7 +160,7 @@ def _like(name: str, known: Iterable[str]) -> str:
 
 def _suggestion(message: str, settings: list[str]) -> str:
     """The setting, of those that a parser has, that a misspelled one is like."""
-    unknown = UNKNOWN.search(message) or re.search(r"unrecognized arguments: (?P<group>)--([\w.-]+)", message)
+    unknown = UNKNOWN.search(message) or UNRECOGNIZED.search(message)
     if unknown is None or "did you mean" in message:
         return ""
     group = f"{unknown['group']}." if unknown["group"] else ""

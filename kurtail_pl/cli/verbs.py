@@ -30,21 +30,21 @@ from kurtail_pl.surgery.positions import require_positions
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 
-def capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
+def capture(spec: capture_stage.CaptureSpec, out: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
     """Run the model over text and store sampled activations.
 
     Args:
         spec: model, text, rows and seed.
-        store: folder of the store; one of the same origin is reused.
+        out: folder of the activation store; one of the same origin is reused.
         dry_run: print sites, rows and bytes, and stop.
         compute: device and floating-point type.
     """
-    capture_stage.capture(spec, store, dry_run, compute)
+    capture_stage.capture(spec, out, dry_run, compute)
 
 
 def fuse(
     model: str,
-    folder: Path,
+    out: Path,
     rotations: Path | None = None,
     method: Literal["quarot", "none"] | None = None,
     seed: int = 0,
@@ -57,11 +57,11 @@ def fuse(
 
     Args:
         model: name, folder or GGUF file.
-        folder: where the fused model goes.
+        out: folder of the fused model, an artefact that is not quantized yet.
         rotations: the learned `rotations.safetensors`, which name their method.
         method: without such a file: quarot (random Hadamards) or none.
         seed: of the random Hadamards, for method quarot.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
         device: auto, cpu or cuda; float64 on either.
         scales: channels to scale; null for none.
         signs: of R4 and R5, chosen among several draws; null takes them as they are.
@@ -78,26 +78,26 @@ def fuse(
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
     name = method or chosen.origin.get("method", "kurtail")
-    fuse_stage.fuse(checkpoint, chosen, name, folder, overwrite, device, scales, signs)
+    fuse_stage.fuse(checkpoint, chosen, name, out, overwrite, device, scales, signs)
 
 
 def quantize(
-    fused: Path,
-    folder: Path,
+    artefact: Path,
+    out: Path,
     spec: quantize_stage.QuantizeSpec,
     overwrite: bool = False,
     compute: Compute = AUTO,
 ) -> None:
-    """Quantize a fused model into an artefact folder.
+    """Quantize a fused model.
 
     Args:
-        fused: folder that kurtail fuse wrote.
-        folder: where the artefact goes.
+        artefact: folder that kurtail fuse wrote.
+        out: folder of the quantized artefact.
         spec: bits, method, calibration.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
         compute: device and floating-point type.
     """
-    quantize_stage.quantize(fused, spec, folder, overwrite, compute)
+    quantize_stage.quantize(artefact, spec, out, overwrite, compute)
 
 
 def evaluate(
@@ -111,12 +111,12 @@ def evaluate(
     device: Literal["cpu", "cuda"] = "cpu",
     compute: Compute = AUTO,
 ) -> None:
-    """Measure perplexity or tasks of models or artefact folders.
+    """Measure perplexity or tasks of models, artefacts or an export.
 
     Args:
         text: evaluation text, windows and their length; the embedded text when no tasks are given either.
         tasks: of the lm-evaluation-harness; an artefact's results.json gets what they give.
-        model: model name or folder, several by repeating it; an artefact gets a results.json when a store is given.
+        model: name, folder, GGUF file or artefact; several by repeating it; an artefact gets results.json with a store.
         onnx: instead, a folder that kurtail export wrote.
         store: activation store of the vanilla model, for the kurtosis of the block inputs.
         validation_rows: its last rows, on which kurtosis is measured.
@@ -130,7 +130,7 @@ def evaluate(
         text = TextSpec()
     if onnx is not None:
         if text is None or tasks is not None:
-            raise ConfigError("tasks are for models and artefact folders; measure the artefact of the export")
+            raise ConfigError("tasks are for models and artefacts; measure the artefact of the export")
         from kurtail_pl.cli.onnx import measure
 
         _print_perplexity(measure(onnx, text, profile, device), text)
@@ -175,7 +175,7 @@ def _print_perplexity(value: float, text: TextSpec) -> None:
 def figures(
     store: Path,
     rotations: Path,
-    folder: Path,
+    out: Path,
     layers: list[int] | None = None,
     model: str | None = None,
     validation_rows: int = 1024,
@@ -186,13 +186,13 @@ def figures(
     Args:
         store: activation store of the vanilla model.
         rotations: the learned `rotations.safetensors`; random Hadamards of its seed are drawn beside it.
-        folder: where the figures and their numbers go.
+        out: folder of the figures and their numbers.
         layers: whose sensitivity, surface and histogram are drawn; by default the paper's 1 and 15, or the last one.
         model: the store's model, if it is no longer where it was captured.
         validation_rows: the store's last rows, on which everything is measured.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
     """
-    refuse_existing(folder, overwrite)
+    refuse_existing(out, overwrite)
     activations, learned = ActivationStore(store), read_rotations(rotations)
     config = config_of(model or activations.origin.model)
     require_rotations_of(config, learned, f"rotations {rotations}")
@@ -201,15 +201,15 @@ def figures(
         raise StoreMismatch(f"{store} is of a model of other sizes than {named}; name its own model by --model")
     hadamard = random_rotations(config, learned.origin.get("seed", 0))
     pages = figures_stage.figures(
-        activations, learned, hadamard, config.rms_norm_eps, folder, validation_rows, layers, overwrite
+        activations, learned, hadamard, config.rms_norm_eps, out, validation_rows, layers, overwrite
     )
-    print(f"{pages.tables['max_reduction']}\n{folder}")
+    print(f"{pages.tables['max_reduction']}\n{out}")
 
 
-def report(folder: Path) -> None:
+def report(artefact: Path) -> None:
     """Write an artefact's report and print the table of methods.
 
     Args:
-        folder: an artefact folder; folders beside it that measured the same model on the same text are listed too.
+        artefact: folder with results; folders beside it that measured the same model on the same text are listed too.
     """
-    print(report_stage.report(folder))
+    print(report_stage.report(artefact))

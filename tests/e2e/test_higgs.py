@@ -32,7 +32,7 @@ def test_higgs_beside_gptq(kurtail: Kurtail, recipe: Path, capsys: pytest.Captur
     model = kurtail_pl.load(folder)
     assert model.model.layers[0].mlp.up_proj.codes.dtype == torch.uint8
     with pytest.raises(SystemExit, match="1"):
-        kurtail(place, "export", "--checkpoint", folder, "--out", "onnx")
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
     assert "levels of the normal distribution" in capsys.readouterr().err
     assert not (place / "onnx").exists()
 

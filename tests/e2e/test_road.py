@@ -103,7 +103,7 @@ def test_the_folder_is_complete(road: Road) -> None:
 
 
 def test_the_report_compares_the_five_methods(road: Road, kurtail: Kurtail, capsys: pytest.CaptureFixture[str]) -> None:
-    kurtail(road.place, "report", "--folder", road.folders["kurtail"])
+    kurtail(road.place, "report", "--artefact", road.folders["kurtail"])
     printed = capsys.readouterr().out
     written = (road.folders["kurtail"] / "report.md").read_text()
     assert [row[0] for row in table_rows(written)] == METHODS
@@ -180,7 +180,7 @@ def test_the_verbs_one_by_one_give_the_same_folder(
     road: Road, kurtail: Kurtail, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = ["--spec.model", road.model, "--spec.rows", 256, "--spec.text.source", road.text]
-    spec += ["--spec.text.windows", 2, "--spec.text.seqlen", 128, "--store", "store"]
+    spec += ["--spec.text.windows", 2, "--spec.text.seqlen", 128, "--out", "store"]
     kurtail(tmp_path, "capture", *spec, "--dry_run", "true")
     assert list(tmp_path.iterdir()) == []
     kurtail(tmp_path, "capture", *spec)
@@ -190,11 +190,11 @@ def test_the_verbs_one_by_one_give_the_same_folder(
         assert path.read_bytes() == (reused / path.name).read_bytes()
 
     rotations = road.place / "runs" / "rotations.safetensors"
-    kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--folder", "fused")
+    kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--out", "fused")
     assert_same_weights(tmp_path / "fused", road.place / "runs" / "fused")
 
     (tmp_path / "quantize.yaml").write_text(yaml.safe_dump({"spec": road.settings}))
-    kurtail(tmp_path, "quantize", "--config", "quantize.yaml", "--fused", "fused", "--folder", "own")
+    kurtail(tmp_path, "quantize", "--config", "quantize.yaml", "--artefact", "fused", "--out", "own")
     assert_same_weights(tmp_path / "own", road.folders["kurtail"])
 
     text = ["--text.source", road.text, "--text.windows", 2, "--text.seqlen", 128]
@@ -208,7 +208,7 @@ def test_the_verbs_one_by_one_give_the_same_folder(
     assert own["kurtosis"] == first["kurtosis"]
     assert f"perplexity {own['evaluation']['perplexity']:.4f} " in printed
 
-    kurtail(tmp_path, "report", "--folder", "own")
+    kurtail(tmp_path, "report", "--artefact", "own")
     (row,) = table_rows((tmp_path / "own" / "report.md").read_text())
     assert row[0] == "KurTail"
 
@@ -226,7 +226,7 @@ def test_more_validation_rows_than_the_store_has_are_refused(
 
 
 def test_fuse_draws_quarots_rotations(road: Road, kurtail: Kurtail, tmp_path: Path) -> None:
-    kurtail(tmp_path, "fuse", "--model", road.model, "--method", "quarot", "--folder", "fused")
+    kurtail(tmp_path, "fuse", "--model", road.model, "--method", "quarot", "--out", "fused")
     (run,) = (road.place / "runs" / road.model.name).glob("quarot-*")
     assert_same_weights(tmp_path / "fused", run / "fused")
 
@@ -265,6 +265,6 @@ def test_the_same_rotations_have_the_same_hash(road: Road, kurtail: Kurtail, tmp
     hashes = set()
     for number in range(4):
         folder = tmp_path / f"fused-{number}"
-        kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--folder", folder)
+        kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--out", folder)
         hashes.add(json.loads((folder / "kurtail.json").read_text())["rotations_sha256"])
     assert len(hashes) == 1

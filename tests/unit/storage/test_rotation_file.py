@@ -114,7 +114,7 @@ def test_fuse_refuses_them_and_leaves_nothing(tiny: Path, tmp_path: Path, capsys
         fuse(Checkpoint(tiny), other, "kurtail", tmp_path / "fused")
     write_rotations(tmp_path / FILE, other)
     with pytest.raises(SystemExit, match="1"):
-        main(["fuse", "--model", str(tiny), "--rotations", str(tmp_path / FILE), "--folder", str(tmp_path / "fused")])
+        main(["fuse", "--model", str(tiny), "--rotations", str(tmp_path / FILE), "--out", str(tmp_path / "fused")])
     (line,) = capsys.readouterr().err.splitlines()
     assert f"rotations {tmp_path / FILE} belong to another model" in line
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
