@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kurtail_pl.errors import ConfigError, StoreMismatch
+from kurtail_pl.errors import CheckpointError, ConfigError, StoreMismatch
 from kurtail_pl.stages import capture as capture_stage
 from kurtail_pl.stages import figures as figures_stage
 from kurtail_pl.stages import fuse as fuse_stage
@@ -75,10 +76,12 @@ def fuse(
     if rotations is not None:
         chosen = read_rotations(rotations)
         require_rotations_of(checkpoint.config, chosen, f"rotations {rotations}")
+        if "method" not in chosen.origin:
+            raise CheckpointError(f"{rotations} does not name the method that learned it; run kurtail fit again")
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
-    name = method or chosen.origin.get("method", "kurtail")
-    fuse_stage.fuse(checkpoint, chosen, name, out, overwrite, device, scales, signs)
+        chosen = replace(chosen, origin={**chosen.origin, "method": method})
+    fuse_stage.fuse(checkpoint, chosen, chosen.origin["method"], out, overwrite, device, scales, signs)
 
 
 def quantize(
