@@ -108,8 +108,8 @@ def explained(message: str) -> str:
         shown = shortened(name[1], VALUE_LENGTH)
         return f"{place} is {shown}, expected one of {', '.join(names)}{_like(name[1].upper(), names)}"
     if unrecognized := UNRECOGNIZED.search(message):
-        hint = _suggested(message) or "; --help lists the options"
-        return f"there is no option --{shortened(unrecognized[2], VALUE_LENGTH)}{hint}"
+        hint = _suggested(message) or "; --help lists the settings"
+        return f"there is no setting {shortened(unrecognized[2], VALUE_LENGTH)}{hint}"
     return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"
 
 

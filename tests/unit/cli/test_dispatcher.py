@@ -87,7 +87,7 @@ def test_user_errors_are_one_line_and_exit_code_1(
     ("arguments", "named"),
     [
         (["report"], "artefact"),
-        (["report", "--artefact", "x", "--colour", "red"], "--colour"),
+        (["report", "--artefact", "x", "--colour", "red"], "no setting colour"),
         (["eval", "--model", "x", "--text.windows", "0"], "windows is 0"),
         (["eval", "--model", "x", "--text.seqlen", "1"], "seqlen is 1"),
         (["quantize", "--artefact", "x", "--out", "y", "--spec.rounder", "magic"], "rounder is magic"),

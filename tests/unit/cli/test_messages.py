@@ -291,8 +291,8 @@ def test_an_option_that_takes_a_list_grows_when_repeated(capsys: pytest.CaptureF
 
 
 def test_a_misspelled_option_names_its_neighbour(refusal: Refusal) -> None:
-    assert "there is no option --artefakt; did you mean artefact?" in refusal("report", "--artefakt", "x")
-    assert "there is no option --colour; --help lists the options" in refusal("report", "--colour=red")
+    assert "there is no setting artefakt; did you mean artefact?" in refusal("report", "--artefakt", "x")
+    assert "there is no setting colour; --help lists the settings" in refusal("report", "--colour=red")
 
 
 # --- everything else that can happen
