@@ -12,7 +12,8 @@ import yaml
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.cells import BASELINES, Recipe, cells_of
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
-from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
+from kurtail_pl.cli.saving import RECIPE
+from kurtail_pl.cli.trainer import KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.cli.usage import OneLineParser
 from kurtail_pl.errors import ArtefactError, listed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
