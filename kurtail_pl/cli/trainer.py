@@ -50,13 +50,13 @@ SECTIONS: dict[str, type[L.Callback]] = {
     "figures": Figures,
     "evaluation": Evaluation,
 }
-"""Of a recipe, beside model, data and trainer, in the order in which they do their work."""
+"""A recipe has these sections beside model, data and trainer, here in the order in which they do their work."""
 LINKED = {
     **{name: f"data.{name}" for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")},
     "centre": "quantization.centre",
     "scheme": "quantization.scheme",
 }
-"""Arguments of the module, and where their values come from."""
+"""These arguments of the module are never given by hand; their values come from here."""
 TEXTS = ("data.init_args.text", "fusion.scales.text", "fusion.signs.text", "quantization.text", "evaluation.text")
 TRAINER_DEFAULTS = {
     "max_epochs": 1,

@@ -71,7 +71,7 @@ def test_eval_prints_torchs_perplexity(place: Path, kurtail: Kurtail, capsys: py
         (("export", "--artefact", "story", "--out", "onnx"), "--overwrite"),
         (("export", "--artefact", "fused/..", "--out", "new"), "kurtail.json"),
         (("export", "--artefact", "fused", "--out", "new", "--weights", "integer"), "--weights integer"),
-        (("generate", "--onnx", "story", "--prompt", "a"), "no export of ours"),
+        (("generate", "--onnx", "story", "--prompt", "a"), "not a KurTail export"),
         (("generate", "--onnx", "onnx", "--prompt", "a", "--sampling.max_new_tokens", "600"), "512 positions"),
         (("eval", "--text.seqlen", "8", "--onnx", "onnx", "--model", "story"), "one of --model and --onnx"),
         (("eval", "--text.seqlen", "8"), "one of --model and --onnx"),

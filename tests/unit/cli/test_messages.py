@@ -76,7 +76,7 @@ SETTINGS = [
         "kurtail_pl.lit has no KurtailModule; did you mean KurTailMod",
     ),
     ("model.class_path", "kurtai.lit.KurTailModule", "there is no module kurtai; check the class_path"),
-    ("model.class_path", "torch.nn.Linear", "model: torch.nn.Linear is no RotationModule"),
+    ("model.class_path", "torch.nn.Linear", "model: torch.nn.Linear is not a RotationModule"),
     ("model.init_args.optimizer.init_args.lr", "fast", "model.optimizer.lr is fast, expected a number"),
     ("seed_everything", "abc", "seed_everything is abc, expected true or false or a whole number"),
 ]
