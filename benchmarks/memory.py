@@ -86,9 +86,9 @@ def main() -> None:
     text = TextSpec(windows=args.windows, seqlen=args.seqlen)
     cut = ["--spec.text.windows", args.windows, "--spec.text.seqlen", args.seqlen]
     verbs = {
-        "capture": ["capture", "--spec.model", model, *cut, "--spec.rows", args.rows, "--store", args.work / "store"],
-        "fuse": ["fuse", "--model", model, "--method", "quarot", "--folder", args.work / "fused"],
-        "quantize": ["quantize", "--fused", args.work / "fused", *cut, "--folder", args.work / "artefact"],
+        "capture": ["capture", "--spec.model", model, *cut, "--spec.rows", args.rows, "--out", args.work / "store"],
+        "fuse": ["fuse", "--model", model, "--method", "quarot", "--out", args.work / "fused"],
+        "quantize": ["quantize", "--artefact", args.work / "fused", *cut, "--out", args.work / "artefact"],
     }
     for stage in args.stages:
         shutil.rmtree(args.work / {"capture": "store", "fuse": "fused", "quantize": "artefact"}[stage], True)

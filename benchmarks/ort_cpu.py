@@ -1,6 +1,6 @@
 """ONNX Runtime on a CPU: cost of the export, sizes, decoding speed against the float model, shares of time.
 
-    kurtail fuse --model smollm2-135m --method none --folder runs/ort/float
+    kurtail fuse --model smollm2-135m --method none --out runs/ort/float
     python benchmarks/ort_cpu.py --artefact artifacts/smollm2-135m-kurtail-w4a4kv4 --float runs/ort/float
 
 Prints one JSON object. The float model is exported by the same graph builder, in fp32; decoding alternates between the
@@ -35,7 +35,7 @@ TEXT = TextSpec(windows=2, seqlen=512)
 def export(artefact: Path, folder: Path, *options: str) -> dict[str, float]:
     """Export by the command in a process of its own; seconds and peak resident memory in gigabytes."""
     before = time.perf_counter()
-    command = [sys.executable, "-m", "kurtail_pl", "export", "--checkpoint", artefact, "--out", folder, "--overwrite"]
+    command = [sys.executable, "-m", "kurtail_pl", "export", "--artefact", artefact, "--out", folder, "--overwrite"]
     subprocess.run([*map(str, command), *options], check=True)
     seconds = time.perf_counter() - before
     # Kilobytes of the largest child so far: the first export is the one that is reported.

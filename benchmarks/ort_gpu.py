@@ -1,7 +1,7 @@
 """ONNX Runtime on CUDA: placement, fp16 perplexity against torch, prefill and decoding speed, device memory.
 
     pip install -e '.[onnx-gpu]'      # and no plain onnxruntime beside it
-    kurtail fuse --model smollm2-135m --method none --folder runs/ort/float
+    kurtail fuse --model smollm2-135m --method none --out runs/ort/float
     python benchmarks/ort_gpu.py --artefact artifacts/smollm2-135m-kurtail-w4a4kv4 --float runs/ort/float
 
 Prints one JSON object. Written on a machine without CUDA and never run on one; `--device cpu` runs it anywhere, to see

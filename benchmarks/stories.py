@@ -1,6 +1,6 @@
 """Text of a small model's own, to calibrate and measure it on: what a model writes is what it was trained for.
 
-    python benchmarks/stories.py --model ../shared/models/stories260k --folder .
+    python benchmarks/stories.py --model ../shared/models/stories260k --out .
 
 Writes stories.calibration.txt and stories.evaluation.txt, 220 and 60 stories sampled as the model has their chances.
 """
@@ -20,7 +20,7 @@ def main() -> None:
     """Sample both texts, each with a seed of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder in the Hugging Face layout")
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two texts")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model)
@@ -34,7 +34,7 @@ def main() -> None:
                 pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
             stories += [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-        (args.folder / f"stories.{name}.txt").write_text("\n\n".join(stories))
+        (args.out / f"stories.{name}.txt").write_text("\n\n".join(stories))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 
 class KurtailError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+    """Base of every error that the user can correct; the command line prints it without a traceback."""
 
 
 class ConfigError(KurtailError, ValueError):

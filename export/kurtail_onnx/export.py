@@ -74,6 +74,6 @@ def save(model: ir.Model, folder: Path) -> None:
     """Write graph and weights; readable by all, as any other file of the folder."""
     for tensor in weights_of(model):
         if tensor.nbytes <= INLINE_BYTES:
-            tensor.numpy()  # An error of ours would come out of the serializer as one of its own.
+            tensor.numpy()  # An error raised here would come out of the serializer as one of its own.
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=INLINE_BYTES)
     os.chmod(folder / DATA, 0o644)

@@ -26,7 +26,7 @@ class Source:
         folder: what `kurtail fit`, `fuse` or `quantize` wrote.
 
     Raises:
-        ArtefactError: when the folder is not ours, damaged or of a newer format.
+        ArtefactError: when the folder is not a KurTail artefact, damaged or of a newer format.
         CheckpointError: when a file is missing.
         UnsupportedArchitecture: when the family is unknown.
     """

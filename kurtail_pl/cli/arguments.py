@@ -15,13 +15,13 @@ from kurtail_pl.errors import reason, shortened
 from kurtail_pl.storage.reading import Unreadable, read_utf8
 
 FLAGS = ("dry_run", "overwrite", "check")
-"""Options that need no value."""
+"""These options may stand without a value, and are then true."""
 CONFIGS = ("--config", "-c")
 NODES = 100_000
-"""Values that a recipe may have, what is named once and used again counted each time."""
+"""A recipe may have this many values; what an anchor names counts each time that it is used."""
 DEPTH = 50
 PLAIN = re.compile(r"tag:yaml\.org,2002:\w+$")
-"""Kinds of values that YAML itself has."""
+"""Matches the tags of values that YAML itself has."""
 
 
 def prepared(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str]:
@@ -125,9 +125,9 @@ def check_recipe(path: Path) -> None:
         _refuse_old_form(node)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path} is not YAML{line}: {error.problem or reason(error)}; mend it") from None
+        raise UsageError(f"{path} is not YAML{line}: {error.problem or reason(error)}; correct it") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path} is not YAML: {reason(error)}; mend it") from None
+        raise UsageError(f"{path} is not YAML: {reason(error)}; correct it") from None
     except Unreadable as error:
         raise UsageError(f"{path} {error}") from None
 

@@ -10,7 +10,7 @@ from kurtail_pl.cli.naming import Settings, learned_by
 
 FIXED = "kurtail_pl.lit.FixedRotations"
 BASELINES = ["rtn", "gptq"]
-"""Recipes by which the weights of an unrotated model are rounded, when nobody says otherwise."""
+"""Without --weights, an unrotated model is rounded by each of these recipes."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import yaml
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.cells import BASELINES, Recipe, cells_of
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
-from kurtail_pl.cli.trainer import RECIPE, KurtailCLI, RecipeCLI, command_line, fit
+from kurtail_pl.cli.saving import RECIPE
+from kurtail_pl.cli.trainer import KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.cli.usage import OneLineParser
 from kurtail_pl.errors import ArtefactError, listed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
@@ -52,7 +53,7 @@ def compare(arguments: list[str]) -> None:
         _recipe([*common, *overrides], options.weights or BASELINES),
         *(_recipe([*common, *_overlays(names), *overrides], options.weights or []) for names in options.others),
     ]
-    folder = options.folder or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
+    folder = options.out or Path("comparisons") / "-".join(Path(path).stem for path in options.config)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     begun: set[Path] = set()
@@ -193,7 +194,7 @@ def _callbacks(cli: KurtailCLI) -> tuple[WeightQuantization, Evaluation]:
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OneLineParser(
         "kurtail compare",
-        description=__doc__,
+        description=compare.__doc__,
         epilog="Other options override settings of every recipe, as in fit.",
         allow_abbrev=False,
     )
@@ -213,7 +214,7 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="recipes for how weights are rounded, such as float, rtn, gptq, hqq; as the recipe says if not given",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="of the rotations; the recipe's own if not given")
-    parser.add_argument("--folder", type=Path, help="for table, picture and recipes (comparisons/RECIPES)")
+    parser.add_argument("--out", type=Path, help="folder of table, picture and recipes (comparisons/RECIPES)")
     parser.add_argument("--overwrite", choices=("true", "false"), default="false", help="make everything anew")
     options, others = parser.parse_known_args(prepared(arguments, ("--with",)))
     options.overwrite = options.overwrite == "true"

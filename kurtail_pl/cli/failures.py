@@ -12,11 +12,11 @@ from typing import NamedTuple
 from kurtail_pl.errors import KurtailError, reason
 
 LINE_LENGTH = 300
-"""Characters of what is printed."""
+"""A message has at most this many characters."""
 USER, USAGE, BUG = 1, 2, 70
-"""Exit codes: something of the user's is to be mended; the options or the recipe are; the program is."""
+"""Exit codes: a file, a setting or the machine is at fault; the options or the recipe cannot be understood; a bug."""
 TRACEBACK = "KURTAIL_TRACEBACK"
-"""Environment variable: set, a bug shows where it came from."""
+"""When this environment variable is set, a bug prints its traceback."""
 
 REMEDIES = {
     errno.ENOENT: "check the path",
@@ -59,7 +59,7 @@ def failure(program: str, error: Exception) -> Failure:
 
 
 def ours_in(error: BaseException | None) -> KurtailError | None:
-    """The error of ours that an exception is; jsonargparse wraps what a setting's own check says in a ValueError."""
+    """The KurtailError that an exception is, or that jsonargparse has wrapped in a ValueError."""
     while error is not None and not isinstance(error, KurtailError):
         error = (error.__cause__ or error.__context__) if isinstance(error, ValueError) else None
     return error
@@ -97,7 +97,7 @@ def _of_lightning(error: Exception) -> str | None:
 
 
 def _place(error: Exception) -> str:
-    """The last line of ours that an exception went through."""
+    """The last line of this project that an exception went through."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         parts = Path(frame.filename).parts
         package = next((name for name in ("kurtail_pl", "kurtail_onnx") if name in parts), None)

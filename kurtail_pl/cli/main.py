@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import logging
 import os
 import sys
+from pathlib import Path
 
 from kurtail_pl import __version__
 from kurtail_pl.cli.failures import BUG, TRACEBACK, USAGE, USER, failure
 
-VERBS = {
-    "recipes": ("kurtail_pl.cli.recipes:recipes", "List the recipes, with what each is for."),
-    "plan": ("kurtail_pl.cli.plan:plan", "Print what each stage of a recipe takes, and what does not fit."),
-    "fit": ("kurtail_pl.cli.trainer:fit", "Capture, learn rotations, fuse, quantize and evaluate, as a recipe says."),
-    "validate": ("kurtail_pl.cli.trainer:validate", "Report the kurtosis of a checkpoint's rotations."),
-    "compare": ("kurtail_pl.cli.compare:compare", "Run recipes, their baselines and seeds, and print one table."),
-    "capture": ("kurtail_pl.cli.verbs:capture", "Run the model over text and store sampled activations."),
-    "fuse": ("kurtail_pl.cli.verbs:fuse", "Fuse rotations, learned or random, into a model's weights."),
-    "quantize": (
-        "kurtail_pl.cli.verbs:quantize",
-        "Quantize a fused model into an artefact folder.",
-    ),
-    "export": ("kurtail_pl.cli.onnx:export", "Write an ONNX model of an artefact folder, and check it."),
-    "generate": ("kurtail_pl.cli.onnx:generate", "Continue a prompt by an export, printing the text as it comes."),
-    "eval": ("kurtail_pl.cli.verbs:evaluate", "Measure perplexity or tasks of models or artefact folders."),
-    "figures": ("kurtail_pl.cli.verbs:figures", "Draw the paper's figures from activations and rotations."),
-    "report": ("kurtail_pl.cli.verbs:report", "Write an artefact's report and print the table of methods."),
+COMMANDS = {
+    "recipes": "kurtail_pl.cli.recipes:recipes",
+    "plan": "kurtail_pl.cli.plan:plan",
+    "fit": "kurtail_pl.cli.trainer:fit",
+    "validate": "kurtail_pl.cli.trainer:validate",
+    "compare": "kurtail_pl.cli.compare:compare",
 }
-"""Verb -> (function, first line of its docstring)."""
+"""Verbs whose functions take the arguments as they were typed."""
+FUNCTIONS = {
+    "capture": "kurtail_pl.cli.verbs:capture",
+    "fuse": "kurtail_pl.cli.verbs:fuse",
+    "quantize": "kurtail_pl.cli.verbs:quantize",
+    "export": "kurtail_pl.cli.onnx:export",
+    "generate": "kurtail_pl.cli.onnx:generate",
+    "eval": "kurtail_pl.cli.verbs:evaluate",
+    "figures": "kurtail_pl.cli.verbs:figures",
+    "report": "kurtail_pl.cli.verbs:report",
+}
+"""Verbs whose functions have a parameter for each option."""
+VERBS = {**COMMANDS, **FUNCTIONS}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,9 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"kurtail: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(USAGE)
     _log_to_stderr()
-    module, function = VERBS[verb][0].split(":")
+    module, name = VERBS[verb].split(":")
     try:
-        getattr(importlib.import_module(module), function)(rest)
+        function = getattr(importlib.import_module(module), name)
+        if verb in FUNCTIONS:
+            importlib.import_module("kurtail_pl.cli.signature").run(verb, function, rest)
+        else:
+            function(rest)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -77,7 +85,7 @@ def _log_to_stderr() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:<10}{_sentence(*place.split(':'))}" for verb, place in VERBS.items()]
     return "\n".join(
         [
             "usage: kurtail VERB [options]   (kurtail VERB --help shows a verb's options)",
@@ -87,3 +95,13 @@ def _help() -> str:
             *lines,
         ]
     )
+
+
+def _sentence(module: str, function: str) -> str:
+    """First line of a function's docstring, from its source: importing it would bring torch."""
+    found = importlib.util.find_spec(module)
+    assert found is not None
+    assert found.origin is not None
+    body = ast.parse(Path(found.origin).read_text(encoding="utf-8")).body
+    (definition,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return (ast.get_docstring(definition) or "").partition("\n")[0]

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import TextStreamer
 
-from kurtail_pl.cli.verbs import run
 from kurtail_pl.errors import RuntimeUnusable
 from kurtail_pl.stages.text import TextSpec
 
@@ -31,13 +30,8 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-def export(arguments: list[str]) -> None:
-    """Write an ONNX model of an artefact folder, and check it."""
-    run(_export, arguments)
-
-
-def _export(
-    checkpoint: Path,
+def export(
+    artefact: Path,
     out: Path,
     dtype: Precision = "fp32",
     kv: Literal["packed", "float"] = "packed",
@@ -46,28 +40,23 @@ def _export(
     check: bool | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an ONNX model of an artefact folder, and check it.
+    """Write an ONNX model of an artefact, and check it.
 
     Args:
-        checkpoint: artefact folder that kurtail fit, fuse or quantize wrote.
-        out: where the export goes.
+        artefact: folder that kurtail fit, fuse or quantize wrote.
+        out: folder of the export.
         dtype: precision of everything that is not a code: fp32 (exact on a CPU), fp16 (for CUDA) or fp64 (equal to
             torch over whole texts, slow, on a CPU).
         kv: packed keeps codes in the cache; float the values they stand for, under the usual names and no smaller.
         weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
         act: qdq quantizes what linears read, none leaves it float.
         check: compare with the torch model; by default for models of up to a gigabyte.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
     """
-    export_artefact(checkpoint, out, ExportSpec(dtype, kv, weights, act), check, overwrite)
+    export_artefact(artefact, out, ExportSpec(dtype, kv, weights, act), check, overwrite)
 
 
-def generate(arguments: list[str]) -> None:
-    """Continue a prompt by an export, printing the text as it comes."""
-    run(_generate, arguments)
-
-
-def _generate(
+def generate(
     onnx: Path, prompt: str, sampling: Sampling, profile: Profile = "exact", device: Device = "cpu", threads: int = 0
 ) -> None:
     """Continue a prompt by an export, printing the text as it comes.

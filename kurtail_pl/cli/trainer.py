@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -21,6 +21,8 @@ from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.failures import ours_in
 from kurtail_pl.cli.naming import Settings, artefact_suffix, run_folder, store_folder
 from kurtail_pl.cli.recipes import BASE, FOLDER
+from kurtail_pl.cli.refusals import require_room, require_sensible
+from kurtail_pl.cli.saving import KeepConfig
 from kurtail_pl.cli.usage import WRONG_SETTING, OneLine, late_errors_explained
 from kurtail_pl.errors import ConfigError, reason, require_seed
 from kurtail_pl.lit.callbacks import (
@@ -33,20 +35,14 @@ from kurtail_pl.lit.callbacks import (
     WeightQuantization,
 )
 from kurtail_pl.lit.callbacks.checkpoints import checkpoint_folder
-from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
+from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
-from kurtail_pl.stages.planning.plan import plan
-from kurtail_pl.stages.planning.table import misfits
-from kurtail_pl.storage.files import free_disk, refuse_existing
 from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
 
-RECIPE = "recipe.yaml"
-"""The recipe as run, in an artefact."""
 SECTIONS: dict[str, type[L.Callback]] = {
     "checkpoints": Checkpoints,
     "fusion": Fusion,
@@ -54,13 +50,13 @@ SECTIONS: dict[str, type[L.Callback]] = {
     "figures": Figures,
     "evaluation": Evaluation,
 }
-"""Of a recipe, beside model, data and trainer, in the order in which they do their work."""
+"""A recipe has these sections beside model, data and trainer, here in the order in which they do their work."""
 LINKED = {
     **{name: f"data.{name}" for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")},
     "centre": "quantization.centre",
     "scheme": "quantization.scheme",
 }
-"""Arguments of the module, and where their values come from."""
+"""These arguments of the module are never given by hand; their values come from here."""
 TEXTS = ("data.init_args.text", "fusion.scales.text", "fusion.signs.text", "quantization.text", "evaluation.text")
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -74,35 +70,6 @@ TRAINER_DEFAULTS = {
 
 class RecipeParser(OneLine, LightningArgumentParser):
     """Understands recipes."""
-
-
-class KeepConfig(SaveConfigCallback):
-    """Saves the recipe as run: `config.yaml` first, `config.resume-<n>.yaml` for each resume.
-
-    Replacing `config.yaml` on a resume would leave `ckpt_path` in it, and running that file again would silently
-    resume instead of repeating the run.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the name, then save."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        verb = self.config.get("subcommand")
-        config = self.config.get(verb, self.config) if verb else self.config
-        if config.get("ckpt_path"):
-            self.config_filename = f"config.resume-{len(list(folder.glob('config.resume-*.yaml'))) + 1}.yaml"
-        else:
-            self.overwrite = True
-        super().setup(trainer, pl_module, stage)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the recipe into the artefact; what is measured next is then known to be the recipe's."""
-        quantization = callback_of(trainer, WeightQuantization)
-        if trainer.is_global_zero and quantization is not None:
-            assert isinstance(pl_module, RotationModule)
-            folder = quantization.folder(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-            recipe = self.config.clone()
-            recipe["ckpt_path"] = None  # Whoever runs it again wants the whole run.
-            self.parser.save(recipe, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
 
 
 class KurtailCLI(LightningCLI):
@@ -180,50 +147,18 @@ class KurtailCLI(LightningCLI):
 
         A run folder has one `fit` at a time: another waits here, and then finds what the first one left.
         """
-        self._require_sense()
+        require_sensible(self.trainer)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._claims.enter_context(alone_with(Path(self.trainer.default_root_dir)))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CheckedCallback):
                 callback.check(self.trainer, self.model, self.datamodule)
-        self._require_room()
+        require_room(self.trainer, self.datamodule)
         last = self.last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
             require_checkpoint(last, "remove it to learn anew, or pass --overwrite")
             log.info("going on from %s", last)
             self.config_init["fit"]["ckpt_path"] = str(last)
-
-    def _require_sense(self) -> None:
-        """Refuse what Lightning takes and what leads to nothing, or only after the training."""
-        trainer = self.trainer
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ConfigError("trainer.fast_dev_run would write an artefact of nothing; try the recipe smoke instead")
-        if trainer.max_epochs == -1:
-            raise ConfigError("trainer.max_epochs is -1, without an end; data.steps says how long: write 1")
-        if trainer.accumulate_grad_batches < 1:
-            raise ConfigError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give a positive number"
-            )
-        refuse_existing(Path(trainer.default_root_dir), overwrite=True)
-        kinds = [type(c) for c in trainer.callbacks if isinstance(c, CheckedCallback)]  # type: ignore[attr-defined]
-        twice = next((kind.__name__ for kind in kinds if kinds.count(kind) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"the recipe has {twice} twice; keep one")
-
-    def _require_room(self) -> None:
-        """Refuse a recipe that does not fit this machine, before anything runs."""
-        quantization, evaluation = callback_of(self.trainer, WeightQuantization), callback_of(self.trainer, Evaluation)
-        if quantization is None or evaluation is None:
-            return
-        data, fusion = self.datamodule, callback_of(self.trainer, Fusion) or Fusion()
-        data.compute.torch_device  # noqa: B018, refuses a device that is not there
-        stages = plan(
-            data.checkpoint.config, data.capture_spec, data.learning(), quantization.spec, evaluation.text,
-            resident_memory(), data.compute, fusion.scales, fusion.signs,
-        )  # fmt: skip
-        found = misfits(stages, free_memory(), free_disk(data.store_folder), device_memory())
-        if found:
-            raise ConfigError(f"the recipe does not fit this machine: {'; '.join(found)}")
 
     def last_checkpoint(self) -> Path | None:
         """What an earlier run of the recipe left, finished or not."""

@@ -20,10 +20,11 @@ UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption '([^']+)'"
 )
 NO_MAPPING = "argument after ** must be a mapping"
-"""What Python says of a value where jsonargparse took settings for granted."""
+"""Python says this of a value where jsonargparse takes settings for granted."""
 LATE = re.compile(rf"{re.escape(NO_MAPPING)}, not (\w+)")
 REFUSED = re.compile(r"\AD[^\n]*\n[^\n]*\nErrors:\n  - (?!Expected |Not a valid subclass |Problem with given)([^\n]+)")
-"""What the first of several types makes of a value, where it is a class that was called."""
+"""Matches what a class said when it refused a value, where that class is the first of several types."""
+UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<group>)--([\w.-]+)")
 REQUIRED = re.compile(r"arguments are required: (.+)")
 NO_MODULE = re.compile(r"No module named '([^']+)'")
 NO_SETTINGS = re.compile(r"Unable to load config '([^']*)'")
@@ -34,7 +35,7 @@ EXPECTED = re.compile(
 )
 NO_NAME = re.compile(r"Expected a dot import path string: (\S+)")
 SEAMS = {"rounder": "Rounder", "weights": "Format"}
-"""Settings that hold a method, and what it is a kind of in `kurtail_pl.methods`, which is not imported before."""
+"""These settings hold a method; its base class is in `kurtail_pl.methods`, which is imported only when it is needed."""
 GIVEN = re.compile(r"Given value: (.*)")
 PLAIN = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
@@ -42,11 +43,11 @@ PLAIN = {
 }  # fmt: skip
 VALUE_LENGTH = 60
 WRONG_SETTING = "Does not validate against any of the Union subtypes"
-"""What jsonargparse says of a value in many places."""
+"""jsonargparse says this in many places when a value does not fit."""
 
 
 class OneLine:
-    """A parser whose errors are ours, and name the setting that a misspelled one is like."""
+    """A parser whose errors are one line, and name the setting that a misspelled one is like."""
 
     exit_on_error: bool
 
@@ -100,12 +101,15 @@ def explained(message: str) -> str:
     if text := NO_SETTINGS.search(message):
         return f"{place} is {shortened(text[1], VALUE_LENGTH)}, expected settings (name: value)"
     if other := OTHER_CLASS.search(message):
-        return f"{start}{other[1]} is no {other[2]}"
+        return f"{start}{other[1]} is not a {other[2]}"
     seam = SEAMS.get(place.rpartition(".")[2])
     if seam is not None and (name := NO_NAME.search(message)):
         names = sorted(getattr(importlib.import_module("kurtail_pl.methods"), seam).kinds())
         shown = shortened(name[1], VALUE_LENGTH)
         return f"{place} is {shown}, expected one of {', '.join(names)}{_like(name[1].upper(), names)}"
+    if unrecognized := UNRECOGNIZED.search(message):
+        hint = _suggested(message) or "; --help lists the settings"
+        return f"there is no setting {shortened(unrecognized[2], VALUE_LENGTH)}{hint}"
     return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"
 
 
@@ -156,7 +160,7 @@ def _like(name: str, known: Iterable[str]) -> str:
 
 def _suggestion(message: str, settings: list[str]) -> str:
     """The setting, of those that a parser has, that a misspelled one is like."""
-    unknown = UNKNOWN.search(message) or re.search(r"unrecognized arguments: (?P<group>)--([\w.-]+)", message)
+    unknown = UNKNOWN.search(message) or UNRECOGNIZED.search(message)
     if unknown is None or "did you mean" in message:
         return ""
     group = f"{unknown['group']}." if unknown["group"] else ""

@@ -1,17 +1,12 @@
-"""The verbs that need no trainer; each calls one stage, with options from its signature."""
+"""The verbs that need no trainer; each calls one stage, and its parameters are the options."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
-
-from kurtail_pl.cli.arguments import prepared
-from kurtail_pl.cli.usage import SettingsParser, late_errors_explained
-from kurtail_pl.errors import ConfigError, StoreMismatch
+from kurtail_pl.errors import CheckpointError, ConfigError, StoreMismatch
 from kurtail_pl.stages import quantization as quantize_stage
 from kurtail_pl.stages.capture import stage as capture_stage
 from kurtail_pl.stages.evaluation.perplexity import perplexity
@@ -36,40 +31,21 @@ from kurtail_pl.surgery.positions import require_positions
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 
-def run(function: Callable[..., None], arguments: list[str], repeatable: tuple[str, ...] = ()) -> None:
-    """Call a function with options from its signature."""
-    name = f"kurtail {function.__name__.strip('_')}"
-    with late_errors_explained():
-        auto_cli(
-            function, args=prepared(arguments, repeatable), as_positional=False, parser_class=SettingsParser, prog=name
-        )
-
-
-def capture(arguments: list[str]) -> None:
-    """Run the model over text and store sampled activations."""
-    run(_capture, arguments)
-
-
-def _capture(spec: capture_stage.CaptureSpec, store: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
+def capture(spec: capture_stage.CaptureSpec, out: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
     """Run the model over text and store sampled activations.
 
     Args:
         spec: model, text, rows and seed.
-        store: folder of the store; one of the same origin is reused.
+        out: folder of the activation store; one of the same origin is reused.
         dry_run: print sites, rows and bytes, and stop.
         compute: device and floating-point type.
     """
-    capture_stage.capture(spec, store, dry_run, compute)
+    capture_stage.capture(spec, out, dry_run, compute)
 
 
-def fuse(arguments: list[str]) -> None:
-    """Fuse rotations, learned or random, into a model's weights."""
-    run(_fuse, arguments)
-
-
-def _fuse(
+def fuse(
     model: str,
-    folder: Path,
+    out: Path,
     rotations: Path | None = None,
     method: Literal["quarot", "none"] | None = None,
     seed: int = 0,
@@ -82,11 +58,11 @@ def _fuse(
 
     Args:
         model: name, folder or GGUF file.
-        folder: where the fused model goes.
+        out: folder of the fused model, an artefact that is not quantized yet.
         rotations: the learned `rotations.safetensors`, which name their method.
         method: without such a file: quarot (random Hadamards) or none.
         seed: of the random Hadamards, for method quarot.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
         device: auto, cpu or cuda; float64 on either.
         scales: channels to scale; null for none.
         signs: of R4 and R5, chosen among several draws; null takes them as they are.
@@ -100,42 +76,34 @@ def _fuse(
     if rotations is not None:
         chosen = read_rotations(rotations)
         require_rotations_of(checkpoint.config, chosen, f"rotations {rotations}")
+        if "method" not in chosen.origin:
+            raise CheckpointError(f"{rotations} does not name the method that learned it; run kurtail fit again")
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
-    name = method or chosen.origin.get("method", "kurtail")
-    fuse_stage.fuse(checkpoint, chosen, name, folder, overwrite, device, scales, signs)
+        chosen = replace(chosen, origin={**chosen.origin, "method": method})
+    fuse_stage.fuse(checkpoint, chosen, chosen.origin["method"], out, overwrite, device, scales, signs)
 
 
-def quantize(arguments: list[str]) -> None:
-    """Quantize a fused model into an artefact folder."""
-    run(_quantize, arguments)
-
-
-def _quantize(
-    fused: Path,
-    folder: Path,
+def quantize(
+    artefact: Path,
+    out: Path,
     spec: quantize_stage.QuantizeSpec,
     overwrite: bool = False,
     compute: Compute = AUTO,
 ) -> None:
-    """Quantize a fused model into an artefact folder.
+    """Quantize a fused model.
 
     Args:
-        fused: folder that kurtail fuse wrote.
-        folder: where the artefact goes.
+        artefact: folder that kurtail fuse wrote.
+        out: folder of the quantized artefact.
         spec: bits, method, calibration.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
         compute: device and floating-point type.
     """
-    quantize_stage.quantize(fused, spec, folder, overwrite, compute)
+    quantize_stage.quantize(artefact, spec, out, overwrite, compute)
 
 
-def evaluate(arguments: list[str]) -> None:
-    """Measure perplexity or tasks of models or artefact folders."""
-    run(_eval, [re.sub(r"^--model(?=$|=)", "--model+", argument) for argument in arguments], ("--model+",))
-
-
-def _eval(
+def evaluate(
     text: TextSpec | None = None,
     tasks: TaskSpec | None = None,
     model: list[str] | str | None = None,
@@ -146,12 +114,12 @@ def _eval(
     device: Literal["cpu", "cuda"] = "cpu",
     compute: Compute = AUTO,
 ) -> None:
-    """Measure perplexity or tasks of models or artefact folders.
+    """Measure perplexity or tasks of models, artefacts or an export.
 
     Args:
         text: evaluation text, windows and their length; the embedded text when no tasks are given either.
         tasks: of the lm-evaluation-harness; an artefact's results.json gets what they give.
-        model: model name or folder, several by repeating it; an artefact gets a results.json when a store is given.
+        model: name, folder, GGUF file or artefact; several by repeating it; an artefact gets results.json with a store.
         onnx: instead, a folder that kurtail export wrote.
         store: activation store of the vanilla model, for the kurtosis of the block inputs.
         validation_rows: its last rows, on which kurtosis is measured.
@@ -165,7 +133,7 @@ def _eval(
         text = TextSpec()
     if onnx is not None:
         if text is None or tasks is not None:
-            raise ConfigError("tasks are for models and artefact folders; measure the artefact of the export")
+            raise ConfigError("tasks are for models and artefacts; measure the artefact of the export")
         from kurtail_pl.cli.onnx import measure
 
         _print_perplexity(measure(onnx, text, profile, device), text)
@@ -207,15 +175,10 @@ def _print_perplexity(value: float, text: TextSpec) -> None:
     print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.name})")
 
 
-def figures(arguments: list[str]) -> None:
-    """Draw the paper's figures from activations and rotations."""
-    run(_figures, arguments)
-
-
-def _figures(
+def figures(
     store: Path,
     rotations: Path,
-    folder: Path,
+    out: Path,
     layers: list[int] | None = None,
     model: str | None = None,
     validation_rows: int = 1024,
@@ -226,13 +189,13 @@ def _figures(
     Args:
         store: activation store of the vanilla model.
         rotations: the learned `rotations.safetensors`; random Hadamards of its seed are drawn beside it.
-        folder: where the figures and their numbers go.
+        out: folder of the figures and their numbers.
         layers: whose sensitivity, surface and histogram are drawn; by default the paper's 1 and 15, or the last one.
         model: the store's model, if it is no longer where it was captured.
         validation_rows: the store's last rows, on which everything is measured.
-        overwrite: replace the folder if it exists.
+        overwrite: replace `out` if it exists.
     """
-    refuse_existing(folder, overwrite)
+    refuse_existing(out, overwrite)
     activations, learned = ActivationStore(store), read_rotations(rotations)
     config = config_of(model or activations.origin.model)
     require_rotations_of(config, learned, f"rotations {rotations}")
@@ -241,20 +204,15 @@ def _figures(
         raise StoreMismatch(f"{store} is of a model of other sizes than {named}; name its own model by --model")
     hadamard = random_rotations(config, learned.origin.get("seed", 0))
     pages = figures_stage.figures(
-        activations, learned, hadamard, config.rms_norm_eps, folder, validation_rows, layers, overwrite
+        activations, learned, hadamard, config.rms_norm_eps, out, validation_rows, layers, overwrite
     )
-    print(f"{pages.tables['max_reduction']}\n{folder}")
+    print(f"{pages.tables['max_reduction']}\n{out}")
 
 
-def report(arguments: list[str]) -> None:
-    """Write an artefact's report and print the table of methods."""
-    run(_report, arguments)
-
-
-def _report(folder: Path) -> None:
+def report(artefact: Path) -> None:
     """Write an artefact's report and print the table of methods.
 
     Args:
-        folder: an artefact folder; folders beside it that measured the same model on the same text are listed too.
+        artefact: folder with results; folders beside it that measured the same model on the same text are listed too.
     """
-    print(report_stage.report(folder))
+    print(report_stage.report(artefact))

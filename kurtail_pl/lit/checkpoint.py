@@ -13,7 +13,7 @@ KEYS = ("state_dict", "loops", "optimizer_states", "lr_schedulers", "global_step
 
 
 def require_checkpoint(path: Path, remedy: str) -> None:
-    """Raise CheckpointError unless a file is a whole checkpoint of ours.
+    """Raise CheckpointError unless a file is a complete checkpoint that kurtail fit wrote.
 
     Args:
         path: of the file.

@@ -45,9 +45,9 @@ class Origin:
     rows: int
     seed: int
     dtype: str = "float32"
-    """In which the model was run."""
+    """The floating-point type in which the model was run."""
     values: Literal["projected", "attended"] = "projected"
-    """Or attended: as the attention mixed them for each query head."""
+    """Values as `v_proj` gives them, or as the attention mixed them for each query head."""
 
     @property
     def key(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Shape:
     layers: int
     hidden_size: int
     kv_heads: int
-    """Heads of the values: where they are attended, as many as queries have."""
+    """The number of value heads; attended values have as many as the queries."""
     head_dim: int
 
     def width(self, site: str) -> int:
@@ -173,7 +173,7 @@ class ActivationStore:
         self.folder = folder
         path = folder / MANIFEST
         if not path.is_file():
-            raise StoreMismatch(f"{folder} is no activation store: it has no {MANIFEST}; run kurtail capture first")
+            raise StoreMismatch(f"{folder} is not an activation store: it has no {MANIFEST}; run kurtail capture first")
         data = read_object(path, StoreMismatch, AGAIN)
         require_format(data, FORMAT, path, StoreMismatch)
         manifest = fields_of(data, Manifest, path, StoreMismatch, AGAIN)

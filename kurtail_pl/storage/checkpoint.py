@@ -30,7 +30,7 @@ from kurtail_pl.storage.weights import (
 from kurtail_pl.surgery.positions import positions_of
 
 DIFFERENCE_LENGTH = 80
-"""Characters of how weights differ from what a module has."""
+"""A message spends at most this many characters on how weights differ from what a module has."""
 
 
 class Checkpoint:
@@ -41,7 +41,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: when the folder, its configuration or its weights are missing or damaged, or quantized already.
-        ArtefactError: when it is one of ours without its card.
+        ArtefactError: when it is a KurTail artefact without its card.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -83,7 +83,7 @@ def _old(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours with all that is in it, if it is there; of a link, the link alone."""
+    """Remove a folder that KurTail wrote with all that is in it, if it is there; of a link, the link alone."""
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ from kurtail_pl.storage.lock import alone_with
 log = logging.getLogger(__name__)
 
 CONVERSION = 2
-"""Of the names of converted folders: what an earlier version of this module made is not taken up."""
+"""This number is part of a converted folder's name, so that what an earlier version of this module made is not used."""
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 TEMPLATE = "tokenizer.chat_template"
 
@@ -187,7 +187,7 @@ def _save_tokenizer(header: GgufHeader, folder: Path) -> None:
     for name, text in {"default": metadata.get(TEMPLATE, ""), **named}.items():
         # A name becomes a file's.
         if not isinstance(text, str) or not re.fullmatch(r"\w[\w-]*", name):
-            raise CheckpointError(f"{path}: chat template {name[:40]!r} is no text with a plain name; {ELSEWHERE}")
+            raise CheckpointError(f"{path}: chat template {name[:40]!r} is not text with a plain name; {ELSEWHERE}")
     if TEMPLATE in metadata:
         tokenizer.chat_template = {"default": metadata[TEMPLATE], **named} if named else metadata[TEMPLATE]
     elif named:

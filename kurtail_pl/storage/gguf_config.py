@@ -70,9 +70,7 @@ class _Keys:
 
     def refuse(self, key: str, value: object, wanted: object) -> NoReturn:
         """Raise CheckpointError for a value that cannot be carried over."""
-        raise CheckpointError(
-            f"{self.path}: {self.prefix}{key} is {str(value)[:30]}, converted is {wanted}; {ELSEWHERE}"
-        )
+        raise CheckpointError(f"{self.path}: {self.prefix}{key} is {str(value)[:30]}, expected {wanted}; {ELSEWHERE}")
 
     def require_all_read(self) -> None:
         """Raise CheckpointError when a key is left that may change the model; a switch that is off does not."""
@@ -97,7 +95,7 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UnsupportedArchitecture(
-            f"{header.path} has the architecture {str(architecture)[:30]!r}; converted are {', '.join(FAMILIES)}; "
+            f"{header.path} has the architecture {str(architecture)[:30]!r}; expected one of {', '.join(FAMILIES)}; "
             "give a model of these, or the original model's folder"
         )
     keys = _Keys(header, architecture)

@@ -81,14 +81,14 @@ def read_header(path: Path) -> GgufHeader:
             if start.startswith(magic):
                 raise CheckpointError(f"{path} {what}")
         if not start.startswith(b"GGUF"):
-            raise CheckpointError(f"{path} is no GGUF file (it begins with {start[:4]!r}); check the path")
+            raise CheckpointError(f"{path} is not a GGUF file (it begins with {start[:4]!r}); check the path")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Reader(path, data).header()
             except struct.error as error:
                 raise CheckpointError(f"{path} is cut off within its header; {AGAIN}") from error
             except UnicodeDecodeError as error:
-                raise CheckpointError(f"{path} is damaged, a text in its header is no UTF-8; {AGAIN}") from error
+                raise CheckpointError(f"{path} is damaged, a text in its header is not UTF-8; {AGAIN}") from error
 
 
 class _Reader:

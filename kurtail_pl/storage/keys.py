@@ -9,7 +9,7 @@
 | evaluate | the model, tokens, dtype |
 | tasks | the model, tokenizer, settings, rows by their hashes, version of the harness |
 
-*The model* is, of a plain folder, its weights and configuration; of a folder of ours its scheme, clips, rotations, and
+*The model* is, of a plain folder, its weights and configuration; of an artefact its scheme, clips, rotations, and
 every file that its card lists. Left out is what decides nothing: how a path is spelled, where a folder lies, the
 device, the number of threads and processes, and what the work cost. Texts count by their content.
 """
@@ -34,7 +34,7 @@ from kurtail_pl.storage.rotation_file import hash_of
 from kurtail_pl.surgery.rotations import Rotations
 
 DECISIVE = ("format", "method", "scheme", "clips")
-"""Entries of a card that decide what its folder computes, beside the files."""
+"""These entries of a card decide, beside the files, what its artefact computes."""
 SPELLED = ("source", "folder")
 """Settings that name a file or folder: the hash of what is in it stands beside them in a key."""
 COMPANIONS = (
@@ -70,7 +70,7 @@ def model_key(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash of what a folder of ours computes; equal for two that were made alike at different costs.
+    """Hash of what an artefact computes; equal for two that were made alike at different costs.
 
     The card's hashes of the files are believed: who reads the files compares them.
     """

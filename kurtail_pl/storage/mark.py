@@ -18,7 +18,7 @@ from kurtail_pl.errors import ArtefactError
 from kurtail_pl.storage.files import write_json
 
 CARD = "kurtail.json"
-"""The file that makes a folder one of ours; its tensors have our own names and are taken as they are."""
+"""This file makes a folder a KurTail artefact, whose tensors have names of their own and are taken as they are."""
 CONFIG = "config.json"
 METHOD = "kurtail"
 WEIGHTS = "transformers_weights"

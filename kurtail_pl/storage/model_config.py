@@ -29,7 +29,7 @@ NEEDED = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""What a kind of rotary positions cannot do without."""
+"""Each kind of rotary positions needs these settings."""
 NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
 SIZES = {
@@ -38,7 +38,7 @@ SIZES = {
     "num_local_experts": 2**12, "num_experts": 2**12, "num_experts_per_tok": 2**12, "max_position_embeddings": 2**40,
     "sliding_window": 2**40,
 }  # fmt: skip
-"""Whole numbers from 1 to these: a slip of ten digits would fill the memory with empty modules."""
+"""Each of these numbers is from 1 to its limit: a slip of ten digits would fill the memory with empty modules."""
 OPTIONAL_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
 
 
@@ -72,7 +72,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def _drop_undeclared(config: PretrainedConfig) -> None:
-    """Take away what the model's class does not read though others do: its windows would be ours alone."""
+    """Take away what the model's class does not read though others do: its windows would then be used here alone."""
     declared = getattr(type(config), "__dataclass_fields__", ("sliding_window", "layer_types"))
     for name in ("sliding_window", "layer_types"):
         if name not in declared and hasattr(config, name):

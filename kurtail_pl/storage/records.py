@@ -14,11 +14,11 @@ from kurtail_pl.methods.method import adapter_of
 
 T = TypeVar("T")
 LONGEST_NAME = 255
-"""Bytes of a file's name, on every file system that is in use."""
+"""A file's name has at most this many bytes on every file system that is in use."""
 MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
-"""pydantic's names of one kind of error."""
+"""pydantic gives the error that an entry is missing these names."""
 OTHERS_TOO = ConfigDict(strict=True, extra="ignore")
-"""For dataclasses that are not all of what a file holds."""
+"""The pydantic configuration of dataclasses that describe only part of what a file holds."""
 
 
 def read_object(path: Path, wrong: type[KurtailError], remedy: str) -> dict[str, Any]:
@@ -37,12 +37,12 @@ def read_object(path: Path, wrong: type[KurtailError], remedy: str) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise wrong(f"{path} is not JSON ({shortened(str(error), 70)}); {remedy}") from error
     if not isinstance(value, dict):
-        raise wrong(f"{path} holds no JSON object but {shortened(repr(value), 40)}; {remedy}")
+        raise wrong(f"{path} holds {shortened(repr(value), 40)}, expected a JSON object; {remedy}")
     return value
 
 
 def require_format(data: Mapping[str, Any], expected: int, path: Path, wrong: type[KurtailError]) -> None:
-    """Raise `wrong` when a file of ours is of another version's format."""
+    """Raise `wrong` when a file has the format of another version."""
     found = data.get("format")
     if found != expected:
         raise wrong(

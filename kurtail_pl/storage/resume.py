@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED, PROGRESS = "unfinished", "progress.json"
 HASH = "_sha256"
-"""Ending of the keys that hold hashes."""
+"""Keys that hold hashes end in this."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def open_model(model: str) -> Checkpoint:
     Raises:
         CheckpointError: when nothing of that name can be had, saying where it looked, or it lacks a weight.
         UnsupportedArchitecture: when the model's family is unknown.
-        ArtefactError: when it is a folder of ours.
+        ArtefactError: when it is a KurTail artefact.
     """
     checkpoint = open_any(model)
     require_plain(checkpoint.folder)
@@ -86,7 +86,7 @@ def config_of(model: str) -> PretrainedConfig:
 
     Raises:
         CheckpointError: when nothing of that name can be had.
-        ArtefactError: when it is a folder of ours.
+        ArtefactError: when it is a KurTail artefact.
     """
     folder = Path(model).expanduser()
     require_plain(folder)
@@ -139,6 +139,6 @@ def _from_hub(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         packaged = ", ".join(PACKAGED)
         raise CheckpointError(
-            f"model {model!r} is no folder here, none of the packaged models ({packaged}), and the Hugging Face hub "
+            f"model {model!r} is not a folder here nor a packaged model ({packaged}), and the Hugging Face hub "
             f"gave: {reason(error)}; give a folder with config.json and safetensors"
         ) from error

@@ -100,8 +100,8 @@ def _named(folder: Path, name: str) -> list[Path]:
     require_inside(name, folder / "config.json", CheckpointError)
     if not name.endswith((".safetensors", ".safetensors.index.json")) or not (folder / name).is_file():
         raise CheckpointError(
-            f"{folder / 'config.json'} says transformers_weights: {shortened(repr(name), 40)}, which is no file with "
-            "safetensors or an index of them; name one that is there, or take the setting away"
+            f"{folder / 'config.json'} says transformers_weights: {shortened(repr(name), 40)}, which is not a "
+            "safetensors file or an index of them; name one that is there, or take the setting away"
         )
     return [folder / name] if name.endswith(".safetensors") else shards(folder, name)
 
@@ -148,7 +148,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
                     part = file.get_slice(name)
                     found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({reason(error)}); see to the file and its rights") from error
+            raise CheckpointError(f"{path} cannot be read ({reason(error)}); check its permissions") from error
         except SafetensorError as error:
             if is_pointer(path):
                 raise CheckpointError(f"{path} is a pointer of git-lfs, not the weights; run: git lfs pull") from error
@@ -321,7 +321,7 @@ def _judge(folder: Path, unknown: Mapping[str, str], within: tuple[str, ...], co
             raise CheckpointError(f"{folder} holds quantized weights ({name}); give the original float model")
         if ours.startswith(within) and not CACHE_SCALES.search(name):
             raise CheckpointError(
-                f"{folder} stores {name}, which a {config.model_type} of its config.json does not have; mend "
+                f"{folder} stores {name}, which a {config.model_type} of its config.json does not have; correct "
                 "config.json (biases, model_type), or remove the tensor if it is of no use"
             )
         ignored.append(name)

@@ -1,4 +1,4 @@
-"""What the operating system says when something cannot be written, as errors of ours."""
+"""What the operating system says when something cannot be written, as a NotWritable."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kurtail_pl.errors import DiskFull, KurtailError, NotWritable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EFBIG)
-"""What other exceptions than OSError are searched for."""
+"""These error numbers of the system are looked for in exceptions other than OSError."""
 NUMBER = re.compile(r"\((?:os error )?(\d+)\)")
-"""Where the system's number stands in what Rust's libraries (safetensors, tokenizers) and torch raise."""
+"""Matches the system's error number in what Rust's libraries (safetensors, tokenizers) and torch raise."""
 
 
 @contextmanager
@@ -46,5 +46,5 @@ def _ours(place: Path, number: int, file: object) -> NotWritable:
     # Folders are removed file by file, by their last names.
     where = file if isinstance(file, str) and os.path.dirname(file) else place
     return NotWritable(
-        f"{where} cannot be written: {os.strerror(number)}; mend that, or name another folder, and run it again"
+        f"{where} cannot be written: {os.strerror(number)}; correct that, or name another folder, and run it again"
     )

@@ -64,7 +64,7 @@ def test_methods_roundings_and_seeds_in_one_table(
         ("float", "w16a16kv16", "-", [0]),
         *[
             (method, bits, weights, [0] if method in ("none", "rtn") else [0, 1])
-            for bits, weights, unrotated in (("w16a4kv4", "-", "none"), ("w4a4kv4", "RTN", "rtn"))
+            for bits, weights, unrotated in (("w16a4kv4", "-", "none"), ("w4a4kv4", "rtn", "rtn"))
             for method in (unrotated, "quarot", "kurtail", "spinquant")
         ],
     ]

@@ -75,10 +75,10 @@ def card_of(folder: Path) -> dict[str, Any]:
 def made_by(kurtail: Kurtail, place: Path, model: Path, text: Path, method: str) -> Path:
     """Random rotations of one seed, weights by a method, everything in 4 bits."""
     fused, folder = place / "fused", place / f"{model.name}-{method}"
-    kurtail(place, "fuse", "--model", model, "--method", "quarot", "--folder", fused, "--overwrite")
+    kurtail(place, "fuse", "--model", model, "--method", "quarot", "--out", fused, "--overwrite")
     text_options = ["--spec.text.source", text, "--spec.text.windows", 4, "--spec.text.seqlen", 128]
     options = ["--spec.rounder", method.upper(), *text_options]
-    kurtail(place, "quantize", "--fused", fused, "--folder", folder, *options)
+    kurtail(place, "quantize", "--artefact", fused, "--out", folder, *options)
     return folder
 
 
@@ -116,7 +116,7 @@ def test_a_copied_model_is_transformers_own(name: str, kurtail: Kurtail, tied: P
     model = tiny_family(name)
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "model")
-    kurtail(tmp_path, "fuse", "--model", tmp_path / "model", "--method", "none", "--folder", tmp_path / "copy")
+    kurtail(tmp_path, "fuse", "--model", tmp_path / "model", "--method", "none", "--out", tmp_path / "copy")
     copied = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=torch.float32).state_dict()
     assert set(copied) == set(model.state_dict())
     assert [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, copied[key])] == []
@@ -140,11 +140,11 @@ def test_an_expert_with_few_tokens_borrows_and_is_named(
     rtn = made_by(kurtail, tmp_path, tmp_path / "model", text_file, "rtn")
     assert card_of(rtn)["expert_tokens"] == {}
     store = tmp_path / "store"
-    capture = ["--spec.model", tmp_path / "model", "--spec.text.source", text_file, "--store", store]
+    capture = ["--spec.model", tmp_path / "model", "--spec.text.source", text_file, "--out", store]
     kurtail(tmp_path, "capture", *capture, "--spec.text.windows", 4, "--spec.text.seqlen", 64, "--spec.rows", 200)
     measure = ["--text.source", text_file, "--text.windows", 2, "--text.seqlen", 64, "--validation_rows", 50]
     kurtail(tmp_path, "eval", "--model", gptq, "--store", store, *measure)
-    kurtail(tmp_path, "report", "--folder", gptq)
+    kurtail(tmp_path, "report", "--artefact", gptq)
     assert "`model.layers.1.mlp.experts.4`: 0 calibration tokens" in (gptq / "report.md").read_text()
     name = "model.layers.1.block_sparse_moe.experts.4.w2.codes"
     codes = [Checkpoint(folder).tensor(name) for folder in (gptq, rtn)]

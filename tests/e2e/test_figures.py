@@ -89,16 +89,16 @@ def test_without_quantization_and_logger_the_figures_go_to_the_root_and_the_verb
     capsys.readouterr()
 
     verb = ["figures", "--store", "runs/store", "--rotations", "runs/rotations.safetensors", "--layers", "[1]"]
-    kurtail(place, *verb, "--validation_rows", 128, "--folder", "again")
+    kurtail(place, *verb, "--validation_rows", 128, "--out", "again")
     printed = capsys.readouterr().out
     assert printed.startswith((drawn / "max_reduction.md").read_text())
     for path in drawn.iterdir():
         assert (place / "again" / path.name).read_bytes() == path.read_bytes()
 
     for arguments, message in (
-        (["--folder", "again"], "--overwrite"),
-        (["--folder", "new", "--validation_rows", 10**6], "rows is 1000000"),
-        (["--folder", "new", "--model", "./nowhere"], "nowhere"),
+        (["--out", "again"], "--overwrite"),
+        (["--out", "new", "--validation_rows", 10**6], "rows is 1000000"),
+        (["--out", "new", "--model", "./nowhere"], "nowhere"),
     ):
         with pytest.raises(SystemExit, match="1"):
             kurtail(place, *verb, *arguments)
@@ -143,7 +143,7 @@ def test_rotations_that_rotate_nothing_are_refused(
 ) -> None:
     own_trainer(RotationWriter())
     write_rotations(recipe.parent / "none.safetensors", Rotations())
-    verb = ["figures", "--store", "runs/store", "--folder", "drawn", "--validation_rows", 128]
+    verb = ["figures", "--store", "runs/store", "--out", "drawn", "--validation_rows", 128]
     with pytest.raises(SystemExit, match="1"):
         kurtail(recipe.parent, *verb, "--rotations", "none.safetensors")
     assert "there is none" in capsys.readouterr().err

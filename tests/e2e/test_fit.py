@@ -269,6 +269,6 @@ def test_fuse_keeps_the_name_of_the_method(kurtail: Kurtail, recipe: Path) -> No
     kurtail(recipe.parent, "fit", "--config", recipe, "--model.method", "mine")
     model = yaml.safe_load(recipe.read_text())["data"]["init_args"]["capture"]["model"]
     rotations = recipe.parent / "runs" / "rotations.safetensors"
-    kurtail(recipe.parent, "fuse", "--model", model, "--rotations", rotations, "--folder", "alone")
+    kurtail(recipe.parent, "fuse", "--model", model, "--rotations", rotations, "--out", "alone")
     card = json.loads((recipe.parent / "alone" / "kurtail.json").read_text())
     assert card["method"] == "mine"

@@ -46,7 +46,7 @@ def test_what_was_finished_is_kept_and_the_work_goes_on(
     kurtail: Kurtail, tied: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The disk is taken up while the second layer is written; asking for room before the work cannot see that."""
-    fuse = ["fuse", "--model", tied, "--method", "quarot", "--folder"]
+    fuse = ["fuse", "--model", tied, "--method", "quarot", "--out"]
     kurtail(tmp_path, *fuse, tmp_path / "undisturbed")
     ballast, partial = small_disk / "ballast", small_disk / ".out.partial"
 
@@ -76,7 +76,7 @@ def test_a_disk_too_small_is_refused_before_the_work(
 ) -> None:
     text = ["--spec.text.source", text_file, "--spec.text.windows", 100, "--spec.text.seqlen", 64]
     with pytest.raises(SystemExit):
-        kurtail(small_disk, "capture", "--spec.model", tied, *text, "--spec.rows", 6000, "--store", small_disk / "s")
+        kurtail(small_disk, "capture", "--spec.model", tied, *text, "--spec.rows", 6000, "--out", small_disk / "s")
     assert "free some space" in capsys.readouterr().err
     assert list(small_disk.iterdir()) == []
 
@@ -85,8 +85,8 @@ def test_an_export_that_fills_the_disk_leaves_nothing(
     kurtail: Kurtail, tied: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = pytest.importorskip("kurtail_onnx.export")
-    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "fused")
-    kurtail(tmp_path, "quantize", "--fused", "fused", "--spec.rounder", "RTN", "--folder", "artefact")
+    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--out", "fused")
+    kurtail(tmp_path, "quantize", "--artefact", "fused", "--spec.rounder", "RTN", "--out", "artefact")
     save = export.save
 
     def full(*arguments: object) -> None:
@@ -96,6 +96,6 @@ def test_an_export_that_fills_the_disk_leaves_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "save", full)
         with pytest.raises(SystemExit):
-            kurtail(small_disk, "export", "--checkpoint", tmp_path / "artefact", "--out", small_disk / "onnx")
+            kurtail(small_disk, "export", "--artefact", tmp_path / "artefact", "--out", small_disk / "onnx")
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]

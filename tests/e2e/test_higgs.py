@@ -23,16 +23,16 @@ def test_higgs_beside_gptq(kurtail: Kurtail, recipe: Path, capsys: pytest.Captur
     kurtail(place, "compare", "--config", recipe, "--with", "methods/higgs")
     lines = json.loads((place / "comparisons" / "recipe" / "compare.json").read_text())["lines"]
     assert [(line["method"], line["bits"], line["weights"]) for line in lines] == [
-        ("float", "w16a16kv16", "-"), ("rtn", "w4a4kv4", "RTN"), ("gptq", "w4a4kv4", "GPTQ"),
-        ("quarot", "w4a4kv4", "GPTQ"), ("kurtail", "w4a4kv4", "GPTQ"),
-        ("kurtail", "w4a4kv4", "HIGGS-RTN"),
+        ("float", "w16a16kv16", "-"), ("rtn", "w4a4kv4", "rtn"), ("gptq", "w4a4kv4", "gptq"),
+        ("quarot", "w4a4kv4", "gptq"), ("kurtail", "w4a4kv4", "gptq"),
+        ("kurtail", "w4a4kv4", "higgs-rtn"),
     ]  # fmt: skip
-    assert "| HIGGS" in capsys.readouterr().out
+    assert "| higgs-rtn" in capsys.readouterr().out
     (folder,) = (place / "artifacts").glob("tied-kurtail-w4a4kv4-*")  # The recipe's own name is GPTQ's.
     model = kurtail_pl.load(folder)
     assert model.model.layers[0].mlp.up_proj.codes.dtype == torch.uint8
     with pytest.raises(SystemExit, match="1"):
-        kurtail(place, "export", "--checkpoint", folder, "--out", "onnx")
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
     assert "levels of the normal distribution" in capsys.readouterr().err
     assert not (place / "onnx").exists()
 
@@ -43,8 +43,8 @@ def test_a_recipe_with_bits_by_layer_has_baselines_without(kurtail: Kurtail, rec
     kurtail(recipe.parent, "compare", "--config", recipe, *by_layer, "--weights", "float", "rtn", "methods/higgs")
     lines = json.loads((recipe.parent / "comparisons" / "recipe" / "compare.json").read_text())["lines"]
     assert {(line["method"], line["bits"], line["weights"]) for line in lines if line["method"] == "kurtail"} == {
-        ("kurtail", "w16a4kv4", "-"), ("kurtail", "w3.5a4kv4", "RTN"),
-        ("kurtail", "w3.5a4kv4", "HIGGS-RTN"),
+        ("kurtail", "w16a4kv4", "-"), ("kurtail", "w3.5a4kv4", "rtn"),
+        ("kurtail", "w3.5a4kv4", "higgs-rtn"),
     }  # fmt: skip
 
 

@@ -68,11 +68,11 @@ def test_killed_and_run_again(
     stage: str, kurtail: Kurtail, start: Callable[..., Any], tied: Path, text_file: Path, tmp_path: Path
 ) -> None:
     text = ["--spec.text.source", text_file, "--spec.text.windows", 60, "--spec.text.seqlen", 64]
-    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "input")
+    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--out", "input")
     verb, where = {
-        "capture": (["capture", "--spec.model", tied, *text, "--spec.rows", "all"], "--store"),
-        "fuse": (["fuse", "--model", tied, "--method", "quarot"], "--folder"),
-        "gptq": (["quantize", "--fused", "input", "--spec.rounder", "GPTQ", *text], "--folder"),
+        "capture": (["capture", "--spec.model", tied, *text, "--spec.rows", "all"], "--out"),
+        "fuse": (["fuse", "--model", tied, "--method", "quarot"], "--out"),
+        "gptq": (["quantize", "--artefact", "input", "--spec.rounder", "GPTQ", *text], "--out"),
     }[stage]
     began = time.monotonic()
     kurtail(tmp_path, *verb, where, "undisturbed")

@@ -69,7 +69,7 @@ def test_from_a_recipe_to_an_artefact(
     card = (folder / "README.md").read_text()
     assert "rounded" in card
     with pytest.raises(SystemExit, match="1"):
-        kurtail(place, "export", "--checkpoint", folder, "--out", "onnx")
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
     assert "ONNX dequantizes evenly spaced integers with integer zero points alone" in capsys.readouterr().err
 
 

@@ -18,9 +18,9 @@ Kurtail = Callable[..., None]
 def place(stories: Path, kurtail: Kurtail, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the artefact ``story`` and its export ``onnx``."""
     place = tmp_path_factory.mktemp("onnx")
-    kurtail(place, "fuse", "--model", stories, "--method", "quarot", "--folder", "fused")
-    kurtail(place, "quantize", "--fused", "fused", "--spec.rounder", "RTN", "--folder", "story")
-    kurtail(place, "export", "--checkpoint", "story", "--out", "onnx")
+    kurtail(place, "fuse", "--model", stories, "--method", "quarot", "--out", "fused")
+    kurtail(place, "quantize", "--artefact", "fused", "--spec.rounder", "RTN", "--out", "story")
+    kurtail(place, "export", "--artefact", "story", "--out", "onnx")
     return place
 
 
@@ -68,10 +68,10 @@ def test_eval_prints_torchs_perplexity(place: Path, kurtail: Kurtail, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("export", "--checkpoint", "story", "--out", "onnx"), "--overwrite"),
-        (("export", "--checkpoint", "fused/..", "--out", "new"), "kurtail.json"),
-        (("export", "--checkpoint", "fused", "--out", "new", "--weights", "integer"), "--weights integer"),
-        (("generate", "--onnx", "story", "--prompt", "a"), "no export of ours"),
+        (("export", "--artefact", "story", "--out", "onnx"), "--overwrite"),
+        (("export", "--artefact", "fused/..", "--out", "new"), "kurtail.json"),
+        (("export", "--artefact", "fused", "--out", "new", "--weights", "integer"), "--weights integer"),
+        (("generate", "--onnx", "story", "--prompt", "a"), "not a KurTail export"),
         (("generate", "--onnx", "onnx", "--prompt", "a", "--sampling.max_new_tokens", "600"), "512 positions"),
         (("eval", "--text.seqlen", "8", "--onnx", "onnx", "--model", "story"), "one of --model and --onnx"),
         (("eval", "--text.seqlen", "8"), "one of --model and --onnx"),

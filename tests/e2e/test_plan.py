@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_pl.cli import trainer
+from kurtail_pl.cli import refusals
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
@@ -41,7 +41,7 @@ def test_config_json_alone_is_enough(
 def test_fit_refuses_what_does_not_fit(
     kurtail: Kurtail, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(refusals, "free_memory", lambda: 10**6)
     with pytest.raises(SystemExit):
         kurtail(tmp_path, "fit", "--config", recipe)
     error = capsys.readouterr().err

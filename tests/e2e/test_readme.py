@@ -57,7 +57,7 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
                 run(arguments[0], *arguments)
 
     assert set(printed) >= {"fit", "compare", "python", "capture", "fuse", "quantize", "eval", "report", "figures"}
-    for method in ("float", "RTN", "GPTQ", "QuaRot", "KurTail"):
+    for method in ("float", "rtn", "gptq", "quarot", "kurtail"):
         assert f"| {method} " in printed["report"]
     assert "The capital of France is" in printed["python"]
     assert len(printed["python"].split()) > 10

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 Kurtail = Callable[..., None]
-METHODS = ["float", "RTN", "GPTQ", "QuaRot", "KurTail"]
+METHODS = ["float", "rtn", "gptq", "quarot", "kurtail"]
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,17 @@ def test_the_folder_is_complete(road: Road) -> None:
 
 
 def test_the_report_compares_the_five_methods(road: Road, kurtail: Kurtail, capsys: pytest.CaptureFixture[str]) -> None:
-    kurtail(road.place, "report", "--folder", road.folders["kurtail"])
+    kurtail(road.place, "report", "--artefact", road.folders["kurtail"])
     printed = capsys.readouterr().out
     written = (road.folders["kurtail"] / "report.md").read_text()
-    assert [row[0] for row in table_rows(written)] == METHODS
     assert table_rows(printed) == table_rows(written)
-    for row, method, bits in zip(table_rows(written), METHODS, ["w16a16kv16"] + 4 * ["w4a4kv4"], strict=True):
-        assert road.folders[method.lower()].name.startswith(f"{road.model.name}-{method.lower()}-{bits}")
-        results = json.loads((road.folders[method.lower()] / "results.json").read_text())
+    float_row, *others = table_rows(written)
+    assert float_row[0] == "float"
+    assert sorted(row[0] for row in others) == sorted(METHODS[1:])
+    assert [float(row[4]) for row in others] == sorted((float(row[4]) for row in others), reverse=True)
+    for row, bits in zip(table_rows(written), ["w16a16kv16"] + 4 * ["w4a4kv4"], strict=True):
+        assert road.folders[row[0]].name.startswith(f"{road.model.name}-{row[0]}-{bits}")
+        results = json.loads((road.folders[row[0]] / "results.json").read_text())
         assert row[1] == bits
         assert row[2] == f"{results['kurtosis']['mean']:.2f}"
         assert row[4] == f"{results['evaluation']['perplexity']:.2f}"
@@ -180,7 +183,7 @@ def test_the_verbs_one_by_one_give_the_same_folder(
     road: Road, kurtail: Kurtail, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = ["--spec.model", road.model, "--spec.rows", 256, "--spec.text.source", road.text]
-    spec += ["--spec.text.windows", 2, "--spec.text.seqlen", 128, "--store", "store"]
+    spec += ["--spec.text.windows", 2, "--spec.text.seqlen", 128, "--out", "store"]
     kurtail(tmp_path, "capture", *spec, "--dry_run", "true")
     assert list(tmp_path.iterdir()) == []
     kurtail(tmp_path, "capture", *spec)
@@ -190,11 +193,11 @@ def test_the_verbs_one_by_one_give_the_same_folder(
         assert path.read_bytes() == (reused / path.name).read_bytes()
 
     rotations = road.place / "runs" / "rotations.safetensors"
-    kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--folder", "fused")
+    kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--out", "fused")
     assert_same_weights(tmp_path / "fused", road.place / "runs" / "fused")
 
     (tmp_path / "quantize.yaml").write_text(yaml.safe_dump({"spec": road.settings}))
-    kurtail(tmp_path, "quantize", "--config", "quantize.yaml", "--fused", "fused", "--folder", "own")
+    kurtail(tmp_path, "quantize", "--config", "quantize.yaml", "--artefact", "fused", "--out", "own")
     assert_same_weights(tmp_path / "own", road.folders["kurtail"])
 
     text = ["--text.source", road.text, "--text.windows", 2, "--text.seqlen", 128]
@@ -208,9 +211,9 @@ def test_the_verbs_one_by_one_give_the_same_folder(
     assert own["kurtosis"] == first["kurtosis"]
     assert f"perplexity {own['evaluation']['perplexity']:.4f} " in printed
 
-    kurtail(tmp_path, "report", "--folder", "own")
+    kurtail(tmp_path, "report", "--artefact", "own")
     (row,) = table_rows((tmp_path / "own" / "report.md").read_text())
-    assert row[0] == "KurTail"
+    assert row[0] == "kurtail"
 
 
 def test_more_validation_rows_than_the_store_has_are_refused(
@@ -226,7 +229,7 @@ def test_more_validation_rows_than_the_store_has_are_refused(
 
 
 def test_fuse_draws_quarots_rotations(road: Road, kurtail: Kurtail, tmp_path: Path) -> None:
-    kurtail(tmp_path, "fuse", "--model", road.model, "--method", "quarot", "--folder", "fused")
+    kurtail(tmp_path, "fuse", "--model", road.model, "--method", "quarot", "--out", "fused")
     (run,) = (road.place / "runs" / road.model.name).glob("quarot-*")
     assert_same_weights(tmp_path / "fused", run / "fused")
 
@@ -265,6 +268,6 @@ def test_the_same_rotations_have_the_same_hash(road: Road, kurtail: Kurtail, tmp
     hashes = set()
     for number in range(4):
         folder = tmp_path / f"fused-{number}"
-        kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--folder", folder)
+        kurtail(tmp_path, "fuse", "--model", road.model, "--rotations", rotations, "--out", folder)
         hashes.add(json.loads((folder / "kurtail.json").read_text())["rotations_sha256"])
     assert len(hashes) == 1

@@ -34,7 +34,7 @@ def outputs(
     (place / "model").symlink_to(tied)
     (place / "text.txt").write_text(text_file.read_text())
     tiny_family("mixtral").save_pretrained(place / "mixture")
-    kurtail(place, "fuse", "--model", tied, "--method", "quarot", "--folder", "fused")
+    kurtail(place, "fuse", "--model", tied, "--method", "quarot", "--out", "fused")
     one, two = place / "one", place / "two"
     one.mkdir()
     two.mkdir()

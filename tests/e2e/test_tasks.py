@@ -26,8 +26,8 @@ Kurtail = Callable[..., None]
 @pytest.fixture
 def artefact(kurtail: Kurtail, tied: Path, tmp_path: Path) -> Path:
     """4 bits everywhere, rounded to nearest."""
-    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--folder", "fused")
-    kurtail(tmp_path, "quantize", "--fused", "fused", "--folder", "own", "--spec.rounder", "RTN")
+    kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--out", "fused")
+    kurtail(tmp_path, "quantize", "--artefact", "fused", "--out", "own", "--spec.rounder", "RTN")
     return tmp_path / "own"
 
 
@@ -67,10 +67,10 @@ def test_perplexity_and_tasks_keep_each_other(
     alone = json.loads((artefact / "results.json").read_text())
     assert list(alone) == ["tasks"]
     with pytest.raises(SystemExit, match="1"):
-        kurtail(place, "report", "--folder", "own")
+        kurtail(place, "report", "--artefact", "own")
     assert "no perplexity yet" in capsys.readouterr().err
     capture = ["--spec.model", tied, "--spec.rows", 64, "--spec.text.source", text_file]
-    kurtail(place, "capture", *capture, "--spec.text.windows", 2, "--spec.text.seqlen", 64, "--store", "store")
+    kurtail(place, "capture", *capture, "--spec.text.windows", 2, "--spec.text.seqlen", 64, "--out", "store")
     kurtail(place, "eval", "--model", "own", *text, "--store", "store", "--validation_rows", 32)
     both = json.loads((artefact / "results.json").read_text())
     assert both["tasks"] == alone["tasks"]
@@ -78,7 +78,7 @@ def test_perplexity_and_tasks_keep_each_other(
     again = json.loads((artefact / "results.json").read_text())
     assert {**again, "tasks": None} == {**both, "tasks": None}
     assert again["tasks"]["tasks"]["piqa"]["rows"] == 3
-    kurtail(place, "report", "--folder", "own")
+    kurtail(place, "report", "--artefact", "own")
     for page in ("report.md", "README.md"):
         names = [line[0] for line in cells((artefact / page).read_text())]
         assert names[-2:] == ["boolq", "piqa"]

@@ -102,4 +102,4 @@ def _head(step: Step, hidden: ir.Value) -> ir.Value:
 
 def _require_silu(source: Source) -> None:
     if source.config.hidden_act != "silu":
-        raise UnsupportedArchitecture(f"hidden_act is {source.config.hidden_act!r}; exported are models with 'silu'")
+        raise UnsupportedArchitecture(f"hidden_act is {source.config.hidden_act!r}, expected 'silu'")

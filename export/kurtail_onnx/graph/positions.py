@@ -60,7 +60,7 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     """
     module, kind = source.model.get_submodule(source.architecture.rotary), rope_type(source)
     if kind not in (*STATIC_ROPE, LONGROPE):
-        raise UnsupportedArchitecture(f"rotary type is {kind!r}; exported are {', '.join((*STATIC_ROPE, LONGROPE))}")
+        raise UnsupportedArchitecture(f"rotary type is {kind!r}, expected one of {', '.join((*STATIC_ROPE, LONGROPE))}")
     border = rotary_border(source.config)
     lengths = [*([] if border is None else [border]), positions_of(source.config)]
     pairs = [module(torch.zeros(1), torch.arange(length)[None]) for length in lengths]

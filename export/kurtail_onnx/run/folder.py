@@ -83,7 +83,7 @@ class Export:
         self.folder = folder
         file = folder / DESCRIPTION
         if not file.is_file():
-            raise ArtefactError(f"{folder} is no export of ours: it has no {DESCRIPTION}; make one with kurtail export")
+            raise ArtefactError(f"{folder} is not a KurTail export: it has no {DESCRIPTION}; run kurtail export")
         self.description = read_object(file, ArtefactError, AGAIN)
         require_format(self.description, FORMAT, file, ArtefactError)
         self._fields = fields_of(self.description, _Fields, file, ArtefactError, AGAIN)

@@ -23,7 +23,7 @@ from kurtail_pl.surgery.linear import QuantizedLinear
 
 CHECKS = "checks.json"
 LARGEST_BY_DEFAULT = 1_000_000_000
-"""Bytes of weights up to which an export is checked when nobody says so, and whole texts are part of the check."""
+"""Exports with at most this many bytes of weights are checked by default, and on whole texts too."""
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.positions import steady_positions
 
 TOKENS = 24
-"""Of a text, at most."""
+"""At most this many tokens of a text are compared."""
 PADDING = 5
-"""Padded tokens of the second text of the batch."""
+"""The second text of the batch is padded by this many tokens."""
 WINDOWS = TextSpec(windows=2, seqlen=512)
-"""Real text, for exports in double."""
+"""Exports in double are compared on this much real text."""
 
 
 @dataclass(frozen=True)

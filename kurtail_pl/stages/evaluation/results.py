@@ -31,17 +31,6 @@ RESULTS = "results.json"
 FLOAT_METHOD = "float"
 AGAIN = "remove it and run kurtail eval again"
 
-LABELS = {
-    "float": "float", "none": "none", "rtn": "RTN", "gptq": "GPTQ", "higgs": "HIGGS", "quarot": "QuaRot",
-    "spinquant": "SpinQuant", "kurtail": "KurTail", "kurtail-plus": "KurTail+",
-}  # fmt: skip
-"""Methods as the tables print them, in their order; without rotations, a method is how the weights are rounded."""
-
-
-def label_of(method: str) -> str:
-    """A method as tables print it."""
-    return LABELS.get(method, method)
-
 
 def artefact_name(model: str, method: str, bits: str) -> str:
     """Folder name of an artefact, such as ``smollm2-135m-kurtail-w4a4kv4``."""

@@ -9,9 +9,9 @@ from statistics import mean
 from typing import Any
 
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, label_of, read_results
+from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, read_results
 from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
-from kurtail_pl.stages.reporting.tables import markdown
+from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.card import CARD, is_ours, read_card
 from kurtail_pl.storage.files import gigabytes, sha256_of, whole_file, write_json, write_text
@@ -33,9 +33,9 @@ class Group:
     """One line of the table: a method at some bits and way to round, over all its seeds.
 
     Args:
-        method: as in `LABELS`.
+        method: as results name it, such as ``kurtail``.
         bits: such as ``w4a4kv4``.
-        weights: ``RTN``, ``GPTQ`` or ``-`` where weights stay float.
+        weights: how they are rounded, such as ``rtn``; ``-`` where they stay float.
         seeds: of the rotations.
         values: for each seed, the measured numbers by name; absent ones were not measured.
     """
@@ -77,7 +77,7 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     for row in rows:
         results = read_results(row.folder)
         scheme = Scheme.from_dict(results["scheme"])
-        rounding = read_card(row.folder)["rounding"].upper() if is_ours(row.folder) else "-"
+        rounding = read_card(row.folder)["rounding"] if is_ours(row.folder) else "-"
         key = results["method"], scheme.name, rounding if scheme.weights is not None else "-"
         group = groups.setdefault(key, Group(*key, [], []))
         group.seeds.append(row.seed)
@@ -150,7 +150,7 @@ def _columns(groups: list[Group]) -> tuple[str, ...]:
 
 
 def _line(group: Group, kept: float, closed: float | None) -> dict[str, str]:
-    cells = {"method": label_of(group.method), "bits": group.bits, "weights": group.weights}
+    cells = {"method": group.method, "bits": group.bits, "weights": group.weights}
     cells |= {head: _spread(group.of(name), show) for head, name, show in COLUMNS}
     cells |= {head: show(max(group.of(name), default=0.0)) for head, name, show in COSTS}
     cells["recovery"] = f"{kept:.1f} %"

@@ -10,9 +10,9 @@ from typing import Any
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods import ClipTuner, Matching, Rounder
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.evaluation.results import LABELS, RESULTS, label_of, read_results
+from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, RESULTS, read_results
 from kurtail_pl.stages.evaluation.tasks.table import measured_alike, tasks_note, tasks_table
-from kurtail_pl.stages.reporting.tables import markdown
+from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.card import is_ours, read_card, require_sound
 from kurtail_pl.storage.files import gigabytes, write_text
@@ -25,7 +25,10 @@ COLUMNS = ("method", "bits", "kurtosis mean", "kurtosis max", "perplexity", "sec
 
 
 def siblings(folder: Path) -> list[dict[str, Any]]:
-    """Results of a folder and of those beside it that measured the same model on the same windows."""
+    """Results of a folder and of those beside it that measured the same model on the same windows.
+
+    The float model comes first, then the highest perplexity: each line is better than the one above it.
+    """
     own = read_results(folder)
     if "evaluation" not in own:
         raise ArtefactError(f"{folder} has no perplexity yet; run kurtail eval on it with --text and --store")
@@ -44,15 +47,14 @@ def siblings(folder: Path) -> list[dict[str, Any]]:
         except ArtefactError as error:
             log.warning("left out of the table: %s", error)
     rows = [results for results in found if "evaluation" in results and measured_on(results) == measured_on(own)]
-    order = list(LABELS)
-    return sorted(rows, key=lambda r: order.index(r["method"]) if r["method"] in order else len(order))
+    return sorted(rows, key=lambda r: (r["method"] != FLOAT_METHOD, -r["evaluation"]["perplexity"]))
 
 
 def row(results: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table; the seconds are those of making the model, the memory also that of measuring it."""
     making = [cost for stage, cost in results["cost"].items() if stage != "evaluate"]
     return (
-        label_of(results["method"]),
+        results["method"],
         Scheme.from_dict(results["scheme"]).name,
         f"{results['kurtosis']['mean']:.2f}",
         f"{results['kurtosis']['max']:.2f}",
@@ -80,7 +82,7 @@ def _tasks(own: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if "tasks" not in own:
         return ""
     columns = [
-        (label_of(results["method"]), results["tasks"])
+        (results["method"], results["tasks"])
         for results in rows
         if "tasks" in results and measured_alike(results["tasks"], own["tasks"])
     ]
@@ -145,7 +147,7 @@ def _model_card(folder: Path) -> str:
     return (
         f"# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
-        f"{label_of(card['method'])}.\n\n"
+        f"{card['method']}.\n\n"
         + "\n".join(lines)
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "

@@ -11,12 +11,12 @@ from e2e.faults.forks import Ended, Server, contents
 
 TEXT = ("--text.source", "tales.txt", "--text.windows", "8", "--text.seqlen", "64")
 SPEC_TEXT = tuple(part.replace("--text", "--spec.text") for part in TEXT)
-CAPTURE = ("capture", "--spec.model", "model", *SPEC_TEXT, "--spec.rows", "256", "--store")
-FUSE = ("fuse", "--model", "model", "--method", "quarot", "--folder")
-QUANTIZE = ("quantize", "--fused", "fused", "--spec.rounder", "GPTQ", *SPEC_TEXT, "--folder")
+CAPTURE = ("capture", "--spec.model", "model", *SPEC_TEXT, "--spec.rows", "256", "--out")
+FUSE = ("fuse", "--model", "model", "--method", "quarot", "--out")
+QUANTIZE = ("quantize", "--artefact", "fused", "--spec.rounder", "GPTQ", *SPEC_TEXT, "--out")
 EVAL = ("eval", "--model", "artefact", *TEXT, "--store", "store", "--validation_rows", "64")
-REPORT = ("report", "--folder", "artefact")
-EXPORT = ("export", "--checkpoint", "artefact", "--out")
+REPORT = ("report", "--artefact", "artefact")
+EXPORT = ("export", "--artefact", "artefact", "--out")
 FIGURES = ("figures", "--store", "store", "--rotations", "fused/rotations.safetensors", "--validation_rows", "64")
 
 MADE_BY = {
@@ -55,7 +55,7 @@ SCENES = {
         ("artefact", "tasks"),
         "lm_eval",
     ),
-    "figures": Scene((*FIGURES, "--folder", "out", "--layers", "[1]"), ("model", "store", "fused")),
+    "figures": Scene((*FIGURES, "--out", "out", "--layers", "[1]"), ("model", "store", "fused")),
     "report": Scene(REPORT, ("artefact",)),
     "export": Scene((*EXPORT, "out"), ("artefact",), "onnxruntime"),
     "export over another": Scene(

@@ -137,7 +137,7 @@ def test_names_from_home_and_on_the_hub(artefact: Path, tmp_path: Path, monkeypa
     assert torch.equal(logits_of(kurtail_pl.load(Path(f"~/{artefact.name}"))), wanted)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(CheckpointError, match=r"model 'someone/artefact' is no folder here"):
+    with pytest.raises(CheckpointError, match=r"model 'someone/artefact' is not a folder here"):
         kurtail_pl.load("someone/artefact")
     repository, commit = tmp_path / "hub" / "models--someone--artefact", "0" * 40
     snapshot = repository / "snapshots" / commit

@@ -76,7 +76,7 @@ SETTINGS = [
         "kurtail_pl.lit has no KurtailModule; did you mean KurTailMod",
     ),
     ("model.class_path", "kurtai.lit.KurTailModule", "there is no module kurtai; check the class_path"),
-    ("model.class_path", "torch.nn.Linear", "model: torch.nn.Linear is no RotationModule"),
+    ("model.class_path", "torch.nn.Linear", "model: torch.nn.Linear is not a RotationModule"),
     ("model.init_args.optimizer.init_args.lr", "fast", "model.optimizer.lr is fast, expected a number"),
     ("seed_everything", "abc", "seed_everything is abc, expected true or false or a whole number"),
 ]
@@ -150,10 +150,10 @@ def test_seeds_that_numpy_does_not_take(refusal: Refusal, seed: int) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["fuse", "--model", "./m", "--folder", "f", "--method", "quarot", "--signs.seed", "-1"],
-        ["fuse", "--model", "./m", "--folder", "f", "--method", "quarot", "--scales.seed", "4294967296"],
-        ["capture", "--store", "s", "--spec.model", "./m", "--spec.rows", "8", "--spec.seed", "-1"],
-        ["quantize", "--fused", "f", "--folder", "g", "--spec.seed", "99999999999999999999"],
+        ["fuse", "--model", "./m", "--out", "f", "--method", "quarot", "--signs.seed", "-1"],
+        ["fuse", "--model", "./m", "--out", "f", "--method", "quarot", "--scales.seed", "4294967296"],
+        ["capture", "--out", "s", "--spec.model", "./m", "--spec.rows", "8", "--spec.seed", "-1"],
+        ["quantize", "--artefact", "f", "--out", "g", "--spec.seed", "99999999999999999999"],
     ],
     ids=" ".join,
 )
@@ -215,12 +215,12 @@ def test_a_recipe_with_a_byte_order_mark_and_windows_lines_is_read(tmp_path: Pat
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["capture", "--store", "A", "--store", "B"],
-        ["fuse", "--folder=A", "--folder", "B"],
+        ["capture", "--out", "A", "--out", "B"],
+        ["fuse", "--out=A", "--out", "B"],
         ["eval", "--text.source=A", "--text.source=B"],
         ["quantize", "--overwrite", "--overwrite=false"],
         ["fit", "--config", str(SMOKE), "--data.init_args.steps=3", "--data.init_args.steps=4"],
-        ["compare", "--folder=A", "--folder=B"],
+        ["compare", "--out=A", "--out=B"],
         ["capture", "--dry-run", "--dry_run", "true"],
     ],
     ids=" ".join,
@@ -242,10 +242,10 @@ def test_each_entry_of_a_list_has_its_own_options() -> None:
         (["--dry-run"], ["--dry_run=true"]),
         (["--dry-run", "true"], ["--dry_run=true"]),
         (["--dry_run=true"], ["--dry_run=true"]),
-        (["--dry-run", "--store", "s"], ["--dry_run=true", "--store", "s"]),
+        (["--dry-run", "--out", "s"], ["--dry_run=true", "--out", "s"]),
         (["--overwrite=false", "--check"], ["--overwrite=false", "--check=true"]),
         (["--overwrite", "no"], ["--overwrite=no"]),
-        (["--store", "s", "--overwrite"], ["--store", "s", "--overwrite=true"]),
+        (["--out", "s", "--overwrite"], ["--out", "s", "--overwrite=true"]),
     ],
 )
 def test_flags_may_have_values(typed: list[str], spelled: list[str]) -> None:
@@ -283,8 +283,16 @@ def test_every_model_is_measured(typed: list[str], monkeypatch: pytest.MonkeyPat
     assert opened == ["A", "B"]
 
 
+def test_an_option_that_takes_a_list_grows_when_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    others = ["--store", "s", "--rotations", "r", "--out", "f"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["figures", *others, "--layers", "1", "--layers=[7, 15]", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["layers"] == [1, 7, 15]
+
+
 def test_a_misspelled_option_names_its_neighbour(refusal: Refusal) -> None:
-    assert "did you mean folder?" in refusal("report", "--foldr", "x")
+    assert "there is no setting artefakt; did you mean artefact?" in refusal("report", "--artefakt", "x")
+    assert "there is no setting colour; --help lists the settings" in refusal("report", "--colour=red")
 
 
 # --- everything else that can happen
@@ -341,10 +349,10 @@ def test_a_bug_is_raised_where_its_traceback_is_wanted(
 
     monkeypatch.setattr(verbs.report_stage, "report", fail)
     with pytest.raises(TypeError, match="oh"):
-        main(["report", "--folder", "x"])
+        main(["report", "--artefact", "x"])
     monkeypatch.delenv("KURTAIL_TRACEBACK")
     with pytest.raises(SystemExit, match=str(BUG)):
-        main(["report", "--folder", "x"])
+        main(["report", "--artefact", "x"])
     line = capsys.readouterr().err
     assert line.startswith("kurtail report: this is a bug: TypeError in cli/verbs.py line ")
 

@@ -213,7 +213,7 @@ def test_what_float16_does_not_hold_is_exported_in_float32_alone(
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0}},
-            "'proportional'; exported are default",
+            "'proportional', expected one of default",
         ),
     ],
 )

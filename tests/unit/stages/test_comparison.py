@@ -60,7 +60,7 @@ def cells(markdown: str) -> list[dict[str, str]]:
 def test_means_spreads_recovery_and_gap(rows: list[Row], tmp_path: Path) -> None:
     table = cells(write_comparison(rows, tmp_path))
     assert [(line["method"], line["weights"]) for line in table] == [
-        ("float", "-"), ("QuaRot", "GPTQ"), ("KurTail", "GPTQ"), ("QuaRot", "RTN"),
+        ("float", "-"), ("quarot", "gptq"), ("kurtail", "gptq"), ("quarot", "rtn"),
     ]  # fmt: skip
     assert [line["perplexity"] for line in table] == [
         "10.00", "32.00 (30.00 to 34.00)", "22.00 (20.00 to 24.00)", "50.00",
@@ -96,7 +96,7 @@ def test_data_and_picture_hold_the_same_numbers(rows: list[Row], tmp_path: Path)
     (axes,) = chart.axes
     assert [bar.get_width() for bar in axes.patches] == [10.0, 32.0, 22.0, 50.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "float w16a16kv16", "QuaRot w4a4kv4 GPTQ", "KurTail w4a4kv4 GPTQ", "QuaRot w4a4kv4 RTN",
+        "float w16a16kv16", "quarot w4a4kv4 gptq", "kurtail w4a4kv4 gptq", "quarot w4a4kv4 rtn",
     ]  # fmt: skip
     assert axes.get_xlabel() == "perplexity (lower is better)"
     left, right = axes.get_xlim()

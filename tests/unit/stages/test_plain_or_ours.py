@@ -15,7 +15,7 @@ from logits import IDS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kurtail_pl
-from kurtail_pl.cli.verbs import _eval, _fuse
+from kurtail_pl.cli import verbs
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import FLOAT
@@ -111,7 +111,7 @@ def test_a_plain_model_is_wanted(folder: Path, text: TextSpec, tmp_path: Path) -
     doors: list[Callable[[], object]] = [
         lambda: open_model(str(folder)),
         lambda: config_of(str(folder)),
-        lambda: _fuse(str(folder), tmp_path / "again", method="quarot"),
+        lambda: verbs.fuse(str(folder), tmp_path / "again", method="quarot"),
         lambda: fuse(Checkpoint(folder), Rotations(), "none", tmp_path / "again"),
         lambda: capture(CaptureSpec(str(folder), text, rows=8), tmp_path / "store"),
     ]
@@ -130,7 +130,7 @@ def test_without_its_card_a_folder_is_refused_everywhere(folder: Path, text: Tex
         lambda: open_any(str(copy)),
         lambda: config_of(str(copy)),
         lambda: Checkpoint(copy),
-        lambda: _eval(text, model=str(copy)),
+        lambda: verbs.evaluate(text, model=str(copy)),
         lambda: kurtail_pl.load(copy),
     ]
     for door in doors:
@@ -157,7 +157,7 @@ def test_folders_of_ours_are_evaluated_by_path_and_from_home(
     monkeypatch.setenv("HOME", str(folder.parent))
     wanted = perplexity(Checkpoint(folder), text)["perplexity"]
     for name in (str(folder), f"~/{folder.name}"):
-        _eval(replace(text), model=name)
+        verbs.evaluate(replace(text), model=name)
         assert capsys.readouterr().out.startswith(f"perplexity {wanted:.4f} ")
 
 

@@ -75,9 +75,9 @@ def measured_and_planned(stage: str, model: str, text: TextSpec, folder: Path, e
     """The largest resident memory of a process of its own that runs one stage, and the plan's."""
     cut = ["--spec.text.source", text.source, "--spec.text.windows", text.windows, "--spec.text.seqlen", text.seqlen]
     verbs = {
-        "capture": ["capture", "--spec.model", model, *cut, "--spec.rows", 2000, "--store", "store"],
-        "fuse": ["fuse", "--model", model, "--method", "quarot", "--folder", "fused"],
-        "quantize": ["quantize", "--fused", "fused", *cut, "--folder", "artefact"],
+        "capture": ["capture", "--spec.model", model, *cut, "--spec.rows", 2000, "--out", "store"],
+        "fuse": ["fuse", "--model", model, "--method", "quarot", "--out", "fused"],
+        "quantize": ["quantize", "--artefact", "fused", *cut, "--out", "artefact"],
     }
 
     def run(stage: str) -> list[int]:

@@ -114,10 +114,10 @@ def test_all_differences_are_named_at_once(folder: Path) -> None:
 
 
 def test_no_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreMismatch, match=r"is no activation store.*run kurtail capture"):
+    with pytest.raises(StoreMismatch, match=r"is not an activation store.*run kurtail capture"):
         ActivationStore(tmp_path / "none")
     write_site(tmp_path, SITES[0])
-    with pytest.raises(StoreMismatch, match="is no activation store"):
+    with pytest.raises(StoreMismatch, match="is not an activation store"):
         ActivationStore(tmp_path)  # sites without a manifest
 
 

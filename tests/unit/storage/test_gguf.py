@@ -173,25 +173,25 @@ def llama(path: Path, **more: Any) -> None:
 
 
 UNREAD: dict[str, tuple[dict[str, Any], str]] = {
-    "kind of scaling": ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is longrope, converted is none"),
-    "attention factor": ({"llama.rope.scaling.attn_factor": 1.5}, "rope.scaling.attn_factor is 1.5, converted is 1.0"),
-    "shrunk": ({"llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5, converted is 1 or more"),
-    "base": ({"llama.rope.freq_base": 0.0}, "rope.freq_base is 0.0, converted is more than 1"),
-    "part of a head": ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8, converted is 16"),
-    "values": ({"llama.attention.value_length": 8}, "attention.value_length is 8, converted is 16"),
+    "kind of scaling": ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is longrope, expected none"),
+    "attention factor": ({"llama.rope.scaling.attn_factor": 1.5}, "rope.scaling.attn_factor is 1.5, expected 1.0"),
+    "shrunk": ({"llama.rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5, expected 1 or more"),
+    "base": ({"llama.rope.freq_base": 0.0}, "rope.freq_base is 0.0, expected more than 1"),
+    "part of a head": ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8, expected 16"),
+    "values": ({"llama.attention.value_length": 8}, "attention.value_length is 8, expected 16"),
     "window": ({"llama.attention.sliding_window": 8}, "says llama.attention.sliding_window, which the conversion does"),
     "experts": ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "says llama.expert_count and 1 more"),
     "clamp": ({"llama.attention.clamp_kqv": 2.0}, "says llama.attention.clamp_kqv"),
     "scale of logits": ({"llama.logit_scale": 0.5}, "says llama.logit_scale"),
     "something new": ({"llama.attention.temperature": 0.5}, "says llama.attention.temperature"),
-    "not causal": ({"llama.attention.causal": False}, "attention.causal is False, converted is True"),
+    "not causal": ({"llama.attention.causal": False}, "attention.causal is False, expected True"),
     "no number": ({"llama.block_count": "three"}, "block_count is three, expected one number"),
     "none": ({"llama.block_count": 0}, "block_count is 0, expected a number above 0"),
-    "too many": ({"llama.block_count": 2**32 - 1}, "block_count is 4294967295, converted is a number that 30 tensors"),
+    "too many": ({"llama.block_count": 2**32 - 1}, "block_count is 4294967295, expected a number that 30 tensors"),
     "too wide": ({"llama.attention.key_length": 2**31, "llama.attention.value_length": 2**31}, "dimension_count is 16"),
     "many parts": ({"split.count": 2**32 - 1}, "one of the 4294967295 parts"),
-    "a template's name": ({"tokenizer.chat_template.../x": "text"}, "'../x' is no text with a plain name"),
-    "a template": ({"tokenizer.chat_template": 7}, "'default' is no text with a plain name"),
+    "a template's name": ({"tokenizer.chat_template.../x": "text"}, "'../x' is not text with a plain name"),
+    "a template": ({"tokenizer.chat_template": 7}, "'default' is not text with a plain name"),
     "a key of two lines": ({"llama.rope\nscale": 2.0}, r"says llama.rope scale, which"),
     "missing": ({"llama.context_length": None}, "does not say llama.context_length"),
     "token": ({"tokenizer.ggml.bos_token_id": 300}, "bos_token_id is 300, expected one below 300"),
@@ -236,7 +236,7 @@ def test_an_architecture_that_is_not_converted(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model, {"general.architecture": None})
     data = path.read_bytes().replace(b"llama", b"mamba")
     path.write_bytes(data)
-    with pytest.raises(UnsupportedArchitecture, match=r"architecture 'mamba'; converted are llama, phi3, qwen2"):
+    with pytest.raises(UnsupportedArchitecture, match=r"architecture 'mamba'; expected one of llama, phi3, qwen2"):
         open_model(str(path))
 
 
@@ -274,7 +274,7 @@ FOREIGN = {
     b"<!DOCTYPE html>": "web page",
     b"PK\x03\x04" + bytes(100): "zip file",
     b"ggjt" + bytes(100): "format before GGUF",
-    b"something else": r"no GGUF file \(it begins with b'some'\)",
+    b"something else": r"not a GGUF file \(it begins with b'some'\)",
     b"GGUF": "cut off within its header",
     b"GGUF\x01\x00\x00\x00" + bytes(100): "has GGUF version 1",
     b"GGUF\x00\x00\x00\x03" + bytes(100): "big-endian",

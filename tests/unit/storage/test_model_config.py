@@ -77,7 +77,7 @@ def test_values_that_cannot_be(copy: Path, values: dict[str, Any], message: str)
     ("content", "message"),
     [
         (b"", "is not JSON"),
-        (b"[]", "holds no JSON object"),
+        (b"[]", r"holds \[\], expected a JSON object"),
         (b'{"model_type": ', "is not JSON"),
         (b'{"a":' * 5000, "is not JSON"),
         (b"\xff\xfe", "is not JSON"),

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import kurtail_pl
+from kurtail_pl.cli import verbs
 from kurtail_pl.cli.main import main
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.folder import read_card
 from kurtail_pl.storage.rotation_file import FILE, read_rotations, require_rotations_of, write_rotations
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
@@ -114,10 +116,30 @@ def test_fuse_refuses_them_and_leaves_nothing(tiny: Path, tmp_path: Path, capsys
         fuse(Checkpoint(tiny), other, "kurtail", tmp_path / "fused")
     write_rotations(tmp_path / FILE, other)
     with pytest.raises(SystemExit, match="1"):
-        main(["fuse", "--model", str(tiny), "--rotations", str(tmp_path / FILE), "--folder", str(tmp_path / "fused")])
+        main(["fuse", "--model", str(tiny), "--rotations", str(tmp_path / FILE), "--out", str(tmp_path / "fused")])
     (line,) = capsys.readouterr().err.splitlines()
     assert f"rotations {tmp_path / FILE} belong to another model" in line
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize("method", ["spinquant", "kurtail-plus"])
+def test_fuse_files_rotations_under_the_method_of_their_file(tiny: Path, tmp_path: Path, method: str) -> None:
+    drawn = random_rotations(CONFIG, 0)
+    write_rotations(tmp_path / FILE, replace(drawn, origin={"method": method}))
+    verbs.fuse(str(tiny), tmp_path / "fused", tmp_path / FILE)
+    verbs.fuse(str(tiny), tmp_path / "again", tmp_path / "fused" / FILE)
+    assert [read_card(tmp_path / folder)["method"] for folder in ("fused", "again")] == [method, method]
+
+
+def test_fuse_files_random_hadamards_under_quarot_and_refuses_what_has_no_name(tiny: Path, tmp_path: Path) -> None:
+    verbs.fuse(str(tiny), tmp_path / "fused", method="quarot")
+    verbs.fuse(str(tiny), tmp_path / "again", tmp_path / "fused" / FILE)
+    cards = [read_card(tmp_path / folder) for folder in ("fused", "again")]
+    assert [card["method"] for card in cards] == ["quarot", "quarot"]
+    assert cards[0]["rotations_sha256"] == cards[1]["rotations_sha256"]
+    write_rotations(tmp_path / FILE, random_rotations(CONFIG, 0))
+    with pytest.raises(CheckpointError, match="does not name the method that learned it; run kurtail fit again"):
+        verbs.fuse(str(tiny), tmp_path / "third", tmp_path / FILE)
 
 
 @pytest.mark.parametrize("content", ['{"temperature": 0.7,', "[]"])

@@ -55,7 +55,7 @@ def test_a_missing_gguf_file(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "not a name", "a/b/c"])
 def test_an_unknown_name_says_where_it_looked(name: str) -> None:
-    with pytest.raises(CheckpointError, match="no folder here") as error:
+    with pytest.raises(CheckpointError, match="is not a folder here") as error:
         open_model(name)
     message = str(error.value)
     assert repr(name) in message

@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "outside": (outside, r"names the file '../model.safetensors', which is not in its folder"),
     "a name of nothing": (
         lambda f: edit(f, transformers_weights="other.bin"),
-        r"says transformers_weights: 'other.bin', which is no file with safetensors",
+        r"says transformers_weights: 'other.bin', which is not a safetensors file",
     ),
     "a name outside": (
         lambda f: edit(f, transformers_weights=f"../{SINGLE}"),
@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "biases not asked for": (
         lambda f: edit(f, attention_bias=False),
-        r"stores model.layers.0.self_attn.k_proj.bias, which a llama .*mend config.json",
+        r"stores model.layers.0.self_attn.k_proj.bias, which a llama .*correct config.json",
     ),
     "no head": (lambda f: rewrite(f, without(HEAD)), r"no lm_head.weight, and its config.json ties it to nothing"),
     "neither, tied": (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kurtail_pl.stages.evaluation.tasks.spec import MMLU, TASKS, ZERO_SHOT
-from kurtail_pl.stages.reporting.tables import markdown
+from kurtail_pl.stages.tables import markdown
 
 
 def measured_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -8,7 +8,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kurtail_pl.stages.reporting.figures.style import NORMALISED, colour_of, legend_above, name_of, new_figure, title_of
+from kurtail_pl.stages.reporting.figures.style import (
+    NORMALISED,
+    colours_of,
+    legend_above,
+    new_figure,
+    title_of,
+)
 
 BINS = 121
 """Odd: one is centred on zero."""
@@ -37,9 +43,9 @@ def draw_histogram(edges: Tensor, density: Mapping[str, Tensor], site: str) -> F
         site: name of the site.
     """
     figure = new_figure(3.0)
-    axes = figure.add_subplot()
+    axes, colours = figure.add_subplot(), colours_of(density)
     for method, heights in density.items():
-        axes.stairs(heights.tolist(), edges.tolist(), color=colour_of(method), label=name_of(method))
+        axes.stairs(heights.tolist(), edges.tolist(), color=colours[method], label=method)
     axes.set_yscale("log")
     axes.set_xlabel(f"activation ({NORMALISED})")
     axes.set_ylabel("density")

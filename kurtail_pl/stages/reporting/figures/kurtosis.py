@@ -8,7 +8,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kurtail_pl.maths.kurtosis import UNIFORM_KURTOSIS
-from kurtail_pl.stages.reporting.figures.style import BLOCKS, GREY, colour_of, legend_above, name_of, new_figure
+from kurtail_pl.stages.reporting.figures.style import (
+    BLOCKS,
+    GREY,
+    colours_of,
+    legend_above,
+    new_figure,
+)
 
 NORMAL_KURTOSIS = 3.0
 BAR_GROUP = 0.84
@@ -23,12 +29,12 @@ def draw_kurtosis_by_layer(values: Mapping[str, Tensor]) -> Figure:
     """
     figure = new_figure(4.6)
     panels = figure.subplots(len(BLOCKS), 1, sharex=True, sharey=True)
-    width = BAR_GROUP / len(values)
+    width, colours = BAR_GROUP / len(values), colours_of(values)
     for block, (axes, title) in enumerate(zip(panels, BLOCKS.values(), strict=True)):
         for place, (method, kurtosis) in enumerate(values.items()):
             left = [layer + (place - (len(values) - 1) / 2) * width for layer in range(len(kurtosis))]
             heights = (kurtosis[:, block] - 1).tolist()
-            axes.bar(left, heights, width, bottom=1, color=colour_of(method), label=name_of(method))
+            axes.bar(left, heights, width, bottom=1, color=colours[method], label=method)
         for value, name in ((UNIFORM_KURTOSIS, "uniform"), (NORMAL_KURTOSIS, "normal")):
             axes.axhline(value, color=GREY, linewidth=0.9, linestyle="--")
             place_of = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": "small"}

@@ -7,7 +7,7 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from kurtail_pl.stages.reporting.figures.style import colour_of, name_of, new_figure
+from kurtail_pl.stages.reporting.figures.style import colours_of, new_figure
 
 
 def draw_perplexity(values: Mapping[tuple[str, str, str], Sequence[float]], title: str) -> Figure:
@@ -18,14 +18,14 @@ def draw_perplexity(values: Mapping[tuple[str, str, str], Sequence[float]], titl
         title: of the picture.
     """
     figure = new_figure(0.9 + 0.3 * len(values))
-    axes = figure.subplots()
+    axes, colours = figure.subplots(), colours_of(method for method, *_ in values)
     for place, ((method, *_), numbers) in enumerate(values.items()):
         centre = mean(numbers)
         spread = [[centre - min(numbers)], [max(numbers) - centre]] if len(numbers) > 1 else None
-        axes.barh(place, centre, xerr=spread, capsize=3, color=colour_of(method))
+        axes.barh(place, centre, xerr=spread, capsize=3, color=colours[method])
         axes.annotate(f"{centre:.2f}", (max(numbers), place), (6, 0), textcoords="offset points", va="center", size=8)
     names = [
-        " ".join(dict.fromkeys((name_of(method), bits, *([] if weights == "-" else [weights]))))
+        " ".join(dict.fromkeys((method, bits, *([] if weights == "-" else [weights]))))
         for method, weights, bits in values
     ]
     axes.set_yticks(range(len(values)), names)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kurtail_pl.metrics import SuccessRate
-from kurtail_pl.stages.reporting.figures.style import BLOCKS, HADAMARD, VANILLA, name_of
+from kurtail_pl.stages.reporting.figures.style import BLOCKS, HADAMARD, VANILLA
 
 
 class Reductions:
@@ -43,7 +43,7 @@ class Reductions:
     def markdown(self) -> str:
         """The table, in per cent of the tokens."""
         rows = [
-            [f"{name_of(first)} over {name_of(second)}"]
+            [f"{first} over {second}"]
             + [f"{100 * self._blocks[(first, second), block].compute().item():.2f} %" for block in BLOCKS]
             for first, second in self.pairs
         ]

@@ -8,7 +8,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from kurtail_pl.maths.sensitivity import Sensitivity
-from kurtail_pl.stages.reporting.figures.style import GREY, colour_of, legend_above, name_of, new_figure, title_of
+from kurtail_pl.stages.reporting.figures.style import (
+    GREY,
+    colours_of,
+    legend_above,
+    new_figure,
+    title_of,
+)
 
 RANGE = 1e4
 """Of the highest sensitivity to the lowest that is shown: at the best step it is 0."""
@@ -24,9 +30,9 @@ def draw_sensitivity(curves: Mapping[str, Sensitivity], fractions: Tensor, site:
         bits: of the quantizer.
     """
     figure = new_figure(3.0)
-    axes = figure.add_subplot()
+    axes, colours = figure.add_subplot(), colours_of(curves)
     for method, curve in curves.items():
-        axes.plot(fractions.tolist(), curve.growth.tolist(), color=colour_of(method), label=name_of(method))
+        axes.plot(fractions.tolist(), curve.growth.tolist(), color=colours[method], label=method)
     axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_yscale("log", nonpositive="mask")
     highest = max(curve.growth.max().item() for curve in curves.values())

@@ -77,7 +77,7 @@ def figures(
     """
     require_learned_on(rotations, store.origin.model_sha256, store.folder)
     store.require_intact()
-    method = rotations.origin.get("method", "kurtail")
+    method = rotations.origin.get("method", "learned")
     bases = {VANILLA: None, HADAMARD: _basis(store, hadamard), method: _basis(store, rotations)}
     chosen = chosen_layers(store.shape.layers, layers)
     total = store.origin.rows

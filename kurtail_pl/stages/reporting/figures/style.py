@@ -1,20 +1,17 @@
-"""What all figures share: page width, and one colour and name for each method."""
+"""What all figures share: page width, and one colour for each method."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kurtail_pl.stages.evaluation.results import LABELS
-
 VANILLA, HADAMARD = "vanilla", "hadamard"
-NAMES = {**LABELS, VANILLA: "vanilla", HADAMARD: "Hadamard (QuaRot)"}
-COLOURS = {
-    VANILLA: "#D55E00", "none": "#D55E00", "rtn": "#D55E00", "gptq": "#D55E00", "higgs": "#D55E00",
-    HADAMARD: "#0072B2", "quarot": "#0072B2", "spinquant": "#CC79A7", "kurtail": "#009E73", "float": "#666666",
-}  # fmt: skip
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart."""
-OTHER_COLOUR, GREY = "#E69F00", "#666666"
+GREY = "#666666"
 
 PAGE_WIDTH = 6.5
 """Inches between the margins of a page."""
@@ -26,14 +23,9 @@ NORMALISED = "units of the token's root mean square"
 BLOCKS = {"attn_in": "MHSA", "ffn_in": "FFN"}
 
 
-def name_of(method: str) -> str:
-    """A method as legends and tables print it."""
-    return NAMES.get(method, method)
-
-
-def colour_of(method: str) -> str:
-    """A method's colour, the same in every figure."""
-    return COLOURS.get(method, OTHER_COLOUR)
+def colours_of(methods: Iterable[str]) -> dict[str, str]:
+    """A colour for each method, in the order in which they first appear."""
+    return dict(zip(dict.fromkeys(methods), cycle(COLOURS), strict=False))
 
 
 def title_of(site: str) -> str:

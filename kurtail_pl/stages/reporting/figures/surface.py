@@ -10,7 +10,15 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from kurtail_pl.stages.reporting.figures.style import DPI, GREY, PAGE_WIDTH, VANILLA, colour_of, name_of, title_of
+from kurtail_pl.stages.reporting.figures.style import (
+    DPI,
+    GREY,
+    HADAMARD,
+    PAGE_WIDTH,
+    VANILLA,
+    colours_of,
+    title_of,
+)
 
 TOKENS, CHANNELS = 64, 72
 """Points of a surface: a figure of these takes 0.3 CPU seconds, of 512 x 576 it takes 7 and shows no more on a page."""
@@ -42,12 +50,13 @@ def draw_surfaces(before: Tensor, after: Tensor, method: str, site: str) -> Figu
         site: name of the site.
     """
     figure = Figure(figsize=(PAGE_WIDTH, 3.3), dpi=DPI)
+    colours = colours_of((VANILLA, HADAMARD, method))  # As in the figures that show all three.
     limit = 1.05 * max(before.max().item(), after.max().item())
     for place, (name, magnitude) in enumerate(((VANILLA, before), (method, after)), start=1):
         axes: Any = figure.add_subplot(1, 2, place, projection="3d")
-        _draw(axes, magnitude, colour_of(name))
+        _draw(axes, magnitude, colours[name])
         axes.set_zlim(0, limit)
-        axes.set_title(name_of(name), y=0.94)
+        axes.set_title(name, y=0.94)
     figure.suptitle(f"{title_of(site)}; grey: largest magnitude of each token", fontsize="medium")
     # The other layouts do not see the labels of three axes.
     figure.subplots_adjust(left=0.0, right=0.95, bottom=0.04, top=0.95, wspace=0.1)
