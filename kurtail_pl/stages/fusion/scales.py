@@ -20,6 +20,7 @@ from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.rotations import head_dim_of
+from kurtail_pl.surgery.transform import Transform
 
 Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
 
@@ -72,32 +73,30 @@ def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
     return cut_windows(checkpoint, scales.text, "calibration", seed=scales.seed)
 
 
-@dataclass(frozen=True)
-class ChannelScales:
-    """Measures and scales the channels of a model's layers.
+class Measured:
+    """What scales go by, measured on a text as it goes through the original layers, one after the other.
 
     Args:
-        parts: as in `ScaleSpec`; none scale nothing.
+        parts: as in `ScaleSpec`; none measure nothing.
         architecture: record of the family.
-        kv_heads: key and value heads.
-        head_dim: their size.
-        rotary: channels of a head that RoPE turns, the first half of them with the second.
+        head_dim: size of a head.
+        normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
     """
 
-    parts: Sequence[Part]
-    architecture: Architecture
-    kv_heads: int
-    head_dim: int
-    rotary: int
+    def __init__(
+        self, parts: Sequence[Part], architecture: Architecture, head_dim: int, normed: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.parts, self.architecture, self.head_dim, self.normed = parts, architecture, head_dim, normed
+        self.channels = Channels()
+
+    @property
+    def norms(self) -> bool:
+        """Whether what norms give is scaled."""
+        return bool({"attention_input", "mlp_input"} & set(self.parts))
 
     @contextmanager
-    def measured(self, layer: nn.Module, normed: Callable[[Tensor], Tensor]) -> Iterator[Channels]:
-        """While the original layer runs, what its channels hold.
-
-        Args:
-            layer: with its weights.
-            normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
-        """
+    def watching(self, layer: nn.Module) -> Iterator[None]:
+        """While an original layer runs, what its channels hold."""
         names, found = self.architecture, Channels()
         inputs = [names.output] if "values" in self.parts else []
         inputs += names.mlp_writers(layer) if "mlp_hidden" in self.parts else ()
@@ -105,32 +104,76 @@ class ChannelScales:
         with ExitStack() as stack:
             stack.enter_context(measured_inputs(layer, inputs, found))
             chosen = [norm for part, norm in norms.items() if part in self.parts]
-            stack.enter_context(measured_norms(layer, chosen, normed, found))
+            stack.enter_context(measured_norms(layer, chosen, self.normed, found))
             if "keys" in self.parts:
                 stack.enter_context(measured_keys(layer, names, self.head_dim, found))
-            yield found
+            self.channels = found
+            yield
 
-    def fold(self, layer: nn.Module, found: Channels) -> None:
-        """Scale what R2, R3 and R5 will turn, before they do; the layer's output stays what it is."""
-        names = self.architecture
+
+@dataclass(frozen=True)
+class ScaleChannels(Transform):
+    """Scales what R2, R3 and R5 will turn, before they do.
+
+    Args:
+        measured: what the channels hold.
+        kv_heads: key and value heads.
+        rotary: channels of a head that RoPE turns, the first half of them with the second.
+    """
+
+    measured: Measured
+    kv_heads: int
+    rotary: int
+
+    sentence = "scaling the channels"
+
+    @contextmanager
+    def watching(self, layer: nn.Module) -> Iterator[None]:
+        """Measure, for the scales of norms too."""
+        with self.measured.watching(layer):
+            yield
+
+    def fold(self, layer: nn.Module, index: int) -> bool:
+        """By what the text held."""
+        names, found, parts = self.measured.architecture, self.measured.channels, self.measured.parts
         for name, squares in found.inputs.items():
             weight = folding.linear_of(layer, name).weight.square().sum(0)
             if name == names.output:
                 # The query heads of a group read the same values.
                 held, read = (self._of_group(x).flatten() for x in (squares, weight))
-                folding.scale_values(layer, names, balanced_scale(held, read).view(self.kv_heads, self.head_dim))
+                scale = balanced_scale(held, read).view(self.kv_heads, self.measured.head_dim)
+                folding.scale_values(layer, names, scale)
             else:
                 mlp = name.removesuffix(f".{names.down}")
                 folding.scale_hidden(layer, names, mlp, balanced_scale(squares, weight))
-        if "keys" in self.parts:
+        if "keys" in parts:
             energies = found.keys.variance, self._of_group(found.queries.energy)
             pair = self._rope_pairs().to(energies[0].device)
             keys, queries = (x.new_zeros(len(x), int(pair.max()) + 1).index_add(1, pair, x) for x in energies)
             folding.scale_keys(layer, names, balanced_scale(keys, queries)[:, pair])
+        return bool(parts)
 
-    def fold_norms(self, layer: nn.Module, found: Channels) -> None:
-        """Scale what the norms give, after R1; the layer's output stays what it is."""
-        names = self.architecture
+    def _of_group(self, x: Tensor) -> Tensor:
+        """Sum over the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
+        return x.view(self.kv_heads, -1, self.measured.head_dim).sum(1)
+
+    def _rope_pairs(self) -> Tensor:
+        """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
+        channel, half = torch.arange(self.measured.head_dim), self.rotary // 2
+        return torch.where(channel < self.rotary, channel % half, channel - half)
+
+
+@dataclass(frozen=True)
+class ScaleNorms(Transform):
+    """Scales what the norms give, after R1."""
+
+    measured: Measured
+
+    sentence = "scaling the norms"
+
+    def fold(self, layer: nn.Module, index: int) -> bool:
+        """By what the text held."""
+        names, found = self.measured.architecture, self.measured.channels
         linears = {names.attention_norm: names.attention_readers, names.mlp_norm: names.mlp_readers(layer)}
         for name, spread in found.normed.items():
             # A router, which reads the MLP norm too, is not quantized.
@@ -138,19 +181,14 @@ class ChannelScales:
             scale = balanced_scale(spread.variance, read, range_power(len(read)))
             # In bfloat16, so that no type that the norm's weight is kept in rounds it.
             folding.scale_norm(layer, names, name, scale.bfloat16().to(scale.dtype))
-
-    def _of_group(self, x: Tensor) -> Tensor:
-        """Sum over the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
-        return x.view(self.kv_heads, -1, self.head_dim).sum(1)
-
-    def _rope_pairs(self) -> Tensor:
-        """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
-        channel, half = torch.arange(self.head_dim), self.rotary // 2
-        return torch.where(channel < self.rotary, channel % half, channel - half)
+        return bool(found.normed)
 
 
-def channel_scales(walker: Walker, parts: Sequence[Part]) -> ChannelScales:
-    """Scales of the layers of a walker's model."""
+def scale_channels(
+    walker: Walker, parts: Sequence[Part], normed: Callable[[Tensor], Tensor] = lambda states: states
+) -> ScaleChannels:
+    """Scales of the layers of a walker's model; `normed` as in `Measured`."""
     config, architecture = walker.checkpoint.config, walker.architecture
     frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
-    return ChannelScales(parts, architecture, config.num_key_value_heads, head_dim_of(config), 2 * len(frequencies))
+    measured = Measured(parts, architecture, head_dim_of(config), normed)
+    return ScaleChannels(measured, config.num_key_value_heads, 2 * len(frequencies))

@@ -14,7 +14,7 @@ from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods.tuner import relative
-from kurtail_pl.stages.fusion.scales import Part, channel_scales
+from kurtail_pl.stages.fusion.scales import Part, scale_channels
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.keys import tokens_sha256
@@ -25,6 +25,7 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.transform import RotateValues
 
 ONLINE = ("attention_output", "mlp_hidden", "dense_hidden")
 """R4 and R5. The signs of R3 are not chosen: its keys may be centred before they are rounded, which fusion does not
@@ -125,16 +126,16 @@ def sign_errors(
         return {}
     with resumable_work(recipe) as work:
         walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
-        scales = channel_scales(walker, [part for part in SCALED if part in scaled])
+        scales = scale_channels(walker, [part for part in SCALED if part in scaled])
+        value = None if rotations.value is None else rotations.value.to(walker.device, walker.dtype)
+        values = RotateValues(walker.architecture, value)
         sums: dict[str, list[float]] = work.state.setdefault("sums", {name: [0.0] * signs.candidates for name in draws})
         hidden = walker.hidden_states(windows, work)
         for index, layer in walker.layers("signs of R4 and R5", work):
-            with scales.measured(layer, lambda states: states) as channels:
+            with scales.watching(layer):
                 hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
-            scales.fold(layer, channels)
-            if rotations.value is not None:
-                value = rotations.value[index].to(walker.device, walker.dtype)
-                folding.rotate_values(layer, walker.architecture, value)
+            scales.fold(layer, index)
+            values.fold(layer, index)
             with _rounded(layer, walker.architecture, draws) as found:
                 for states in hidden.before:
                     walker.advance(layer, states)

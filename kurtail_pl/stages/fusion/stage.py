@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +17,7 @@ from torch.nn import functional as F
 from kurtail_pl.artefact.shards import ShardWriter, named
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.methods.scheme import FLOAT
-from kurtail_pl.stages.fusion.channels import Channels
-from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, channel_scales, scale_windows
+from kurtail_pl.stages.fusion.scales import Part, ScaleNorms, ScaleSpec, scale_channels, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.versions import versions
@@ -34,9 +34,7 @@ from kurtail_pl.storage.rotation_file import hash_of, require_rotations_of, writ
 from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.attention import ATTENTION
-from kurtail_pl.surgery.equip import equip_layer, online_rotations
 from kurtail_pl.surgery.gate import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
@@ -47,6 +45,7 @@ from kurtail_pl.surgery.gate import (
 )
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.transform import FoldNorms, RotateOnline, RotateResidual, RotateValues, Transform
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +184,7 @@ class _Fuser:
         self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
         self.text = text[:, :length]
-        self.scales = channel_scales(walker, scaled)
+        self.transforms = self._transforms(scaled)
         generator = torch.Generator().manual_seed(0)
         self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
         shape = (3 + len(self.text), length, config.hidden_size)
@@ -200,10 +199,12 @@ class _Fuser:
         for index, layer in self.walker.layers("fuse layers", self.work):
             use_exact_layer(layer, self.architecture, self.eps)
             reference, rotated, rounded, *text = self.hidden.before
-            with self.scales.measured(layer, self._normed) as channels:
+            with ExitStack() as stack:
+                for transform in self.transforms:
+                    stack.enter_context(transform.watching(layer))
                 text_after = [self.walker.advance(layer, window) for window in text]
             reference_after = self.walker.advance(layer, reference)
-            self._fold_layer(index, layer, reference, reference_after, channels)
+            self._fold_layer(index, layer, reference, reference_after)
             rotated_after = self.walker.advance(layer, rotated)
             rounded_after = self.walker.advance(layer.float(), rounded.float())
             self.hidden.after.fill([reference_after, rotated_after, rounded_after, *text_after])
@@ -236,41 +237,29 @@ class _Fuser:
         self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
 
-    def _fold_layer(
-        self,
-        index: int,
-        layer: nn.Module,
-        reference: Tensor,
-        reference_after: Tensor,
-        channels: Channels,
-    ) -> None:
-        """Fold one layer in place, comparing its output with the original's after each fold."""
+    def _transforms(self, scaled: Sequence[Part]) -> list[Transform]:
+        """All that is done to a layer, in order."""
         architecture, rotations = self.architecture, self.rotations
+        scales = scale_channels(self.walker, scaled, self._normed)
+        return [
+            scales,
+            FoldNorms(architecture, rotations.residual is not None or scales.measured.norms),
+            RotateResidual(architecture, rotations.residual),
+            ScaleNorms(scales.measured),
+            RotateValues(architecture, rotations.value),
+            RotateOnline(architecture, rotations, scales.measured.head_dim),
+        ]
 
-        def gate(fold: str, before: Tensor, after: Tensor) -> None:
-            output = self.walker.advance(layer, before)
-            check(f"{fold} in {architecture.layers}.{index}", after, output, FLOAT64_TOLERANCE)
-
-        if self.scales.parts:
-            self.scales.fold(layer, channels)
-            gate("scaling the channels", reference, reference_after)
-        before, after = self._into_residual(reference), self._into_residual(reference_after)
-        if rotations.residual is not None or channels.normed:
-            folding.fold_layer_norms(layer, architecture)
-            gate("folding the norms", reference, reference_after)
-        if rotations.residual is not None:
-            folding.rotate_residual(layer, architecture, rotations.residual)
-            gate("rotating the residual stream (R1)", before, after)
-        if channels.normed:
-            self.scales.fold_norms(layer, channels)
-            gate("scaling the norms", before, after)
-        if rotations.value is not None:
-            folding.rotate_values(layer, architecture, rotations.value[index])
-            gate("rotating the values (R2)", before, after)
-        for name, factors in online_rotations(layer, architecture, rotations).items():
-            folding.absorb_online(folding.linear_of(layer, name), factors)
-        equip_layer(layer, architecture, FLOAT, rotations, self.scales.head_dim)
-        gate("rotating online (R3, R4, R5)", before, after)
+    def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:
+        """Fold one layer in place, comparing its output with the original's after each fold."""
+        before, after = reference, reference_after
+        for transform in self.transforms:
+            folded = transform.fold(layer, index)
+            if folded and transform.turns:
+                before, after = self._into_residual(reference), self._into_residual(reference_after)
+            if folded:
+                place = f"{transform.sentence} in {self.architecture.layers}.{index}"
+                check(place, after, self.walker.advance(layer, before), FLOAT64_TOLERANCE)
 
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:
         """Write final norm and head, and compare the logits."""
