@@ -78,40 +78,22 @@ def evaluate_folder(
     store.require_intact()
     require_sound(checkpoint.folder)
     card: dict[str, Any] = {"method": FLOAT_METHOD, "scheme": FLOAT.to_dict(), "cost": {}}
-    source = checkpoint.sha256
     if is_ours(checkpoint.folder):
         card = read_card(checkpoint.folder)
-        source = card["source"]["sha256"]
-    if store.origin.model_sha256 != source:
-        raise StoreMismatch(
-            f"the store {store.folder} holds activations of another model than {checkpoint.folder} was made from; "
-            "name the store of that model, or capture one"
-        )
-    rows = store.origin.rows
-    if not 0 < validation_rows <= rows:
-        raise ConfigError(
-            f"validation_rows is {validation_rows}; the store {store.folder} has {rows} rows: ask for fewer"
-        )
-    residual = rotations_of(checkpoint.folder).residual
-    per_site = block_kurtosis(store, residual, rows - validation_rows, rows, checkpoint.config.rms_norm_eps)
+    _require_rows_of(store, checkpoint, card, validation_rows)
+    kurtosis = _kurtosis(checkpoint, store, validation_rows)
     measured = perplexity(checkpoint, text, compute)
     answers = None if tasks is None else evaluate_tasks(checkpoint, tasks, compute.device)
     learned = card.get("rotations", {}).get("cost")
-    cost = {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")}
     results = {
         "method": card["method"],
         "model": store.origin.model,
         "measured": measured_key(store.origin, validation_rows),
         "scheme": card["scheme"],
         "evaluation": measured,
-        "kurtosis": {
-            "mean": per_site.mean().item(),
-            "max": per_site.max().item(),
-            "rows": validation_rows,
-            "sites": dict(zip(block_sites(store.shape.layers), per_site.tolist(), strict=True)),
-        },
+        "kurtosis": kurtosis,
         "disk_bytes": checkpoint.size,
-        "cost": cost,
+        "cost": {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")},
     }
     with alone_with(folder / RESULTS):
         earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
@@ -122,6 +104,35 @@ def evaluate_folder(
         # Only now: results without the tasks would pass for results of other settings.
         write_json(folder / RESULTS, results)
     return results
+
+
+def _require_rows_of(
+    store: ActivationStore, checkpoint: Checkpoint, card: dict[str, Any], validation_rows: int
+) -> None:
+    """Raise StoreMismatch when a store is another model's, ConfigError when it has too few rows."""
+    source = card["source"]["sha256"] if "source" in card else checkpoint.sha256
+    if store.origin.model_sha256 != source:
+        raise StoreMismatch(
+            f"the store {store.folder} holds activations of another model than {checkpoint.folder} was made from; "
+            "name the store of that model, or capture one"
+        )
+    if not 0 < validation_rows <= store.origin.rows:
+        raise ConfigError(
+            f"validation_rows is {validation_rows}; the store {store.folder} has {store.origin.rows} rows: ask for "
+            "fewer"
+        )
+
+
+def _kurtosis(checkpoint: Checkpoint, store: ActivationStore, validation_rows: int) -> dict[str, Any]:
+    """Of the block inputs, on the store's last rows."""
+    rows, eps = store.origin.rows, checkpoint.config.rms_norm_eps
+    per_site = block_kurtosis(store, rotations_of(checkpoint.folder).residual, rows - validation_rows, rows, eps)
+    return {
+        "mean": per_site.mean().item(),
+        "max": per_site.max().item(),
+        "rows": validation_rows,
+        "sites": dict(zip(block_sites(store.shape.layers), per_site.tolist(), strict=True)),
+    }
 
 
 def measured_key(origin: Origin, validation_rows: int) -> dict[str, Any]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from kurtail_pl.artefact.shards import ShardWriter, named
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.methods.scheme import FLOAT
-from kurtail_pl.stages.fusion.scales import Part, ScaleNorms, ScaleSpec, scale_channels, scale_windows
+from kurtail_pl.stages.fusion.passes import Fuser
+from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.meter import Meter
+from kurtail_pl.stages.text import Windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.card import is_ours, read_card, require_intact, write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -32,26 +31,12 @@ from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of, require_rotations_of, write_rotations
 from kurtail_pl.streaming.compute import Compute, Device
-from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.attention import ATTENTION
-from kurtail_pl.surgery.gate import (
-    FLOAT32_TOLERANCE,
-    FLOAT64_TOLERANCE,
-    LargestChange,
-    check,
-    require,
-    use_exact_layer,
-)
-from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.transform import FoldNorms, RotateOnline, RotateResidual, RotateValues, Transform
 
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
-ROWS = 4096
-"""Of embedding and head, folded at a time: all of them in float64 would be the largest thing in memory."""
 UNROTATED = "none"
 """Method name of a model that is only copied."""
 
@@ -92,22 +77,16 @@ def fuse(
     """
     require_rotations_of(checkpoint.config, rotations, "the rotations")
     require_learned_on(rotations, checkpoint.sha256, checkpoint.folder)
+    chosen = _Chosen.of(checkpoint, scales, signs)
     recipe = {
         "model_sha256": checkpoint.sha256,
         "companions_sha256": companions_sha256(checkpoint),
         "method": method,
         "rotations_sha256": hash_of(rotations),
         "versions": versions(),
+        **chosen.key,
     }
-    tokens = torch.empty(0, PROBE_TOKENS, dtype=torch.long)
-    if scales is not None:
-        windows = scale_windows(checkpoint, scales)
-        tokens = windows.tokens
-        recipe |= {"scales": settings_key(scales), "scales_text_sha256": windows.text_sha256}
-    if signs is not None:
-        held_out = sign_windows(checkpoint, signs)
-        recipe |= {"signs": settings_key(signs), "signs_text_sha256": held_out.text_sha256}
-    compute, parts = Compute(device), scales.parts if scales else ()
+    compute = Compute(device)
     with alone_with(folder):
         if is_ours(folder) and read_card(folder).get("recipe") == recipe:
             require_intact(folder)
@@ -117,26 +96,9 @@ def fuse(
         require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
-                if signs is not None:
-                    if "signs" not in work.state:
-                        errors = sign_errors(checkpoint, rotations, signs, held_out.tokens, parts, compute)
-                        work.state["signs"] = errors
-                    rotations = with_signs(rotations, signs, work.state["signs"])
-                gate = _Fuser(walker, rotations, work, parts, tokens).run(meter)
-            _write_companions(checkpoint, rotations, work.folder)
-            card: dict[str, Any] = {
-                "method": method,
-                "scheme": FLOAT.to_dict(),
-                "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
-                "tokenizer_sha256": checkpoint.tokenizer_sha256(),
-                "rotations": rotations.origin,
-                "rotations_sha256": sha256_of(work.folder / ROTATIONS),
-                "gate": gate,
-                "recipe": recipe,
-                "cost": {"fuse": meter.to_dict()},
-                "versions": versions(),
-            }
-            write_card(work.folder, card)
+                rotations = chosen.signed(checkpoint, rotations, work, compute)
+                gate = Fuser(walker, rotations, work, chosen.parts, chosen.tokens).run(meter)
+            _write_rest(checkpoint, rotations, work.folder, {"method": method, "gate": gate, "recipe": recipe}, meter)
     log.info(
         "fused into %s in %.0f s; logits changed by %.1e (float64) and %.1e (float32) relative",
         folder, meter.seconds, gate["float64"], gate["float32"],
@@ -144,13 +106,77 @@ def fuse(
     return folder
 
 
-def _write_companions(checkpoint: Checkpoint, rotations: Rotations, folder: Path) -> None:
-    """Write what stands beside the weights: configuration, tokenizer, generation settings, rotations."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What texts decide about a fusion: scales of channels, signs of R4 and R5."""
+
+    scales: ScaleSpec | None
+    signs: SignSpec | None
+    scale_text: Windows | None
+    sign_text: Windows | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, scales: ScaleSpec | None, signs: SignSpec | None) -> _Chosen:
+        """With their windows."""
+        return cls(
+            scales,
+            signs,
+            None if scales is None else scale_windows(checkpoint, scales),
+            None if signs is None else sign_windows(checkpoint, signs),
+        )
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All of it that decides the result."""
+        texts = {"scales": (self.scales, self.scale_text), "signs": (self.signs, self.sign_text)}
+        return {
+            name: value
+            for part, (spec, text) in texts.items()
+            if spec is not None and text is not None
+            for name, value in ((part, settings_key(spec)), (f"{part}_text_sha256", text.text_sha256))
+        }
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Whose channels are scaled."""
+        return () if self.scales is None else self.scales.parts
+
+    @property
+    def tokens(self) -> Tensor:
+        """Windows that their scales are measured on."""
+        nothing = torch.empty(0, PROBE_TOKENS, dtype=torch.long)
+        return nothing if self.scale_text is None else self.scale_text.tokens
+
+    def signed(self, checkpoint: Checkpoint, rotations: Rotations, work: Workplace, compute: Compute) -> Rotations:
+        """Rotations with the signs that err least; work that is taken up again has their errors in its state."""
+        if self.signs is None or self.sign_text is None:
+            return rotations
+        if "signs" not in work.state:
+            tokens = self.sign_text.tokens
+            work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.parts, compute)
+        return with_signs(rotations, self.signs, work.state["signs"])
+
+
+def _write_rest(
+    checkpoint: Checkpoint, rotations: Rotations, folder: Path, found: Mapping[str, Any], meter: Meter
+) -> None:
+    """Write what stands beside the weights: configuration, tokenizer, generation settings, rotations, card."""
     config = copy.deepcopy(checkpoint.config)
     config.tie_word_embeddings, config.dtype = False, torch.float32
     write_config(folder, config, plain=not rotations.any_online)
     copy_companions(checkpoint, folder)
     write_rotations(folder / ROTATIONS, rotations)
+    card = {
+        **found,
+        "scheme": FLOAT.to_dict(),
+        "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
+        "tokenizer_sha256": checkpoint.tokenizer_sha256(),
+        "rotations": rotations.origin,
+        "rotations_sha256": sha256_of(folder / ROTATIONS),
+        "cost": {"fuse": meter.to_dict()},
+        "versions": versions(),
+    }
+    write_card(folder, card)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
@@ -161,127 +187,3 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
             (folder / GENERATION).write_bytes((checkpoint.folder / GENERATION).read_bytes())
     except CheckpointError as error:
         log.warning("left out: %s", error)
-
-
-class _Fuser:
-    """One pass over the model: fold, gate, write.
-
-    Three probes go along, as three windows of hidden states: through the original model, the rotated one, and the
-    rotated one as written, in float32. After them come, as long, windows of the text that channels to scale are
-    measured on, through the original model.
-    """
-
-    def __init__(
-        self, walker: Walker, rotations: Rotations, work: Workplace, scaled: Sequence[Part], text: Tensor
-    ) -> None:
-        self.walker, self.architecture, self.work = walker, walker.architecture, work
-        # Not earlier: a walker made meanwhile for the same configuration, as signs are chosen by, sets it back.
-        walker.model.set_attn_implementation(ATTENTION)
-        residual, value = (r if r is None else r.to(walker.device) for r in (rotations.residual, rotations.value))
-        self.rotations = replace(rotations, residual=residual, value=value)
-        config = walker.checkpoint.config
-        self.eps: float = config.rms_norm_eps
-        self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
-        length = min(text.shape[1], config.max_position_embeddings)
-        self.text = text[:, :length]
-        self.transforms = self._transforms(scaled)
-        generator = torch.Generator().manual_seed(0)
-        self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
-        shape = (3 + len(self.text), length, config.hidden_size)
-        self.hidden = HiddenStates(work, shape, walker.dtype, walker.device)
-
-    @torch.no_grad()
-    def run(self, meter: Meter) -> dict[str, float]:
-        """Fold and write everything; returns the relative change of the logits in both precisions."""
-        if self.work.done is None:
-            self._embedding()
-            self.work.finished(0)
-        for index, layer in self.walker.layers("fuse layers", self.work):
-            use_exact_layer(layer, self.architecture, self.eps)
-            reference, rotated, rounded, *text = self.hidden.before
-            with ExitStack() as stack:
-                for transform in self.transforms:
-                    stack.enter_context(transform.watching(layer))
-                text_after = [self.walker.advance(layer, window) for window in text]
-            reference_after = self.walker.advance(layer, reference)
-            self._fold_layer(index, layer, reference, reference_after)
-            rotated_after = self.walker.advance(layer, rotated)
-            rounded_after = self.walker.advance(layer.float(), rounded.float())
-            self.hidden.after.fill([reference_after, rotated_after, rounded_after, *text_after])
-            self._write_layer(index, layer)
-            self.work.state["cost"] = meter.to_dict()
-        reference, rotated, rounded, *_ = self.hidden.before
-        return self._head(reference, rotated, rounded)
-
-    def _write_layer(self, index: int, layer: nn.Module) -> None:
-        # No name outlives this: one would keep the layer's weights in memory while the next ones are read.
-        state = checkpoint_state(layer.state_dict(), self.architecture)
-        self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
-
-    def _into_residual(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the rotated model has them."""
-        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        """What a folded norm of the rotated model gives, by hidden states of the original one."""
-        return self._into_residual(F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
-
-    def _embedding(self) -> None:
-        """Write the rotated embedding, and start the probes."""
-        embedding = self.walker.embedding(torch.float32)
-        reference = embedding(self.probe).double()
-        text = [embedding(window.unsqueeze(0).to(self.walker.device)) for window in self.text]
-        for rows in torch.split(embedding.weight.data, ROWS):
-            rows.copy_(self._into_residual(rows.double()))
-        self.hidden.before.fill([reference, self._into_residual(reference), embedding(self.probe), *text])
-        self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
-        embedding.to("meta")
-
-    def _transforms(self, scaled: Sequence[Part]) -> list[Transform]:
-        """All that is done to a layer, in order."""
-        architecture, rotations = self.architecture, self.rotations
-        scales = scale_channels(self.walker, scaled, self._normed)
-        return [
-            scales,
-            FoldNorms(architecture, rotations.residual is not None or scales.measured.norms),
-            RotateResidual(architecture, rotations.residual),
-            ScaleNorms(scales.measured),
-            RotateValues(architecture, rotations.value),
-            RotateOnline(architecture, rotations, scales.measured.head_dim),
-        ]
-
-    def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:
-        """Fold one layer in place, comparing its output with the original's after each fold."""
-        before, after = reference, reference_after
-        for transform in self.transforms:
-            folded = transform.fold(layer, index)
-            if folded and transform.turns:
-                before, after = self._into_residual(reference), self._into_residual(reference_after)
-            if folded:
-                place = f"{transform.sentence} in {self.architecture.layers}.{index}"
-                check(place, after, self.walker.advance(layer, before), FLOAT64_TOLERANCE)
-
-    def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:
-        """Write final norm and head, and compare the logits."""
-        norm, head = self.walker.head(torch.float32)
-        scale = cast(Tensor, norm.weight).double()
-        normed = [F.rms_norm(x, scale.shape, eps=self.eps) for x in (reference, rotated, rounded.float())]
-        changes = [LargestChange(), LargestChange()]
-        for rows in torch.split(head.weight.data, ROWS):
-            plain = rows.double() * scale
-            folded = self._into_residual(plain)
-            if self.rotations.residual is not None:
-                rows.copy_(folded)
-            original = normed[0] @ plain.T
-            changes[0].update(original, normed[1] @ folded.T)
-            changes[1].update(original, normed[2] @ folded.float().T)
-        gate = {
-            "float64": require("the fused model", changes[0].relative, FLOAT64_TOLERANCE),
-            "float32": require("the fused model in float32", changes[1].relative, FLOAT32_TOLERANCE),
-        }
-        if self.rotations.residual is not None:
-            norm.weight = nn.Parameter(torch.ones_like(scale, dtype=torch.float32), requires_grad=False)
-        tensors = named(self.architecture.final_norm, norm.state_dict())
-        self.shards.write(self.walker.n_layers + 1, {**tensors, **named(self.architecture.head, head.state_dict())})
-        self.shards.close()
-        return gate

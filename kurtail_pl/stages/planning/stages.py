@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kurtail_pl.methods.cost import FLOAT16, FLOAT32, FLOAT64, Cost
+from kurtail_pl.stages.fusion.passes import ROWS
 from kurtail_pl.stages.fusion.scales import ScaleSpec
 from kurtail_pl.stages.fusion.signs import SignSpec
-from kurtail_pl.stages.fusion.stage import ROWS
 from kurtail_pl.stages.planning.run import Run, StagePlan, tokens_of
 from kurtail_pl.stages.quantization import QuantizeSpec, sensitivity
-from kurtail_pl.stages.quantization.layer import FLOAT64_WIDTH
+from kurtail_pl.stages.quantization.moments import FLOAT64_WIDTH
 from kurtail_pl.stages.text import TextSpec
 
 SEARCH_BYTES = 8 * FLOAT32 << 25

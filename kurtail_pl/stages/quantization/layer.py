@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import repeat
 from typing import TypedDict
 
@@ -19,16 +18,13 @@ from kurtail_pl.methods.tuner import Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fix_grid, received_by
 from kurtail_pl.stages.quantization.float_layer import FloatLayer, set_aside
+from kurtail_pl.stages.quantization.moments import add_product, empty_product
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.experts import routed
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
-
-FLOAT64_WIDTH = 8192
-"""Hessians up to this width are float64, 0.5 GB at most; a wider one in float32 is still factored safely, by the square
-root of its condition (`maths.gptq`)."""
 
 Inputs = Callable[[], Iterable[Tensor]]
 """The inputs of linears, window by window, ``[1, tokens, in]``; made anew whenever they are needed."""
@@ -250,21 +246,16 @@ class LayerSolver:
         if not solves and self.match is None:
             return Moments(None, None)
         assert isinstance(linear, QuantizedLinear)
-        hessian = self._empty_product(linear)
-        cross = None if self.match is None and wanted is None else self._empty_product(linear)
+        hessian = empty_product(linear.in_features, self.walker.device)
+        cross = None if self.match is None and wanted is None else empty_product(linear.in_features, self.walker.device)
         windows = zip(inputs, repeat(None) if wanted is None else wanted, strict=wanted is not None)
         for index, (x, exact) in enumerate(windows):
             rows = linear.prepare(x).flatten(0, -2)
             counted = rows if counts is None else rows * counts[index].unsqueeze(-1)
-            _add_product(hessian, rows, counted)
+            add_product(hessian, rows, counted)
             if cross is not None:
-                _add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
+                add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
         return Moments(self.ranks.sum(hessian), None if cross is None else self.ranks.sum(cross))
-
-    def _empty_product(self, linear: QuantizedLinear) -> Tensor:
-        width = linear.in_features
-        dtype = torch.float64 if width <= FLOAT64_WIDTH else torch.float32
-        return torch.zeros(width, width, dtype=dtype, device=self.walker.device)
 
     def _pack(self, layer: nn.Module, prefix: str, names: tuple[str, ...], moments: Moments) -> None:
         """Match the weights of linears that read the same inputs to these, and quantize them."""
@@ -308,24 +299,3 @@ def _evenly(candidates: Tensor, count: int, ranks: Ranks) -> Tensor:
     chosen = torch.zeros_like(candidates)
     chosen[places[wanted[(wanted >= 0) & (wanted < len(places))]]] = True
     return chosen
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right`` of ``[tokens, in]``, float32 products, to a sum ``[in, in]`` in its own type."""
-    with _exact_products(right.dtype):
-        left, right = left.float(), right.float()
-        if total.dtype == torch.float32:
-            total.addmm_(left.T, right)
-        else:
-            total += left.T @ right
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let CUDA multiply bfloat16 values, held as float32, by its fast TF32 units, which round none of them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

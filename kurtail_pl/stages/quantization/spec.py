@@ -12,6 +12,7 @@ from kurtail_pl.methods import BitTuner, ClipTuner, Matching, Needs, Rounder, de
 from kurtail_pl.methods.method import Method, plain
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import UNROTATED
+from kurtail_pl.stages.quantization.prefix import require_tokens
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.equip import require_scheme_fits
@@ -106,7 +107,7 @@ class QuantizeSpec:
 
 
 def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
-    """Raise ConfigError when a model's widths, layers or linears are not what groups, bits or `by_attention` need."""
+    """Raise ConfigError when a model's widths, layers, linears or tokens are not what a recipe needs."""
     architecture = architecture_of(config)
     if spec.by_attention and architecture.value == architecture.query:
         raise ConfigError(
@@ -114,6 +115,8 @@ def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
             "for which tokens count alike; write by_attention: false"
         )
     require_scheme_fits(config, spec.scheme)
+    if spec.scheme.prefix is not None:
+        require_tokens(config, spec.scheme.prefix)
 
 
 def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:

@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from kurtail_pl.artefact.shards import ShardWriter, named
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.methods.tuner import Block, Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.fusion.stage import copy_companions
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.quantization.calibration import as_stored
-from kurtail_pl.stages.quantization.float_layer import FloatLayer
-from kurtail_pl.stages.quantization.layer import LayerSolver
-from kurtail_pl.stages.quantization.prefix import prefix_states, require_tokens
+from kurtail_pl.stages.quantization.passes import Rounding
 from kurtail_pl.stages.quantization.sensitivity import sensitivities
 from kurtail_pl.stages.quantization.spec import QuantizeSpec, calibration_windows, require_fit, tuning_windows
-from kurtail_pl.stages.text import Windows
-from kurtail_pl.stages.versions import versions
-from kurtail_pl.storage.card import read_card, require_intact, rotations_of, write_card
+from kurtail_pl.storage.card import read_card, require_intact
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space
 from kurtail_pl.storage.keys import folder_sha256, settings_key
-from kurtail_pl.storage.mark import write_config
-from kurtail_pl.storage.resume import Workplace, resumable_folder
-from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
-from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.compute import AUTO, Compute
-from kurtail_pl.streaming.hidden import HiddenStates
-from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.architecture import Architecture
-from kurtail_pl.surgery.attention import put_prefix
-from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of
-from kurtail_pl.surgery.exact import exact_names
-from kurtail_pl.surgery.layout import checkpoint_state
-from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import Rotations
 
 log = logging.getLogger(__name__)
-
-INHERITED = ("source", "tokenizer_sha256", "rotations", "rotations_sha256", "gate")
-"""What an artefact's card takes over from the fused model's."""
 
 
 def quantize(
@@ -84,8 +55,6 @@ def quantize(
     fused_card = _fused_card(fused, ranks)
     checkpoint = Checkpoint(fused)
     require_fit(checkpoint.config, spec)
-    if spec.scheme.prefix is not None:
-        require_tokens(checkpoint.config, spec.scheme.prefix)
     text, own_text = calibration_windows(checkpoint, spec), tuning_windows(checkpoint, spec)
     require_space(folder, checkpoint.size // 2)
     recipe = {
@@ -100,17 +69,11 @@ def quantize(
             if spec.bits is not None and scheme.weights is not None and text is not None:
                 alphas = sensitivities(checkpoint, text.tokens, spec.seed, compute, work, ranks)
                 scheme = replace(scheme, layer_bits=spec.bits.bits(scheme.weights, alphas))
-            rounding = _Rounding(checkpoint, spec, scheme, compute, ranks, work)
+            rounding = Rounding(checkpoint, spec, scheme, compute, ranks, work)
             rounding.run(text, own_text, meter)
         if ranks.leads:
-            own = {
-                "quantize": spec.to_dict(),
-                **{key: recipe[key] for key in ("dtype", "calibration_text_sha256", "fused_sha256")},
-                "method": spec.method_name(fused_card["method"]),
-                "rounding": spec.rounding,
-                "cost": {**fused_card["cost"], "quantize": meter.to_dict()},
-            }
-            rounding.write_rest({**{key: fused_card.get(key) for key in INHERITED}, **own}, fused_card)
+            cost = {**fused_card["cost"], "quantize": meter.to_dict()}
+            rounding.write_rest({**recipe, "quantize": spec.to_dict(), "cost": cost}, fused_card)
     log.info(
         "quantized to %s in %.0f s (%.0f CPU s)%s: %s",
         scheme.name, meter.seconds, meter.cpu_seconds, ranks.shared, folder,
@@ -126,144 +89,3 @@ def _fused_card(fused: Path, ranks: Ranks) -> dict[str, Any]:
     if "quantize" in card:
         raise ArtefactError(f"{fused} is quantized already; give the folder that kurtail fuse wrote")
     return card
-
-
-class _Rounding:
-    """One pass over a fused model: solve a layer, write it.
-
-    Args:
-        checkpoint: of the fused model.
-        spec: methods.
-        scheme: its scheme, bits of layers decided.
-        compute: device and floating-point type.
-        ranks: the processes that share the windows.
-        work: where the artefact is made.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        spec: QuantizeSpec,
-        scheme: Scheme,
-        compute: Compute,
-        ranks: Ranks,
-        work: Workplace,
-    ) -> None:
-        self.spec, self.scheme, self.ranks, self.work = spec, scheme, ranks, work
-        self.rotations = rotations_of(checkpoint.folder)
-        quantized = spec.scheme if spec.quantized_activations else FLOAT
-        model = _equipped(checkpoint, quantized, self.rotations)
-        self.walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
-        self.float_model = _equipped(checkpoint, FLOAT, self.rotations) if spec.needs_float_model else None
-        self.solver = LayerSolver(self.walker, spec.scheme, spec.rounder, spec.matching, ranks, spec.by_attention)
-        self.solver.notes.update(work.state.get("notes", {}))
-        self.clips: list[dict[str, float]] = list(work.state.get("clips", []))
-        self.shards = ShardWriter(work.folder, shards=self.walker.n_layers + 2)
-
-    @torch.no_grad()
-    def run(self, text: Windows | None, own_text: Windows | None, meter: Meter) -> None:
-        """Write all weights; go on after the last layer that was finished."""
-        architecture, spec, walker, work = self.walker.architecture, self.spec, self.walker, self.work
-        if work.done is None and self.ranks.leads:
-            embedding = walker.embedding(torch.float32)
-            self.shards.write(0, _state(architecture.embedding, embedding, architecture))
-            embedding.to("meta")
-        hidden = walker.hidden_states(self._share(text if spec.needs_inputs else None), work)
-        own = walker.hidden_states(self._share(own_text), work, "learning")
-        exact = None if self.float_model is None else hidden.beside("exact")
-        prefix = self._prefix()
-        for index, layer in walker.layers(f"{spec.rounder.label} layers", work):
-            name = f"{architecture.layers}.{index}"
-            beside = self._beside(index, layer, exact)
-            if prefix:
-                for each in (layer,) if beside is None else (layer, beside.layer):
-                    put_prefix(each.get_submodule(architecture.attention), *prefix[index])
-            tuning = None if spec.clips is None else spec.clips.tuning(self._block(layer, own))
-            self.solver.solve_layer(layer, name, hidden, self.scheme.layer_weights(index), beside, tuning)
-            if tuning is not None:
-                self._tuned(layer, tuning, hidden)
-            if self.ranks.leads:
-                self.shards.write(index + 1, _state(name, layer, architecture))
-            work.state.update(notes=self.solver.notes, clips=self.clips, cost=meter.to_dict())
-        if self.ranks.leads:
-            norm, head = walker.head(torch.float32)
-            ends = {architecture.final_norm: norm, architecture.head: head}
-            states = [_state(name, module, architecture) for name, module in ends.items()]
-            self.shards.write(walker.n_layers + 1, {**states[0], **states[1]})
-            self.shards.close()
-
-    def _share(self, text: Windows | None) -> Tensor:
-        """The windows of this process."""
-        windows = torch.empty(0, 0, dtype=torch.long) if text is None else text.tokens
-        mine = self.ranks.share(len(windows))
-        return windows[mine.start : mine.stop]
-
-    def _prefix(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the prefix in each layer; empty without one."""
-        walker, prefix = self.walker, self.scheme.prefix
-        return list(prefix_states(walker.checkpoint, prefix, walker.dtype, walker.device)) if prefix else []
-
-    def _beside(self, index: int, layer: nn.Module, exact: HiddenStates | None) -> FloatLayer | None:
-        """The layer in the float model, where that runs beside."""
-        if self.float_model is None or exact is None:
-            return None
-        return FloatLayer(self.walker, layers_of(self.float_model, self.walker.architecture)[index], layer, exact)
-
-    def _block(self, layer: nn.Module, own: HiddenStates) -> Block:
-        """A layer as tuners see it."""
-
-        def packed() -> list[nn.Module]:
-            return [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
-
-        def run(states: Tensor) -> Tensor:
-            after: Tensor = layer(states, **self.walker.positions(layer, states))  # With gradients, where asked for.
-            return after
-
-        sites = _sites(layer, self.walker.architecture)
-        return Block(sites, run, own.before, own.after, self.ranks, self.walker.device, packed)
-
-    def _tuned(self, layer: nn.Module, tuning: Tuning, hidden: HiddenStates) -> None:
-        """Let a tuner finish; where it changed the solved layer, the windows go through it again."""
-        tuning.solved()
-        self.clips.append(tuning.ratios)
-        if self.spec.clips is not None and self.spec.clips.own_windows is not None:
-            hidden.after.fill(self.walker.advance(layer, states) for states in hidden.before)
-
-    def write_rest(self, card: Mapping[str, Any], fused_card: Mapping[str, Any]) -> None:
-        """Write what stands beside the weights, the card last."""
-        folder, checkpoint = self.work.folder, self.walker.checkpoint
-        plain = self.scheme == FLOAT and not self.rotations.any_online
-        write_config(folder, checkpoint.config, plain=plain)
-        copy_companions(checkpoint, folder)
-        write_rotations(folder / ROTATIONS, self.rotations)
-        found = {
-            "fuse": fused_card.get("recipe", {}),
-            "scheme": self.scheme.to_dict(),
-            **self.solver.notes,
-            "clips": self.clips,
-            "sensitivities": self.work.state.get("sensitivities"),
-            "versions": versions(),
-        }
-        write_card(folder, {**card, **found})
-
-
-def _equipped(checkpoint: Checkpoint, scheme: Scheme, rotations: Rotations) -> PreTrainedModel:
-    model = empty_model(checkpoint.config)
-    equip_model(model, scheme, rotations)
-    return model
-
-
-def _state(name: str, module: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """What is stored of a module. Scales stay as they are: there is one for thousands of weights."""
-    tensors, exact = checkpoint_state(module.state_dict(), architecture), exact_names(module)
-    return named(name, {k: v if k.rpartition(".")[2] in exact else as_stored(v) for k, v in tensors.items()})
-
-
-def _sites(layer: nn.Module, architecture: Architecture) -> list[Site]:
-    """What has one clip in a decoder layer: linears that read the same inputs, its keys, its values."""
-    readers = [architecture.attention_readers, (architecture.output,)]
-    for mlp in architecture.gated_mlps(layer):
-        readers += [architecture.gate_and_up(mlp), (f"{mlp}.{architecture.down}",)]
-    inputs = [Site("activations", {name: layer.get_submodule(name) for name in names}) for names in readers]
-    attention = {architecture.attention: layer.get_submodule(architecture.attention)}
-    return [*inputs, Site("keys", attention), Site("values", attention)]

@@ -97,13 +97,9 @@ def figures(
         by_layer = {name: torch.stack(found).view(-1, 2) for name, found in values.items()}
         pages.figures["kurtosis_by_layer"] = draw_kurtosis_by_layer(by_layer)
         pages.tables["max_reduction"] = reductions.markdown()
-        pages.summary.update(
-            model=store.origin.model,
-            method=method,
-            rows=rows,
-            kurtosis={name: _plain(found) for name, found in by_layer.items()},
-            max_reduction=reductions.to_dict(),
-        )
+        numbers = {name: _plain(found) for name, found in by_layer.items()}
+        pages.summary.update(model=store.origin.model, method=method, rows=rows)
+        pages.summary.update(kurtosis=numbers, max_reduction=reductions.to_dict())
         for tag, figure in pages.figures.items():
             figure.savefig(partial / f"{tag.replace('/', '-')}.png")
         write_text(partial / TABLE, pages.tables["max_reduction"])
