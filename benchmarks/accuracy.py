@@ -42,8 +42,7 @@ ROUNDED: dict[str, tuple[Scheme, Rounder]] = {
 
 def learn(data: ActivationDataModule, seed: int, lr: float, log: dict[str, float]) -> Rotations:
     """Learned R1 and R2; what it cost and the final kurtosis go into the log."""
-    sizes = {name: getattr(data, name) for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")}
-    module = KurTailModule(**sizes, rotation_seed=seed, optimizer=partial(CayleyAdam, lr=lr, q=0.15))
+    module = KurTailModule(data.sizes, rotation_seed=seed, optimizer=partial(CayleyAdam, lr=lr, q=0.15))
     trainer = L.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
     )

@@ -57,8 +57,7 @@ def road(model: Path, layers: int, args: argparse.Namespace, windows: int, stage
         validation_rows=rows // 9,
         compute=compute,
     )
-    sizes = {name: getattr(data, name) for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")}
-    module = KurTailModule(**sizes)
+    module = KurTailModule(data.sizes)
 
     def learn() -> None:
         accelerator = "gpu" if compute.on_cuda else "cpu"

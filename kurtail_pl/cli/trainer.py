@@ -52,7 +52,7 @@ SECTIONS: dict[str, type[L.Callback]] = {
 }
 """A recipe has these sections beside model, data and trainer, here in the order in which they do their work."""
 LINKED = {
-    **{name: f"data.{name}" for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")},
+    "sizes": "data.sizes",
     "centre": "quantization.centre",
     "scheme": "quantization.scheme",
 }

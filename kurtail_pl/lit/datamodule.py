@@ -11,6 +11,7 @@ import lightning as L
 
 from kurtail_pl.errors import ConfigError, ResumeMismatch, listed
 from kurtail_pl.lit.loader import BlockLoader, WindowLoader
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.capture.stage import CaptureSpec, capture, origin_of, shape_of
 from kurtail_pl.stages.evaluation.results import model_name
@@ -82,30 +83,17 @@ class StoredModel(L.LightningDataModule):
         return open_model(self.capture_spec.model)
 
     @property
-    def layers(self) -> int:
-        """Decoder layers; linked to the module."""
-        return shape_of(self.checkpoint.config).layers
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream; linked to the module."""
-        return shape_of(self.checkpoint.config).hidden_size
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a value head; linked to the module."""
-        return shape_of(self.checkpoint.config).head_dim
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads; linked to the module. Stored values may have more (`CaptureSpec.values`)."""
-        return shape_of(self.checkpoint.config).kv_heads
-
-    @property
-    def rms_norm_eps(self) -> float:
-        """The epsilon of the model's RMSNorm; linked to the module."""
-        eps: float = self.checkpoint.config.rms_norm_eps
-        return eps
+    def sizes(self) -> ModelSizes:
+        """Of the model; linked to the module."""
+        config = self.checkpoint.config
+        shape = shape_of(config)
+        return ModelSizes(
+            layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            head_dim=shape.head_dim,
+            kv_heads=shape.kv_heads,
+            rms_norm_eps=config.rms_norm_eps,
+        )
 
     def setup(self, stage: str) -> None:
         """Capture, or check and reuse the store that stands there.

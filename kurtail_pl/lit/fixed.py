@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 
@@ -16,11 +17,7 @@ class FixedRotations(RotationModule):
     """Random Hadamards (QuaRot, arXiv 2404.00456), or none; its trainer takes no steps (`max_epochs: 0`).
 
     Args:
-        layers: decoder layers.
-        hidden_size: width of the residual stream.
-        head_dim: width of a value head.
-        kv_heads: key and value heads.
-        rms_norm_eps: of the model's norms.
+        sizes: see `RotationModule`.
         hadamard: random Hadamards for R1 to R5; false leaves the model unrotated.
         rotation_seed: decides the random Hadamards.
 
@@ -30,17 +27,8 @@ class FixedRotations(RotationModule):
 
     learns = False
 
-    def __init__(
-        self,
-        layers: int,
-        hidden_size: int,
-        head_dim: int,
-        kv_heads: int,
-        rms_norm_eps: float,
-        hadamard: bool = True,
-        rotation_seed: int = 0,
-    ) -> None:
-        super().__init__(layers, hidden_size, head_dim, kv_heads, rms_norm_eps, rotation_seed)
+    def __init__(self, sizes: ModelSizes, hadamard: bool = True, rotation_seed: int = 0) -> None:
+        super().__init__(sizes, rotation_seed)
         self.hadamard = hadamard
         self.method = "quarot" if hadamard else "none"
 

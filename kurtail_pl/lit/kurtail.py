@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.kurtosis import Mean, distance_to_uniform, kurtosis, rms_norm
 from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.objectives import OBJECTIVES
@@ -19,12 +21,44 @@ from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture.effects import block_effects
 from kurtail_pl.stages.capture.weight_rows import weight_rows
 from kurtail_pl.stages.text import cut_windows
-from kurtail_pl.storage.activations import block_sites
 
-START_ROWS = 4096
-"""Of each site, at most, that principal axes are taken from; rows are shuffled in the store."""
 WEIGHT_ROWS = 256
 """Of the weights that read each block input, the same in all steps: half as many as rows of a batch."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What R1 makes small.
+
+    Args:
+        kind: a name of `maths.objectives.OBJECTIVES`: ``kurtosis`` (Eq. 4: its distance from 1.8 over all rows of a
+            site) or ``token_kurtosis``, ``range``, ``whip`` or ``wasserstein`` of each row.
+        massive_weight: how much the row of a massive token counts, others counting 1; 0 leaves them out, which is
+            right where the weights are matched to them later.
+        site_weights: how much each block input counts: all ``equal`` (the paper), or each by its measured ``effect``
+            on the residual stream (`stages.capture.effects.block_effects`).
+        weight_term: how much the objective of rows of the weights that read the block inputs, which R1 turns too,
+            counts beside that of the inputs; 0 (the paper) leaves the weights unread.
+
+    Raises:
+        ConfigError: when there is no such objective, or a weight is below 0.
+    """
+
+    kind: str = "kurtosis"
+    massive_weight: float = 1.0
+    site_weights: Literal["equal", "effect"] = "equal"
+    weight_term: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in OBJECTIVES:
+            raise ConfigError(f"objective.kind is {self.kind!r}; R1 is learned by {', '.join(OBJECTIVES)}")
+        for name in ("massive_weight", "weight_term"):
+            weight: float = getattr(self, name)
+            if weight < 0:
+                raise ConfigError(f"objective.{name} is {weight}; give 0 or more (an ordinary row counts 1)")
+
+
+PAPER = Objective()
 
 
 class KurTailModule(RotationModule):
@@ -34,72 +68,38 @@ class KurTailModule(RotationModule):
     alone. The defaults are the paper's method.
 
     Args:
-        layers: see `RotationModule`.
-        hidden_size: see `RotationModule`.
-        head_dim: see `RotationModule`.
-        kv_heads: see `RotationModule`.
-        rms_norm_eps: see `RotationModule`.
+        sizes: see `RotationModule`.
         rotation_seed: see `RotationModule`.
         value_per_head: see `RotationModule`.
-        start: where R1 starts: a random ``hadamard``, or ``pca``, the principal axes of all sites' rows times that
-            Hadamard, which then spreads the rows' common directions evenly.
-        objective: what R1 makes small, a name of `maths.objectives.OBJECTIVES`: ``kurtosis`` (Eq. 4: its distance from
-            1.8 over all rows of a site) or ``token_kurtosis``, ``range``, ``whip`` or ``wasserstein`` of each row.
-        massive_weight: how much the row of a massive token counts, others counting 1; 0 leaves them out, which is
-            right where the weights are matched to them later.
-        site_weights: how much each block input counts: all ``equal`` (the paper), or each by its measured ``effect``
-            on the residual stream (`stages.capture.effects.block_effects`).
-        weight_term: how much the objective of rows of the weights that read the block inputs, which R1 turns too,
-            counts beside that of the inputs; 0 (the paper) leaves the weights unread.
+        objective: what R1 makes small, and how much each part of it counts.
         centre: learn for inputs whose channel means, over the tokens that are not massive, are subtracted before they
             are quantized (`Scheme.centre`).
         method: name in artefacts and tables.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
-
-    Raises:
-        ConfigError: when there is no such objective, or a weight is below 0.
     """
 
     def __init__(
         self,
-        layers: int,
-        hidden_size: int,
-        head_dim: int,
-        kv_heads: int,
-        rms_norm_eps: float,
+        sizes: ModelSizes,
         rotation_seed: int = 0,
         value_per_head: bool = False,
-        start: Literal["hadamard", "pca"] = "hadamard",
-        objective: str = "kurtosis",
-        massive_weight: float = 1.0,
-        site_weights: Literal["equal", "effect"] = "equal",
-        weight_term: float = 0.0,
+        objective: Objective = PAPER,
         centre: bool = False,
         method: str = "kurtail",
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(
-            layers, hidden_size, head_dim, kv_heads, rms_norm_eps, rotation_seed, value_per_head, optimizer, scheduler
-        )
-        if objective not in OBJECTIVES:
-            raise ConfigError(f"objective is {objective!r}; R1 is learned by {', '.join(OBJECTIVES)}")
-        for name, weight in (("massive_weight", massive_weight), ("weight_term", weight_term)):
-            if weight < 0:
-                raise ConfigError(f"{name} is {weight}; give 0 or more (an ordinary row counts 1)")
-        self.start, self.objective, self.method = start, objective, method
-        self.massive_weight, self.site_weights, self.weight_term = massive_weight, site_weights, weight_term
-        self.centre = centre
+        super().__init__(sizes, rotation_seed, value_per_head, optimizer, scheduler)
+        self.objective, self.method, self.centre = objective, method, centre
         self.counts: Tensor
         self.weights: Tensor
-        self.register_buffer("counts", torch.ones(2 * layers), persistent=False)
+        self.register_buffer("counts", torch.ones(2 * sizes["layers"]), persistent=False)
         self.register_buffer("weights", torch.zeros(0), persistent=False)
 
     def settings(self) -> dict[str, Any]:
         """What decides the learned rotations, beside the data."""
-        own = ("start", "objective", "massive_weight", "site_weights", "weight_term", "centre")
-        return {**super().settings(), **{name: getattr(self, name) for name in own}}
+        return {**super().settings(), "objective": asdict(self.objective), "centre": self.centre}
 
     def setup(self, stage: str) -> None:
         """Read from store and model, before the first step, what the settings ask for.
@@ -110,28 +110,14 @@ class KurTailModule(RotationModule):
         if stage != "fit":
             return
         data: StoredModel = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.start == "pca":
-            axes = self._principal_axes(data)
-            self.residual.data = (axes @ self.residual.double()).float()
-        if self.site_weights == "effect":
+        if self.objective.site_weights == "effect":
             spec = data.capture_spec
             windows = cut_windows(data.checkpoint, spec.text, "calibration", spec.seed)
             effects = block_effects(data.checkpoint, windows.tokens, spec.seed, data.compute, data.ranks)
             self.counts = (effects / effects.mean()).float()
-        if self.weight_term:
+        if self.objective.weight_term:
             rows = weight_rows(data.checkpoint, WEIGHT_ROWS, data.capture_spec.seed, data.compute)
             self.weights = rms_norm(rows, 0.0)
-
-    @torch.no_grad()
-    def _principal_axes(self, data: StoredModel) -> Tensor:
-        """Eigenvectors, in columns, of the second moments of what R1 turns, summed over the sites; float64."""
-        second = torch.zeros_like(self.residual, dtype=torch.float64)
-        for site in block_sites(self.layers):
-            stored = data.store.read(site, 0, min(START_ROWS, data.training_rows))
-            rows, _ = self.block_input(stored.to(self.trainer.strategy.root_device))
-            second += (rows.mT @ rows).to(second)
-        axes: Tensor = torch.linalg.eigh(second).eigenvectors
-        return axes
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What R1 is learned by, ``[2 layers]``, and the kurtosis of block inputs ``[2 layers]`` and of rotated values.
@@ -139,7 +125,7 @@ class KurTailModule(RotationModule):
         The RMSNorm has no weight (it is folded) and comes first: it commutes with the rotation and needs no gradient
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
         """
-        objective, losses, kurtoses = OBJECTIVES[self.objective], [], []
+        objective, losses, kurtoses = OBJECTIVES[self.objective.kind], [], []
         for site in batch["residual"]:
             rows, mean = self.block_input(site)
             rotated = rows @ self.residual
@@ -162,17 +148,17 @@ class KurTailModule(RotationModule):
         normed, massive = rms_norm(site, self.rms_norm_eps), is_massive(site)
         if self.centre:
             normed = normed - self.over_ranks(normed[~massive].mean(0))
-        if self.massive_weight == 0:
+        if self.objective.massive_weight == 0:
             normed = normed[~massive]
-        if self.massive_weight in (0, 1):
+        if self.objective.massive_weight in (0, 1):
             return normed, lambda x: self.over_ranks(x.mean())
-        weights = torch.where(massive, self.massive_weight, 1.0)
+        weights = torch.where(massive, self.objective.massive_weight, 1.0)
         total = self.over_ranks(weights.mean())
         return normed, lambda x: self.over_ranks((x.view(len(x), -1).mean(1) * weights).mean()) / total
 
     def _loss_of_weights(self) -> Tensor:
         """The objective of rows of the weights, each of unit root mean square, mean over the sites."""
-        objective = OBJECTIVES[self.objective]
+        objective = OBJECTIVES[self.objective.kind]
         return torch.stack([objective(rows @ self.residual, Tensor.mean) for rows in self.weights]).mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -182,9 +168,9 @@ class KurTailModule(RotationModule):
             loss_r1, loss_r2 = (site_losses * self.counts).mean(), distance_to_uniform(kurtosis_r2).sum()
             losses = {"loss/r1": loss_r1, "loss/r2": loss_r2}
             loss: Tensor = loss_r1 + loss_r2
-            if self.weight_term:
+            if self.objective.weight_term:
                 losses["loss/weights"] = self._loss_of_weights()
-                loss = loss + self.weight_term * losses["loss/weights"]
+                loss = loss + self.objective.weight_term * losses["loss/weights"]
         with torch.no_grad():
             scalars = {
                 "loss/total": loss,

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch, listed
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.maths.kurtosis import Mean, rms_norm
 from kurtail_pl.maths.objectives import rounding_error
@@ -37,14 +38,10 @@ FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 class RotationModule(L.LightningModule):
     """Holds R1 ``[hidden, hidden]`` and every layer's R2; how they are learned is the subclass's.
 
-    Sizes come from the data module when `kurtail fit` runs; a size given by hand is then refused.
+    Sizes come from the data module when `kurtail fit` runs; those given by hand are then refused.
 
     Args:
-        layers: decoder layers.
-        hidden_size: width of the residual stream.
-        head_dim: width of a value head.
-        kv_heads: key and value heads.
-        rms_norm_eps: of the model's norms.
+        sizes: of the model.
         rotation_seed: decides the random Hadamards that R1 and R2 start from, and the online ones.
         value_per_head: one R2 for each KV head, ``[layers, kv_heads, head_dim, head_dim]``, instead of one for each
             layer, ``[layers, head_dim, head_dim]``.
@@ -59,25 +56,20 @@ class RotationModule(L.LightningModule):
 
     def __init__(
         self,
-        layers: int,
-        hidden_size: int,
-        head_dim: int,
-        kv_heads: int,
-        rms_norm_eps: float,
+        sizes: ModelSizes,
         rotation_seed: int = 0,
         value_per_head: bool = False,
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.layers, self.rms_norm_eps, self.rotation_seed = layers, rms_norm_eps, rotation_seed
+        self.layers, self.rms_norm_eps, self.rotation_seed = sizes["layers"], sizes["rms_norm_eps"], rotation_seed
         self.optimizer, self.scheduler = optimizer, scheduler
-        residual, value = random_fused(
-            layers, hidden_size, head_dim, rotation_seed, kv_heads if value_per_head else None
-        )
+        heads = sizes["kv_heads"] if value_per_head else None
+        residual, value = random_fused(sizes["layers"], sizes["hidden_size"], sizes["head_dim"], rotation_seed, heads)
         self.residual = nn.Parameter(residual.float())
         self.value = nn.Parameter(value.float())
-        self.site_kurtosis = Kurtosis(sites=2 * layers)
+        self.site_kurtosis = Kurtosis(sites=2 * sizes["layers"])
         self._stopped = False
 
     def setup(self, stage: str) -> None:

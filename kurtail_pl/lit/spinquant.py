@@ -16,6 +16,7 @@ from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.datamodule import WindowDataModule
 from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.storage.files import gigabytes
@@ -33,11 +34,7 @@ class SpinQuantModule(RotationModule):
     Holds the whole model in float32, and what its backward pass needs: about thirty times what KurTail's proxy takes.
 
     Args:
-        layers: see `RotationModule`.
-        hidden_size: see `RotationModule`.
-        head_dim: see `RotationModule`.
-        kv_heads: see `RotationModule`.
-        rms_norm_eps: see `RotationModule`.
+        sizes: see `RotationModule`.
         scheme: what the artefact will have quantized, and the forward too; null for the default.
         rotation_seed: see `RotationModule`.
         quantized_weights: round the weights in the forward. SpinQuant does so when RTN follows, and leaves them float
@@ -56,11 +53,7 @@ class SpinQuantModule(RotationModule):
 
     def __init__(
         self,
-        layers: int,
-        hidden_size: int,
-        head_dim: int,
-        kv_heads: int,
-        rms_norm_eps: float,
+        sizes: ModelSizes,
         scheme: Scheme | None = None,
         rotation_seed: int = 0,
         quantized_weights: bool = False,
@@ -68,9 +61,7 @@ class SpinQuantModule(RotationModule):
         optimizer: OptimizerCallable = CayleySGD,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(
-            layers, hidden_size, head_dim, kv_heads, rms_norm_eps, rotation_seed, value_per_head, optimizer, scheduler
-        )
+        super().__init__(sizes, rotation_seed, value_per_head, optimizer, scheduler)
         scheme = scheme or Scheme()
         if quantized_weights and scheme.layer_bits is not None:
             raise ConfigError("quantized_weights is true and layer_bits are given; SpinQuant learns with equal bits")

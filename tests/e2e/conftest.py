@@ -125,7 +125,7 @@ def own_trainer(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
             CaptureSpec(settings["capture"]["model"], TextSpec(**text), rows),
             **{name: settings[name] for name in ("store", "steps", "batch_rows", "validation_rows")},
         )
-        module = KurTailModule(data.layers, data.hidden_size, data.head_dim, data.kv_heads, data.rms_norm_eps)
+        module = KurTailModule(data.sizes)
         trainer = L.Trainer(
             default_root_dir="runs", max_epochs=1, accelerator="cpu", deterministic=True, callbacks=list(callbacks),
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

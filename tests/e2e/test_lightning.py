@@ -36,11 +36,13 @@ def in_class_path_form(recipe: dict[str, Any], model: dict[str, Any]) -> dict[st
     callbacks.insert(1, {"class_path": "kurtail_pl.lit.callbacks.RotationWriter"})
     recipe["trainer"]["callbacks"] = callbacks
     recipe["model"]["init_args"] |= {
-        "layers": model["num_hidden_layers"],
-        "hidden_size": model["hidden_size"],
-        "head_dim": model["head_dim"],
-        "kv_heads": model["num_key_value_heads"],
-        "rms_norm_eps": model["rms_norm_eps"],
+        "sizes": {
+            "layers": model["num_hidden_layers"],
+            "hidden_size": model["hidden_size"],
+            "head_dim": model["head_dim"],
+            "kv_heads": model["num_key_value_heads"],
+            "rms_norm_eps": model["rms_norm_eps"],
+        },
         "centre": callbacks[3]["init_args"]["scheme"]["centre"],
     }
     return recipe

@@ -42,7 +42,7 @@ class Figures(CheckedCallback):
             raise ConfigError("Figures shows what rotations do, and this recipe has none; remove it")
         quantized = callback_of(trainer, WeightQuantization) is not None
         require_before(trainer, self, RotationWriter, *([WeightQuantization] if quantized else []))
-        chosen_layers(data.layers, self.layers)
+        chosen_layers(data.sizes["layers"], self.layers)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -131,8 +131,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "data.class_path": "kurtail_pl.lit.WindowDataModule",
         "model.init_args.optimizer.class_path": "kurtail_pl.optim.CayleySGD",
         "model.init_args.scheduler": "torch.optim.lr_scheduler.ConstantLR",
-        "model.init_args.start": "pca",
-        "model.init_args.site_weights": "effect",
+        "model.init_args.objective.site_weights": "effect",
         "data.init_args.capture.values": "attended",
         "data.init_args.compute.device": "cpu",
         "data.init_args.compute.dtype": "bfloat16",
@@ -253,12 +252,17 @@ def test_the_old_form_is_refused_with_where_its_settings_went(
     assert f"lists {callback.rpartition('.')[2]} in trainer.callbacks in line 3: {remedy}" in line
 
 
+SIZES = '{"layers": 3, "hidden_size": 48, "head_dim": 16, "kv_heads": 2, "rms_norm_eps": 0.1}'
+
+
+SIZES = '{"layers": 3, "hidden_size": 48, "head_dim": 16, "kv_heads": 2, "rms_norm_eps": 0.1}'
+
+
 @pytest.mark.parametrize(
-    ("verb", "size", "value"),
-    [("fit", "hidden_size", 48), ("fit", "rms_norm_eps", 0.1), ("compare", "layers", 3), ("fit", "centre", "true")],
+    ("verb", "size", "value"), [("fit", "sizes", SIZES), ("compare", "sizes", SIZES), ("fit", "centre", "true")]
 )
 def test_a_size_given_by_hand_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, size: str, value: float
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, size: str, value: str
 ) -> None:
     assert exit_code(verb, "--config", "smoke", f"--model.init_args.{size}", value) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kurtail")]

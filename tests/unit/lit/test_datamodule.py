@@ -69,10 +69,10 @@ def test_batches_are_rows_of_the_captured_files(tiny: Path, text_file: Path, tmp
 def test_sizes_are_the_models(request: pytest.FixtureRequest, name: str, text_file: Path, tmp_path: Path) -> None:
     model: Path = request.getfixturevalue(name)
     module, config = captured(model, text_file, tmp_path), json.loads((model / "config.json").read_text())
-    assert module.layers == config["num_hidden_layers"]
-    assert module.hidden_size == config["hidden_size"]
-    assert module.head_dim == config["head_dim"]
-    assert module.rms_norm_eps == config["rms_norm_eps"]
+    assert module.sizes["layers"] == config["num_hidden_layers"]
+    assert module.sizes["hidden_size"] == config["hidden_size"]
+    assert module.sizes["head_dim"] == config["head_dim"]
+    assert module.sizes["rms_norm_eps"] == config["rms_norm_eps"]
 
 
 def test_one_epoch_has_as_many_steps_as_asked_for(known: Any) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
+from kurtail_pl.lit.kurtail import Objective
 from kurtail_pl.lit.loader import BlockLoader
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.optim import CayleyAdam, CayleySGD
 from kurtail_pl.stages.capture.effects import block_effects
 from kurtail_pl.stages.capture.stage import CaptureSpec
@@ -28,12 +30,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Precision 16-mixed is not supported|.*float16 is not supported on CPU"),
 ]
 EPS = 1e-2
+SIZES = ModelSizes(layers=3, hidden_size=16, head_dim=4, kv_heads=2, rms_norm_eps=EPS)
 MakeTrainer = Callable[..., L.Trainer]
 
 
 def module_of(lr: float = 0.3, **changes: Any) -> KurTailModule:
-    sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "kv_heads": 2, "rms_norm_eps": EPS, **changes}
-    return KurTailModule(**sizes, optimizer=lambda parameters: CayleyAdam(parameters, lr=lr))
+    return KurTailModule(**{"sizes": SIZES, **changes}, optimizer=lambda parameters: CayleyAdam(parameters, lr=lr))
 
 
 def loader_of(known: Any, steps: int = 10, batch_rows: int = 20) -> BlockLoader:
@@ -141,7 +143,7 @@ def weighted_kurtosis(rows: np.ndarray, weights: np.ndarray) -> float:
 def test_the_loss_of_r1_is_its_objective_written_out(
     known: Any, objective: str, centre: bool, massive_weight: int
 ) -> None:
-    module = module_of(objective=objective, centre=centre, massive_weight=massive_weight)
+    module = module_of(objective=Objective(objective, massive_weight), centre=centre)
     batch = massive(loader_of(known).batch(0))
     r1, rows = module.residual.detach().double().numpy(), batch["residual"].double().numpy()
     norms = np.linalg.norm(rows, axis=-1)
@@ -171,10 +173,10 @@ def massive(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_an_unknown_objective_or_a_negative_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'entropy'.*kurtosis, token_kurtosis, range, whip, wasserstein"):
-        module_of(objective="entropy")
+        Objective("entropy")
     for name in ("massive_weight", "weight_term"):
         with pytest.raises(ConfigError, match=f"{name} is -1"):
-            module_of(**{name: -1})
+            Objective(**{name: -1})
 
 
 def test_an_r2_for_each_head_sees_that_head_alone(known: Any, make_trainer: MakeTrainer) -> None:
@@ -265,35 +267,12 @@ def test_start_is_a_random_hadamard_of_the_seed() -> None:
     assert not torch.equal(first.value[0], first.value[1])
 
 
-@pytest.mark.parametrize("centre", [False, True])
-def test_a_hadamard_of_the_principal_axes_as_start(known: Any, make_trainer: MakeTrainer, centre: bool) -> None:
-    data = ActivationDataModule(
-        CaptureSpec("known", TextSpec(windows=1, seqlen=120), rows=120), str(known.store.folder), 1, 20, 20
-    )
-    data.setup = lambda stage: setattr(data, "store", known.store)  # Not captured: there is no model.
-    module = module_of(lr=1e-12, start="pca", centre=centre)
-    make_trainer(limit_val_batches=0).fit(module, datamodule=data)
-    rows = known.residual[:, :100].double().numpy()  # Of 120; the last 20 are held out.
-    rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + EPS)
-    rows = (rows - rows.mean(1, keepdims=True) * centre).reshape(-1, 16)
-    start, hadamard = module.residual.detach().double().numpy(), module_of().residual.detach().double().numpy()
-    axes = start @ hadamard.T
-    np.testing.assert_allclose(axes.T @ axes, np.eye(16), atol=1e-6)
-    variances = axes.T @ (rows.T @ rows) @ axes
-    np.testing.assert_allclose(np.diag(variances), np.linalg.eigvalsh(rows.T @ rows), rtol=1e-4)
-    assert np.abs(variances - np.diag(np.diag(variances))).max() < 1e-4 * variances.max()
-    # What a Hadamard makes of uncorrelated channels has the same variance in each.
-    energies = ((rows @ start) ** 2).sum(0)
-    np.testing.assert_allclose(energies, energies.mean(), rtol=1e-4)
-
-
 def first_step(
     model: Path, text: TextSpec, make_trainer: MakeTrainer, store: Path, **changes: Any
 ) -> tuple[ActivationDataModule, Record, np.ndarray]:
     """The data of a real model, what the first step logged, and R1 before it."""
     data = ActivationDataModule(CaptureSpec(str(model), text, rows=100, seed=2), str(store), 1, 64, 20)
-    sizes = {name: getattr(data, name) for name in ("layers", "hidden_size", "head_dim", "kv_heads", "rms_norm_eps")}
-    module, record = module_of(1e-12, **sizes, **changes), Record()
+    module, record = module_of(1e-12, sizes=data.sizes, objective=Objective(**changes)), Record()
     make_trainer(callbacks=[record], limit_val_batches=0).fit(module, datamodule=data)
     return data, record, module.residual.detach().double().numpy()
 
@@ -305,7 +284,7 @@ def test_sites_count_by_their_effect(tiny: Path, text_file: Path, make_trainer: 
     windows = cut_windows(data.checkpoint, text, "calibration", seed=2)
     effects = block_effects(data.checkpoint, windows.tokens, seed=2).numpy()
     rows = data.train_dataloader().batch(0)["residual"].double().numpy()
-    normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + data.rms_norm_eps)
+    normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + data.sizes["rms_norm_eps"])
     losses = [abs(scipy_kurtosis(x @ r1) - 1.8) for x in normed]
     assert record.metrics[0]["loss/r1"] == pytest.approx(np.average(losses, weights=effects), rel=1e-4)
     assert np.average(losses, weights=effects) != pytest.approx(np.mean(losses), rel=1e-2)
@@ -315,7 +294,7 @@ def test_the_weights_term_is_the_objective_of_their_rows(
     tiny: Path, text_file: Path, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     text = TextSpec(str(text_file), windows=4, seqlen=32)
-    data, record, r1 = first_step(tiny, text, make_trainer, tmp_path / "store", objective="range", weight_term=0.5)
+    data, record, r1 = first_step(tiny, text, make_trainer, tmp_path / "store", kind="range", weight_term=0.5)
     rows = weight_rows(data.checkpoint, 256, seed=2).double().numpy()
     rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True))
     logged, expected = record.metrics[0], np.mean(np.ptp(rows @ r1, axis=-1) ** 2)
@@ -382,7 +361,7 @@ def test_validation_kurtosis_of_every_site_is_scipys(known: Any, make_trainer: M
 
 
 def test_the_recipes_optimizer_is_used() -> None:
-    module = KurTailModule(3, 16, 4, 2, EPS, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
+    module = KurTailModule(SIZES, optimizer=lambda parameters: CayleySGD(parameters, lr=0.25))
     optimizer = module.configure_optimizers()
     assert type(optimizer) is CayleySGD
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
@@ -398,13 +377,12 @@ def test_checkpoint_holds_plain_data_and_gives_the_module_back(
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert torch.equal(saved["state_dict"]["residual"], module.residual)
     assert torch.equal(saved["state_dict"]["value"], module.value)
-    sizes = {"layers": 3, "hidden_size": 16, "head_dim": 4, "kv_heads": 2, "rms_norm_eps": EPS}
     own = {"optimizer": lambda parameters: CayleyAdam(parameters, lr=module.configure_optimizers().defaults["lr"])}
-    loaded = KurTailModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **own)
+    loaded = KurTailModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, sizes=SIZES, **own)
     assert torch.equal(loaded.residual, module.residual)
     other = {"optimizer": lambda parameters: CayleyAdam(parameters, lr=0.7)}
     with pytest.raises(ResumeMismatch, match=r"optimizer.lr is .*, wanted 0.7"):
-        KurTailModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **sizes, **other)
+        KurTailModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, sizes=SIZES, **other)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"head_dim": 8}, {"layers": 2}])
@@ -415,4 +393,4 @@ def test_checkpoint_of_other_sizes_is_refused(
     trainer.fit(module_of(), loader_of(known, steps=1))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ConfigError, match=r"\(16, 16\).*this model needs"):
-        make_trainer().fit(module_of(**changes), loader_of(known), ckpt_path=tmp_path / "a.ckpt")
+        make_trainer().fit(module_of(sizes={**SIZES, **changes}), loader_of(known), ckpt_path=tmp_path / "a.ckpt")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kurtail_pl.lit import KurTailModule
 from kurtail_pl.lit.loader import BlockLoader
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.optim import CayleyAdam
 
 pytestmark = [
@@ -61,8 +62,11 @@ class InterruptedAdam(CayleyAdam):
 InterruptedAdam.__name__ = CayleyAdam.__name__  # A checkpoint of another optimizer would be refused.
 
 
+SIZES = ModelSizes(layers=3, hidden_size=16, head_dim=4, kv_heads=2, rms_norm_eps=1e-2)
+
+
 def module(optimizer: type[CayleyAdam] = CayleyAdam) -> KurTailModule:
-    return KurTailModule(3, 16, 4, 2, 1e-2, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
+    return KurTailModule(SIZES, optimizer=lambda parameters: optimizer(parameters, lr=0.3))
 
 
 def loader(known: Any) -> BlockLoader:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.loader import WindowLoader
+from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
@@ -41,9 +42,12 @@ class Record(L.Callback):
         self.errors.append(trainer.callback_metrics["orthogonality/r1"].item())
 
 
+SIZES = ModelSizes(layers=4, hidden_size=48, head_dim=16, kv_heads=2, rms_norm_eps=1e-6)
+
+
 def module(scheme: Scheme = A4, lr: float = 0.2, steps: int = 8, seed: int = 0) -> SpinQuantModule:
     return SpinQuantModule(
-        4, 48, 16, 2, 1e-6, scheme, seed,
+        SIZES, scheme, seed,
         optimizer=lambda parameters: CayleySGD(parameters, lr=lr, momentum=0.0),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
     )  # fmt: skip
@@ -126,12 +130,12 @@ def test_each_window_comes_once_an_epoch_and_processes_share_a_batch() -> None:
 
 def test_fixed_rotations_refuse_to_train(windows: Callable[..., WindowDataModule], make_trainer: MakeTrainer) -> None:
     with pytest.raises(ConfigError, match="max_epochs is 1"):
-        make_trainer().fit(FixedRotations(4, 48, 16, 2, 1e-6), windows())
+        make_trainer().fit(FixedRotations(SIZES), windows())
 
 
 def test_bits_by_layer_are_nothing_to_learn_through() -> None:
     with pytest.raises(ConfigError, match="quantized_weights is true and layer_bits are given"):
-        SpinQuantModule(4, 48, 16, 2, 1e-6, Scheme(layer_bits=[4, 4, 4, 4]), quantized_weights=True)
+        SpinQuantModule(SIZES, Scheme(layer_bits=[4, 4, 4, 4]), quantized_weights=True)
     assert module(Scheme(layer_bits=[4, 4, 4, 4])).scheme == A4
 
 

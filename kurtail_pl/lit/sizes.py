@@ -1,0 +1,23 @@
+"""What modules have to know of the model that rotations are learned for."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class ModelSizes(TypedDict):
+    """Sizes of a model; the data module has them. A plain dictionary, so that checkpoints hold plain data.
+
+    Attributes:
+        layers: decoder layers.
+        hidden_size: width of the residual stream.
+        head_dim: width of a value head.
+        kv_heads: key and value heads. Stored values may have more (`CaptureSpec.values`).
+        rms_norm_eps: of the model's norms.
+    """
+
+    layers: int
+    hidden_size: int
+    head_dim: int
+    kv_heads: int
+    rms_norm_eps: float
