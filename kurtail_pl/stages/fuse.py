@@ -115,7 +115,8 @@ def fuse(
             log.info("reusing the fused model %s", folder)
             return folder
         walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
-        require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
+        # The weights and the parts that they are joined from.
+        require_space(folder, 2 * 4 * sum(p.numel() for p in walker.model.parameters()))
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
                 if signs is not None:
@@ -182,7 +183,7 @@ class _Fuser:
         self.rotations = replace(rotations, residual=residual, value=value)
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
-        self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
+        self.shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
         self.text = text[:, :length]
         self.scales = channel_scales(walker, scaled)

@@ -34,6 +34,8 @@ ROUNDING_PASSES = 20
 CAYLEY_PRODUCTS = 12
 """Square matrix products of one Cayley step: the skew direction, five fixed-point passes, the polish."""
 
+JOINED = 2
+"""Weights are written in parts, and joined into files while these are there."""
 KEPT_HIDDEN, KEPT_WIDE = 14, 6
 """Values that the backward pass keeps for each token and layer, in widths of the residual stream and of the MLP."""
 
@@ -240,7 +242,7 @@ def _fuse(run: _Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StageP
         states,
         square + max(ends, rows, layer, turned),
         3 * square + max(rows, turned),
-        (s.stack + 2 * s.embedding) * FLOAT32 + states,
+        JOINED * (s.stack + 2 * s.embedding) * FLOAT32 + states,
         flops,
         passes,
         "a disk or machine with more room: fusion holds one layer in float64",
@@ -274,7 +276,7 @@ def _quantize(run: _Run, spec: QuantizeSpec) -> StagePlan:
         kept,
         max(embedding + s.embedding * FLOAT16, solved, noisy + 2 * s.layer * value if copies else 0),
         max(embedding, solved + run.window(spec.text)) + SEARCH_BYTES,
-        s.stack // 2 + 2 * s.embedding * FLOAT16 + kept + noisy,
+        JOINED * (s.stack // 2 + 2 * s.embedding * FLOAT16) + kept + noisy,
         flops,
         SEARCH_PASSES * float(s.stack) if searched else 0.0,
         "fewer calibration windows (quantization.text.windows)",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.artefact.shards import ShardWriter, named
+from kurtail_pl.artefact.skeleton import stored_bytes
 from kurtail_pl.errors import ArtefactError, ConfigError, require_seed
 from kurtail_pl.methods import Needs, Rounder, default_rounder
 from kurtail_pl.ranks import ALONE, Ranks
@@ -215,7 +216,8 @@ def quantize(
     match = spec.match_damping if spec.match_outputs else None
     solver = LayerSolver(walker, scheme, spec.rounder, match, ranks, spec.search_clips, spec.by_attention)
     text, learning_text = calibration_windows(checkpoint, spec), learning_windows(checkpoint, spec)
-    require_space(folder, checkpoint.size // 2)
+    # The weights and the parts that they are joined from.
+    require_space(folder, 2 * stored_bytes(model, scheme))
     recipe = {
         "fused_sha256": folder_sha256(fused),
         "quantize": settings_key(spec),
@@ -301,7 +303,7 @@ def _write_weights(
     meter: Meter,
 ) -> None:
     architecture, layers, ranks = walker.architecture, walker.architecture.layers, solver.ranks
-    shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
+    shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
 
     def state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
         tensors = checkpoint_state(module.state_dict(), architecture)

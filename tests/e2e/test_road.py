@@ -76,7 +76,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    shards = [load_file(path) for path in sorted(folder.glob("model-*.safetensors"))]
+    shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
     return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
