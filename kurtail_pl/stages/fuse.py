@@ -30,6 +30,7 @@ from kurtail_pl.storage.model_config import GENERATION, read_generation_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of, require_rotations_of, write_rotations
+from kurtail_pl.storage.statement import origin_of
 from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
@@ -129,7 +130,7 @@ def fuse(
             card: dict[str, Any] = {
                 "method": method,
                 "scheme": FLOAT.to_dict(),
-                "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
+                "source": {"sha256": checkpoint.sha256, **origin_of(checkpoint.folder)},
                 "tokenizer_sha256": checkpoint.tokenizer_sha256(),
                 "rotations": rotations.origin,
                 "rotations_sha256": sha256_of(work.folder / ROTATIONS),

@@ -13,11 +13,12 @@ from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.quantize import QuantizeSpec, calibration_windows, learning_windows, quantize, require_fit
-from kurtail_pl.stages.report import MODEL_CARD, REPORT
+from kurtail_pl.stages.report import REPORT
 from kurtail_pl.stages.results import RESULTS, artefact_name
 from kurtail_pl.storage.card import is_ours, read_card
 from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.keys import folder_sha256, settings_key, unspelled
+from kurtail_pl.storage.statement import MODEL_CARD
 from kurtail_pl.surgery.scheme import Scheme
 
 ARTEFACTS = Path("artifacts")
