@@ -7,4 +7,4 @@ from torch import Tensor
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for path in sorted(folder.glob("model-*.safetensors")) for name, t in load_file(path).items()}
+    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}

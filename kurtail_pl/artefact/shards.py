@@ -7,35 +7,32 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kurtail_pl.storage.files import tensor_bytes, write_json, write_tensors
-from kurtail_pl.storage.weights import INDEX
+from kurtail_pl.storage.files import write_tensors
+from kurtail_pl.storage.joining import join
 
 
 class ShardWriter:
-    """Writes a model's weights as numbered shards, one decoder layer or so at a time, and their index.
+    """Writes a model's weights in parts, each a file, and joins these into files as the Hugging Face hub has them.
+
+    Until it is closed, what was written may be taken up by another process; for a while the weights are there twice.
 
     Args:
-        folder: where they go.
-        shards: how many there will be; the Hugging Face names hold the number.
+        folder: where the weights go.
+        scratch: where the parts are kept meanwhile; whoever made it removes it.
+        parts: how many there will be.
     """
 
-    def __init__(self, folder: Path, shards: int) -> None:
-        self._paths = [folder / f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
+    def __init__(self, folder: Path, scratch: Path, parts: int) -> None:
+        self._folder = folder
+        self._parts = [scratch / f"part-{number:05d}.safetensors" for number in range(parts)]
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a shard, the first being 0."""
-        write_tensors(self._paths[number], tensors)
+        """Write a part, the first being 0; raises NotFinite for a value that is no number."""
+        write_tensors(self._parts[number], tensors)
 
     def close(self) -> None:
-        """Write the index, after the last shard."""
-        weight_map: dict[str, str] = {}
-        size = 0
-        for path in self._paths:
-            sizes = tensor_bytes(path)
-            weight_map.update(dict.fromkeys(sizes, path.name))
-            size += sum(sizes.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(self._paths[0].with_name(INDEX), index)
+        """Join the parts, all of which have been written."""
+        join(self._parts, self._folder)
 
 
 def named(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kurtail_pl.artefact.placement import place
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.storage.card import is_ours, read_card, require_sound, rotations_of, scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
 from kurtail_pl.surgery.equip import (
@@ -22,6 +24,7 @@ from kurtail_pl.surgery.equip import (
 )
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
+from kurtail_pl.surgery.linear import QuantizedLinear
 
 CPU = torch.device("cpu")
 
@@ -73,3 +76,16 @@ def parts_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[s
     for name in (architecture.embedding, architecture.final_norm, architecture.head, *layers):
         state = module_state(checkpoint.tensors_under(name), architecture)
         yield name, {key: to_float(tensor, torch.float32) for key, tensor in state.items()}
+
+
+def stored_bytes(model: PreTrainedModel, scheme: Scheme) -> int:
+    """Bytes of the weights of an equipped float model in an artefact of a scheme, which keeps floats in float16."""
+    size = sum(parameter.numel() * torch.float16.itemsize for parameter in model.parameters())
+    for index, layer in enumerate(layers_of(model, architecture_of(model.config))):
+        weights = scheme.layer_weights(index)
+        for module in layer.modules():
+            if weights is not None and isinstance(module, QuantizedLinear):
+                buffers = weights.buffers(module.out_features, module.in_features).values()
+                size += sum(prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers)
+                size -= module.out_features * module.in_features * torch.float16.itemsize
+    return size

@@ -29,9 +29,9 @@ AGAIN = "copy the folder again or make it again"
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `kurtail.json`, the last file of a folder, with the hashes of every other file."""
-    # A process that was killed after it wrote the card left one of the same folder.
-    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD}
-    write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
+    # A process that was killed while or after it wrote the card left one of the same folder, maybe under a hidden name.
+    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD and not p.name.startswith(".")]
+    write_json(folder / CARD, {"format": FORMAT, **card, "sha256": {path.name: sha256_of(path) for path in others}})
 
 
 @with_config(OTHERS_TOO)

@@ -23,8 +23,8 @@ from kurtail_pl.storage.weights import (
     placed,
     refuse_quantized,
     require_held,
-    shards,
     stored_tensors,
+    usual_files,
     weight_files,
 )
 from kurtail_pl.surgery.positions import positions_of
@@ -70,7 +70,7 @@ class Checkpoint:
     @cached_property
     def files(self) -> list[Path]:
         """The weight files, sorted."""
-        return shards(self.folder) if self._ours else weight_files(self.folder)
+        return usual_files(self.folder) if self._ours else weight_files(self.folder)
 
     @cached_property
     def _places(self) -> dict[str, Stored]:

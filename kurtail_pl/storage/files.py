@@ -177,14 +177,6 @@ def claim(file: BinaryIO | FileIO, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor of a safetensors file, from its header alone."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    return {name: end - start for name, (start, end) in spans.items()}
-
-
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file; one that is asked for again and has not changed is not read again.
 

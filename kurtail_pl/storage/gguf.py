@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import CheckpointError, reason
-from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of
+from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of, write_text
 from kurtail_pl.storage.gguf_config import ELSEWHERE, ROPE_TENSORS, config_of
 from kurtail_pl.storage.gguf_header import GgufHeader, read_header
 from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.statement import MODEL_CARD
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ def from_gguf(path: Path, name: str) -> Path:
             _compare(header, model, places)
             model.save_pretrained(partial)
             _save_tokenizer(header, partial)
+            if isinstance(license := header.metadata.get("general.license"), str):
+                write_text(partial / MODEL_CARD, f"---\n{yaml.safe_dump({'license': license})}---\n")
     return folder
 
 

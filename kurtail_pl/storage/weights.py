@@ -87,8 +87,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder / 'adapter_config.json'} {WITHOUT_WEIGHTS[0][1]}")
     named = _config(folder).get("transformers_weights")
-    if named is not None:
-        return _named(folder, str(named))
+    return usual_files(folder) if named is None else _named(folder, str(named))
+
+
+def usual_files(folder: Path) -> list[Path]:
+    """The single file, else those of the index, sorted; raises CheckpointError as `weight_files` does."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():

@@ -1,5 +1,8 @@
 """`kurtail_pl.quantize` against `kurtail fit`: the same artefact, and errors that are exceptions."""
 
+import doctest
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, KurtailError
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
@@ -33,9 +37,9 @@ def test_it_is_kurtail_fit(
     rounder = ["--quantization.rounder=GPTQ", "--quantization.rounder.percdamp=0.05"]
     other = ["--quantization.out", "other", "--data.store", "other-store", "--trainer.default_root_dir", "other-run"]
     kurtail(tmp_path, "fit", "--config", "smoke", f"--data.capture.model={tied}", *texts, *rounder, *other)
-    ones, others = ({p.name: load_file(p) for p in each.glob("model-*")} for each in (folder, tmp_path / "other"))
+    ones, others = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "other"))
     assert ones.keys() == others.keys()
-    assert all(torch.equal(t, others[file][name]) for file, part in ones.items() for name, t in part.items())
+    assert all(torch.equal(tensor, others[name]) for name, tensor in ones.items())
     assert kurtail_pl.load(folder)(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     with pytest.raises(ArtefactError, match="out exists"):
         kurtail_pl.quantize(tied, recipe="smoke", text=str(text_file), out=folder, evaluation=evaluation)
@@ -50,3 +54,18 @@ def test_what_is_wrong_is_an_exception(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(CheckpointError, match="nowhere"):
         kurtail_pl.quantize(tmp_path / "nowhere", recipe="smoke")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_for_python_runs_as_it_stands(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tiny, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    failed, attempted = doctest.testfile(str(PAGE), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert (failed, attempted) == (0, PAGE.read_text().count(">>> "))
+
+
+def test_the_readme_calls_what_the_page_calls() -> None:
+    """Its lines run in `test_readme`, on the real model."""
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (PAGE.parents[1] / "README.md").read_text(), re.M | re.S)
+    called = set(re.findall(r"kurtail_pl\.\w+|Auto\w+\.\w+", block))
+    assert called
+    assert called <= set(re.findall(r"kurtail_pl\.\w+|Auto\w+\.\w+", PAGE.read_text()))

@@ -59,7 +59,7 @@ def test_from_a_recipe_to_an_artefact(
     spec = TextSpec(str(text_file), results["windows"], results["seqlen"])
     assert perplexity(Checkpoint(folder), spec)["perplexity"] == results["perplexity"]
     assert math.isfinite(results["perplexity"])
-    tensors = {name: t for path in folder.glob("model-*") for name, t in load_file(path).items()}
+    tensors = {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
     of_up = {name.rpartition(".")[2]: t for name, t in tensors.items() if "layers.1.mlp.up_proj" in name}
     of_up.pop("bias", None)
     assert of_up.keys() == stored

@@ -61,7 +61,7 @@ def first_codes(artefact: Path) -> Tensor:
     side of an edge and takes at most the rest of its row along, some hundreds of 37 thousand codes. Later layers add
     to it, as the model's noise is far above its signal; other rotations change half of all codes.
     """
-    weights = {name: t for path in sorted(artefact.glob("model-*")) for name, t in load_file(path).items()}
+    weights = {name: t for path in sorted(artefact.glob("model*.safetensors")) for name, t in load_file(path).items()}
     return torch.cat([t.flatten() for name, t in weights.items() if name.endswith("codes") and ".layers.0." in name])
 
 

@@ -16,10 +16,11 @@ from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.spec import calibration_windows, require_fit, tuning_windows
-from kurtail_pl.stages.reporting.report import MODEL_CARD, REPORT
+from kurtail_pl.stages.reporting.report import REPORT
 from kurtail_pl.storage.card import is_ours, read_card
 from kurtail_pl.storage.files import refuse_existing
 from kurtail_pl.storage.keys import folder_sha256, settings_key, unspelled
+from kurtail_pl.storage.statement import MODEL_CARD
 
 ARTEFACTS = Path("artifacts")
 

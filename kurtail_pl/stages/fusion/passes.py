@@ -52,7 +52,7 @@ class Fuser:
         self.rotations = replace(rotations, residual=residual, value=value)
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
-        self.shards = ShardWriter(work.folder, shards=walker.n_layers + 2)
+        self.shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
         self.text = text[:, :length]
         self.transforms = self._transforms(scaled)

@@ -30,6 +30,7 @@ from kurtail_pl.storage.model_config import GENERATION, read_generation_config
 from kurtail_pl.storage.resume import Workplace, resumable_folder
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import hash_of, require_rotations_of, write_rotations
+from kurtail_pl.storage.statement import origin_of
 from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.rotations import Rotations
@@ -93,7 +94,8 @@ def fuse(
             log.info("reusing the fused model %s", folder)
             return folder
         walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
-        require_space(folder, 4 * sum(p.numel() for p in walker.model.parameters()))
+        # The weights and the parts that they are joined from.
+        require_space(folder, 2 * 4 * sum(p.numel() for p in walker.model.parameters()))
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
                 rotations = chosen.signed(checkpoint, rotations, work, compute)
@@ -169,7 +171,7 @@ def _write_rest(
     card = {
         **found,
         "scheme": FLOAT.to_dict(),
-        "source": {"model": checkpoint.folder.name, "sha256": checkpoint.sha256},
+        "source": {"sha256": checkpoint.sha256, **origin_of(checkpoint.folder)},
         "tokenizer_sha256": checkpoint.tokenizer_sha256(),
         "rotations": rotations.origin,
         "rotations_sha256": sha256_of(folder / ROTATIONS),

@@ -15,6 +15,8 @@ from kurtail_pl.stages.text import TextSpec
 
 SEARCH_BYTES = 8 * FLOAT32 << 25
 """The search of a grid holds so much on CUDA: eight float32 copies of the values that it takes at once."""
+JOINED = 2
+"""Weights are written in parts, and joined into files while these are there."""
 ROUNDING_PASSES = 20
 """What is rotated and rounded is passed over so often, to measure the error of that."""
 
@@ -61,7 +63,7 @@ def fuse(run: Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StagePla
         states,
         square + max(ends, rows, layer, turned),
         3 * square + max(rows, turned),
-        (s.stack + 2 * s.embedding) * FLOAT32 + states,
+        JOINED * (s.stack + 2 * s.embedding) * FLOAT32 + states,
         flops,
         passes,
         "a disk or machine with more room: fusion holds one layer in float64",
@@ -91,7 +93,7 @@ def quantize(run: Run, spec: QuantizeSpec) -> StagePlan:
         kept,
         max(embedding + s.embedding * FLOAT16, solved, measured.before),
         max(embedding, solved + run.window(spec.text)) + SEARCH_BYTES,
-        s.stack // 2 + 2 * s.embedding * FLOAT16 + kept + measured.states,
+        JOINED * (s.stack // 2 + 2 * s.embedding * FLOAT16) + kept + measured.states,
         flops,
         sum(cost.passes for cost in costs),
         "fewer calibration windows (quantization.text.windows)",

@@ -67,13 +67,13 @@ class Rounding:
         self.spec, self.scheme, self.ranks, self.work = spec, scheme, ranks, work
         self.rotations = rotations_of(checkpoint.folder)
         quantized = spec.scheme if spec.quantized_activations else FLOAT
-        model = _equipped(checkpoint, quantized, self.rotations)
+        model = equipped(checkpoint, quantized, self.rotations)
         self.walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
-        self.float_model = _equipped(checkpoint, FLOAT, self.rotations) if spec.needs_float_model else None
+        self.float_model = equipped(checkpoint, FLOAT, self.rotations) if spec.needs_float_model else None
         self.solver = LayerSolver(self.walker, spec.scheme, spec.rounder, spec.matching, ranks, spec.by_attention)
         self.solver.notes.update(work.state.get("notes", {}))
         self.clips: list[dict[str, float]] = list(work.state.get("clips", []))
-        self.shards = ShardWriter(work.folder, shards=self.walker.n_layers + 2)
+        self.shards = ShardWriter(work.folder, work.scratch, parts=self.walker.n_layers + 2)
 
     @torch.no_grad()
     def run(self, text: Windows | None, own_text: Windows | None, meter: Meter) -> None:
@@ -165,7 +165,8 @@ class Rounding:
         write_card(folder, {**card, **found})
 
 
-def _equipped(checkpoint: Checkpoint, scheme: Scheme, rotations: Rotations) -> PreTrainedModel:
+def equipped(checkpoint: Checkpoint, scheme: Scheme, rotations: Rotations) -> PreTrainedModel:
+    """A fused model without weights, with the modules of a scheme."""
     model = empty_model(checkpoint.config)
     equip_model(model, scheme, rotations)
     return model

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kurtail_pl.artefact.skeleton import stored_bytes
 from kurtail_pl.errors import ArtefactError
+from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.quantization.passes import Rounding
+from kurtail_pl.stages.quantization.passes import Rounding, equipped
 from kurtail_pl.stages.quantization.sensitivity import sensitivities
 from kurtail_pl.stages.quantization.spec import QuantizeSpec, calibration_windows, require_fit, tuning_windows
-from kurtail_pl.storage.card import read_card, require_intact
+from kurtail_pl.storage.card import read_card, require_intact, rotations_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space
 from kurtail_pl.storage.keys import folder_sha256, settings_key
@@ -56,7 +58,8 @@ def quantize(
     checkpoint = Checkpoint(fused)
     require_fit(checkpoint.config, spec)
     text, own_text = calibration_windows(checkpoint, spec), tuning_windows(checkpoint, spec)
-    require_space(folder, checkpoint.size // 2)
+    # The weights and the parts that they are joined from.
+    require_space(folder, 2 * stored_bytes(equipped(checkpoint, FLOAT, rotations_of(fused)), spec.scheme))
     recipe = {
         "fused_sha256": folder_sha256(fused),
         "quantize": settings_key(spec),

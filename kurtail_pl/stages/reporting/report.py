@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.methods import ClipTuner, Matching, Rounder
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, RESULTS, read_results
 from kurtail_pl.stages.evaluation.tasks.table import measured_alike, tasks_note, tasks_table
+from kurtail_pl.stages.reporting.model_card import model_card
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.card import is_ours, read_card, require_sound
 from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.lock import alone_with
+from kurtail_pl.storage.statement import MODEL_CARD
 
 log = logging.getLogger(__name__)
 
-REPORT, MODEL_CARD = "report.md", "README.md"
+REPORT = "report.md"
 COLUMNS = ("method", "bits", "kurtosis mean", "kurtosis max", "perplexity", "seconds", "peak memory")
 
 
@@ -103,7 +103,9 @@ def report(folder: Path) -> str:
     with alone_with(folder / REPORT):
         write_text(folder / REPORT, f"# {folder.name}\n\n{text}{exceptions}")
         if is_ours(folder):
-            write_text(folder / MODEL_CARD, _model_card(folder) + exceptions)
+            own = read_results(folder)
+            page = model_card(folder, read_card(folder), own, _tasks(own, [own]))
+            write_text(folder / MODEL_CARD, page + exceptions)
     return text
 
 
@@ -116,55 +118,3 @@ def _exceptions(card: dict[str, Any]) -> str:
         for name in borrowers
     ]
     return "\n".join(["\n## Exceptions\n", *lines, ""]) if lines else ""
-
-
-def _model_card(folder: Path) -> str:
-    card, results = read_card(folder), read_results(folder)
-    evaluation, scheme = results["evaluation"], Scheme.from_dict(card["scheme"])
-    parts = {"activations": scheme.activations, "keys": scheme.keys, "values": scheme.values}
-    lines = ["- weights: " + ("float" if scheme.weights is None else scheme.weights.sentence())]
-    lines += [
-        f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
-        for name, q in parts.items()
-    ]
-    quantize = card.get("quantize") or {}
-    if clips := quantize.get("clips"):
-        lines.append(f"- clips: {ClipTuner.from_dict(clips).sentence()}")
-    if scheme.weights is not None and "rounder" in quantize:
-        lines[0] += f", {Rounder.from_dict(quantize['rounder']).sentence()}"
-        if matching := quantize.get("matching"):
-            lines[0] += f", {Matching.from_dict(matching).sentence()}"
-    if scheme.layer_bits is not None:
-        lines[0] += f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
-    if scheme.activations is not None and scheme.attention_output == "head":
-        lines[1] += "; one scale a head in the input of the output projection"
-    if scheme.static:
-        lines[1] += "; one calibrated scale for all tokens of each input"
-    if scheme.sinks is not None:
-        lines.append(f"- keys and values of the first tokens ({scheme.sinks.tokens}): {scheme.sinks.bits} bits")
-    if scheme.prefix is not None:
-        lines.append(f"- before every text: float keys and values of the tokens {scheme.prefix}")
-    return (
-        f"# {folder.name}\n\n"
-        f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
-        f"{card['method']}.\n\n"
-        + "\n".join(lines)
-        + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
-        f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
-        f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{_tasks(results, [results])}\n"
-        "Weights are stored as packed integers; activations and the KV cache are quantized in simulation, with the "
-        "numbers that an integer kernel would give. `kurtail.json` holds every setting, seed, version and hash.\n\n"
-        "```python\nimport kurtail_pl\nfrom transformers import AutoTokenizer\n\n"
-        f'model = kurtail_pl.load("{folder.name}")\ntokenizer = AutoTokenizer.from_pretrained("{folder.name}")\n```\n'
-    )
-
-
-def _symmetry(symmetric: bool) -> str:
-    return "symmetric" if symmetric else "asymmetric"
-
-
-def _bits(layers: list[int]) -> str:
-    """Bits of every layer, for people."""
-    if len(set(layers)) == 1:
-        return f"{layers[0]} bits"
-    return f"{fmean(layers):.3g} bits on average: layer by layer {' '.join(map(str, layers))}"

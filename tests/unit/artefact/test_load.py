@@ -20,7 +20,9 @@ from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.card import read_card, write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.joining import join
 from kurtail_pl.streaming.walker import Walker
 
 
@@ -121,7 +123,7 @@ def test_tokenizer_loads_from_the_folder(tiny: Path, artefact: Path) -> None:
         assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize("name", ["model-00003-of-00006.safetensors", "rotations.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "rotations.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["gone", "byte"])
 def test_a_damaged_folder_is_refused(artefact: Path, tmp_path: Path, name: str, damage: str) -> None:
     copy = shutil.copytree(artefact, tmp_path / "copy")
@@ -143,3 +145,16 @@ def test_folders_that_are_not_ours_are_refused(tiny: Path, artefact: Path, tmp_p
     (copy / "kurtail.json").write_text("{")
     with pytest.raises(KurtailError, match=r"kurtail.json is not JSON"):
         kurtail_pl.load(str(copy))
+
+
+def test_weights_in_numbered_files_are_the_same(artefact: Path, tmp_path: Path) -> None:
+    """As of a model of more than 5 GB."""
+    copy = shutil.copytree(artefact, tmp_path / "copy")
+    (copy / "model.safetensors").rename(tmp_path / "part")
+    join([tmp_path / "part"], copy, largest=50_000)
+    assert len(list(copy.glob("model-*.safetensors"))) > 2
+    write_card(copy, {name: value for name, value in read_card(copy).items() if name not in ("format", "sha256")})
+    wanted = kurtail_pl.load(artefact)
+    for model in (kurtail_pl.load(copy), AutoModelForCausalLM.from_pretrained(copy)):
+        assert model.state_dict().keys() == wanted.state_dict().keys()
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.state_dict().items())

@@ -41,7 +41,7 @@ def random_artefact(folder: Path, tokenizer: Path) -> Path:
         (folder / file.name).write_bytes(file.read_bytes())
     write_rotations(folder / FILE, rotations)
     state = model.state_dict()
-    shards = ShardWriter(folder, len(state))
+    shards = ShardWriter(folder, folder.parent, len(state))
     for number, (name, tensor) in enumerate(state.items()):
         shards.write(number, {name: drawn(name, tensor, draw)})
     shards.close()

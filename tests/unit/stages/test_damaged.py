@@ -32,7 +32,7 @@ def damage(path: Path, lost: bool) -> None:
     path.write_bytes(data)
 
 
-FILES = ("model-00003-of-00006.safetensors", "rotations.safetensors", "config.json", "tokenizer.json")
+FILES = ("model.safetensors", "rotations.safetensors", "config.json", "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", FILES)

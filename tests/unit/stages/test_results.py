@@ -1,6 +1,8 @@
 """Results of a folder: kurtosis by definition, cost, names; the table of methods and the model card."""
 
+import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+from huggingface_hub import ModelCard
+from logits import IDS
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, StoreMismatch
@@ -16,6 +21,7 @@ from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.capture.stage import CaptureSpec, capture
 from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name, block_kurtosis, evaluate_folder, read_results
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.reporting.report import COLUMNS, report, row, siblings
 from kurtail_pl.stages.tables import markdown
@@ -205,6 +211,33 @@ def test_report_of_an_artefact(store: ActivationStore, artefact: Path, text: Tex
     assert f"{results['evaluation']['perplexity']:.3f}" in card
     # Results and pages are no part of the model: it still loads.
     kurtail_pl.load(folder)
+
+
+def test_the_hub_reads_the_model_card(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
+    """A source from the hub with a license, as far as `huggingface_hub` itself understands the page."""
+    source = tmp_path / "models--someone--tiny" / "snapshots" / "0123"
+    shutil.copytree(tiny, source)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: another/one\n---\n# Tiny\n")
+    made = capture(CaptureSpec(str(source), text, rows=20, seed=3), tmp_path / "store")
+    assert made is not None
+    fused = fuse(Checkpoint(source), Rotations(), "none", tmp_path / "fused")
+    folder = quantize(fused, QuantizeSpec(rounder=RTN(), text=text), tmp_path / "tiny-rtn-w4a4kv4")
+    results = evaluate_folder(Checkpoint(folder), folder, text, made, 10)
+    report(folder)
+    page = ModelCard.load(folder / "README.md")
+    data = page.data
+    assert (data.base_model, data.license) == ("someone/tiny", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.tags == ["kurtail", "quantized", "w4a4kv4"]
+    (measured,) = data.eval_results
+    assert (measured.metric_type, measured.metric_value) == ("perplexity", results["evaluation"]["perplexity"])
+    assert (measured.dataset_name, measured.dataset_args) == ("tales.txt", {"windows": 6, "seqlen": 48})
+    assert page.text.startswith("\n# tiny-rtn-w4a4kv4\n")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.text, re.S)
+    names: dict[str, Any] = {}
+    with contextlib.chdir(tmp_path):
+        exec(snippet, names)
+    assert torch.equal(names["model"](IDS).logits, kurtail_pl.load(folder)(IDS).logits)
 
 
 def test_the_model_card_of_uneven_levels_says_the_bits_of_each_layer(

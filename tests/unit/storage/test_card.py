@@ -69,6 +69,13 @@ def test_a_card_written_again_does_not_vouch_for_itself(carded: Path) -> None:
     ours.require_intact(carded)
 
 
+def test_a_card_that_was_half_written_is_not_vouched_for(carded: Path) -> None:
+    """A process killed before it gave the card its name left it beside under another, and the next takes that away."""
+    (carded / f".{ours.CARD}.partial").write_text("{")
+    ours.write_card(carded, card_with(FLOAT))
+    ours.require_intact(carded)
+
+
 def test_card_round_trip(carded: Path) -> None:
     card = ours.read_card(carded)
     assert card["method"] == "test"

@@ -26,6 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture
 from kurtail_pl.storage.gguf_header import read_header
 from kurtail_pl.storage.sources import config_of, open_model
+from kurtail_pl.storage.statement import origin_of
 
 IDS = torch.randint(300, (1, 60), generator=torch.Generator().manual_seed(0))
 PLAIN = {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 16}
@@ -75,6 +76,12 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 def test_a_converted_model_is_the_original(name: str, tmp_path: Path) -> None:
     model = tiny(MODELS[name]())
     assert_same(model, write_gguf(tmp_path / "model.gguf", model))
+
+
+@pytest.mark.parametrize("stated", [{}, {"general.license": "apache-2.0"}])
+def test_the_license_goes_along(stated: dict[str, str], tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny(MODELS["llama"]()), metadata=stated)
+    assert origin_of(open_model(str(path)).folder).get("license") == stated.get("general.license")
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])

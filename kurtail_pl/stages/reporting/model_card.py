@@ -1,0 +1,106 @@
+"""The model card of an artefact: `README.md`, as the Hugging Face hub reads it and as people do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from kurtail_pl.methods import ClipTuner, Matching, Rounder
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.text import title_of
+from kurtail_pl.storage.files import gigabytes
+from kurtail_pl.storage.statement import LICENSE
+
+
+def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], tasks: str) -> str:
+    """The page of an artefact.
+
+    Args:
+        folder: of the artefact.
+        card: its `kurtail.json`.
+        results: what was measured.
+        tasks: their table and note, if any.
+    """
+    evaluation, scheme = results["evaluation"], Scheme.from_dict(card["scheme"])
+    return (
+        f"---\n{_front_matter(folder.name, card, results)}\n---\n\n# {folder.name}\n\n"
+        f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
+        f"{card['method']}.\n\n"
+        + "\n".join(_parts(card, scheme))
+        + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
+        f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
+        f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{tasks}\n"
+        "Weights are stored as packed integers; activations and the KV cache are quantized in simulation, with the "
+        "numbers that an integer kernel would give. `kurtail.json` holds every setting, seed, version and hash.\n\n"
+        "```python\nimport kurtail_pl\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = kurtail_pl.load("{folder.name}")\n'
+        "# The same, by transformers, which needs kurtail_pl imported:\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")\n```\n'
+    )
+
+
+def _front_matter(name: str, card: dict[str, Any], results: dict[str, Any]) -> str:
+    """What the hub lists and filters by, as YAML; base model and license where the source states them."""
+    source, evaluation, scheme = card["source"], results["evaluation"], Scheme.from_dict(card["scheme"])
+    text = title_of(evaluation["source"])
+    measured = EvalResult(
+        task_type="text-generation",
+        dataset_type=text,
+        dataset_name=text,
+        dataset_args={"windows": evaluation["windows"], "seqlen": evaluation["seqlen"]},
+        metric_type="perplexity",
+        metric_value=evaluation["perplexity"],
+    )
+    data = ModelCardData(
+        base_model=source.get("hub"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["kurtail", *(["quantized"] if "quantize" in card else []), scheme.name],
+        model_name=name,
+        eval_results=[measured],
+        **{key: source[key] for key in LICENSE if key in source},
+    )
+    return str(data.to_yaml())
+
+
+def _parts(card: dict[str, Any], scheme: Scheme) -> list[str]:
+    """How each part is quantized, a line each."""
+    quantizers = {"activations": scheme.activations, "keys": scheme.keys, "values": scheme.values}
+    lines = ["- weights: " + ("float" if scheme.weights is None else scheme.weights.sentence())]
+    lines += [
+        f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
+        for name, q in quantizers.items()
+    ]
+    quantize = card.get("quantize") or {}
+    if clips := quantize.get("clips"):
+        lines.append(f"- clips: {ClipTuner.from_dict(clips).sentence()}")
+    if scheme.weights is not None and "rounder" in quantize:
+        lines[0] += f", {Rounder.from_dict(quantize['rounder']).sentence()}"
+        if matching := quantize.get("matching"):
+            lines[0] += f", {Matching.from_dict(matching).sentence()}"
+    if scheme.layer_bits is not None:
+        lines[0] += f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
+    if scheme.activations is not None and scheme.attention_output == "head":
+        lines[1] += "; one scale a head in the input of the output projection"
+    if scheme.static:
+        lines[1] += "; one calibrated scale for all tokens of each input"
+    if scheme.sinks is not None:
+        lines.append(f"- keys and values of the first tokens ({scheme.sinks.tokens}): {scheme.sinks.bits} bits")
+    if scheme.prefix is not None:
+        lines.append(f"- before every text: float keys and values of the tokens {scheme.prefix}")
+    return lines
+
+
+def _symmetry(symmetric: bool) -> str:
+    return "symmetric" if symmetric else "asymmetric"
+
+
+def _bits(layers: list[int]) -> str:
+    """Bits of every layer, for people."""
+    if len(set(layers)) == 1:
+        return f"{layers[0]} bits"
+    return f"{fmean(layers):.3g} bits on average: layer by layer {' '.join(map(str, layers))}"
