@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from exports import TEXTS, TOLERANCE
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run import session as sessions
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.generate import Sampling, choose, generate
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import import_runtime, open_session
-from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, ConfigError, InputError, RuntimeUnusable
 from kurtail_pl.stages.evaluation import perplexity as evaluate
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 
@@ -181,7 +181,7 @@ def test_perplexity_is_the_stages(
 ) -> None:
     """Of weights alone: there is no border on the way of which a float rounding could decide the side."""
     artefact = make_artefact(tiny, activations=None, keys=None, values=None)
-    exact = Export(export(artefact, tmp_path / "onnx", ExportSpec(), checked=False))
+    exact = Export(export(artefact, tmp_path / "onnx", ONNX(), check=False))
     text = TextSpec(str(text_file), windows=3, seqlen=48)
     expected = evaluate.perplexity(Checkpoint(artefact), text)["perplexity"]
     assert perplexity(exact, text) == pytest.approx(expected, rel=1e-4)
