@@ -72,7 +72,7 @@ def test_generation_ends_with_the_text(opened: Export, session: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=2), "kurtail_export.json has format 2, expected 1"),
+        (lambda d: d.update(format=3), "kurtail_export.json has format 3, expected 2"),
         (lambda d: d.pop("sha256"), "sha256"),
         (lambda d: d["model"].update(positions="256"), r"model.positions is '256': Input should be a valid integer"),
         (lambda d: d["sha256"].update({"../outside": "0"}), r"names the file '../outside', which is not in its folder"),
