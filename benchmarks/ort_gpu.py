@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import Device
-from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.kernels import fused_linears, placement, time_by_part, trace
 from ort_cpu import cache_bytes, decode_speed, load
 from transformers import DynamicCache
 
 import kurtail_pl
 from kurtail_pl.stages.evaluation import perplexity as evaluate
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 
@@ -114,7 +114,7 @@ def main() -> None:
         }
     }
     for name, source in (("quantized", args.artefact), ("float", args.float_model)):
-        folder = export(source, args.work / f"{name}-fp16", ExportSpec("fp16"), checked=False, overwrite=True)
+        folder = export(source, args.work / f"{name}-fp16", ONNX("fp16"), check=False, overwrite=True)
         result[name] = measure(folder, text, args.device)
     result["perplexity_change"] = result["quantized"]["perplexity"] / result["torch"]["perplexity"] - 1
     print(json.dumps(result, indent=2))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import open_session
-from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.texts import compare_texts, scenarios
 from transformers import DynamicCache, PreTrainedModel
 
@@ -79,7 +79,7 @@ def all_equal(artefact: Path, folder: Path) -> bool:
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(source.config.vocab_size, todo["batch"].ids.shape, generator=draw)
         texts = {name: replace(todo[name], ids=ids[: len(todo[name].ids)]) for name in left}
-        found = compare_texts(Export(folder), source, ExportSpec(), texts) if texts else {}
+        found = compare_texts(Export(folder), source, ONNX(), texts) if texts else {}
         left -= {name for name, text in found.items() if _equal(asdict(text))}
     return not left
 

@@ -1,21 +1,18 @@
-"""The model card of an export."""
+"""What the model card of an export says of ONNX."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-CARD = "README.md"
 
-
-def card(name: str, description: dict[str, Any], checks: dict[str, Any] | None) -> str:
-    """Markdown page of an export.
+def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> list[str]:
+    """Lines about the quantizers, what was proven, and how the folder is run.
 
     Args:
-        name: of its folder.
         description: content of `kurtail_export.json`.
         checks: content of `checks.json`; None when the export was not checked.
     """
-    source, spec = description["source"], description["export"]
     quantizers = [
         f"- {part}: " + ("float" if q is None else f"{q['bits']} bits, clip {q['clip']}")
         for part, q in description["quantizers"].items()
@@ -28,34 +25,22 @@ def card(name: str, description: dict[str, Any], checks: dict[str, Any] | None) 
         quantizers.append(f"- before every text: float keys and values of the tokens {description['prefix']['tokens']}")
     if description["key_centre"] is not None:
         quantizers.append("- keys: each channel's calibrated mean subtracted first, in the cache too")
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"{source['model']} (weights {source['sha256'][:12]}), quantized by {source['method']}, as an ONNX graph "
-            f"for ONNX Runtime: opset {description['opset']}, {spec['dtype']}, {spec['kv']} cache, "
-            f"weights {spec['weights']}, activations {spec['act']}.",
-            "",
-            *quantizers,
-            "",
-            "Weights and cache are stored in few bits and the numbers are those of integer kernels; ONNX Runtime has "
-            "no 4-bit by 4-bit product, so the speed is that of a model with quantized weights alone.",
-            "",
-            *_checked(checks),
-            "",
-            "```bash",
-            f'kurtail generate --onnx {name} --prompt "Once upon a time"',
-            "```",
-            "",
-            "`kurtail_export.json` lists inputs, outputs, cache layout, quantizer formulas and session settings.",
-            "",
-        ]
-    )
+    return [
+        *([] if checks is None else [*_proof(checks), ""]),
+        *quantizers,
+        "",
+        "Weights and cache are stored in few bits and the numbers are those of integer kernels; ONNX Runtime has "
+        "no 4-bit by 4-bit product, so the speed is that of a model with quantized weights alone.",
+        "",
+        "```bash",
+        'kurtail generate --onnx . --prompt "Once upon a time"',
+        "```",
+        "",
+        "`kurtail_export.json` lists inputs, outputs, cache layout, quantizer formulas and session settings.",
+    ]
 
 
-def _checked(checks: dict[str, Any] | None) -> list[str]:
-    if checks is None:
-        return ["This export was not checked; `kurtail export --check` compares it with the torch model."]
+def _proof(checks: Mapping[str, Any]) -> list[str]:
     linears, layers = checks["linears"], checks.get("layers")
     proof = [
         f"Checked with onnxruntime {checks['onnxruntime']}: {linears['fused']} of {linears['quantized']} quantized "

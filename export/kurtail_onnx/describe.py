@@ -1,28 +1,23 @@
-"""`kurtail_export.json`: what a deployer in any language needs to know to run the graph."""
+"""ONNX's part of `kurtail_export.json`: what a deployer in any language needs to know to run the graph."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
 from kurtail_onnx.run.profiles import PROFILES
-from kurtail_onnx.spec import ExportSpec
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.stages.versions import versions
-from kurtail_pl.storage.card import read_card
-from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.surgery.positions import positions_of, rotary_border
 
-FORMAT = 1
-MODEL, DATA, DESCRIPTION = "model.onnx", "model.onnx.data", "kurtail_export.json"
+MODEL, DATA = "model.onnx", "model.onnx.data"
 ROTATIONS = {
     "residual": ("R1", "fused into the weights"),
     "value": ("R2", "fused into the weights"),
@@ -34,7 +29,8 @@ ROTATIONS = {
 
 CENTRE = {
     "formula": ["x = x - centre", "y = quantized(x) @ weight.T + bias"],
-    "where": "node centre/Sub on the input of the linears, after R4 or R5 and before the quantizer, whatever --act is",
+    "where": "node centre/Sub on the input of the linears, after R4 or R5 and before the quantizer, whatever --to.act "
+    "is",
     "tensors": "<linear>.centre of the first linear that reads the input, and <linear>.bias, which holds "
     "centre @ weight.T of the weight before it was rounded",
 }
@@ -64,23 +60,22 @@ LONGROPE = (
 
 STATIC_GRIDS = {
     "where": "nodes act_q/QuantizeLinear, act_q/DequantizeLinear and act_q/Mul on the input of the linears, after the "
-    "centre is subtracted, with constants; with --weights integer act_q/Div to act_q/Cast",
+    "centre is subtracted, with constants; with --to.weights integer act_q/Div to act_q/Cast",
     "tensors": "<linear>.input_scale and, with a zero point, <linear>.input_zero_point of the first linear that reads "
     "the input, scalars",
 }
 """How inputs of linears are quantized whose grid does not depend on the token."""
 
 
-def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) -> dict[str, Any]:
-    """The description of an export whose other files are written.
+def describe(source: Source, spec: ONNX, model: ir.Model) -> dict[str, Any]:
+    """The description of a graph.
 
     Args:
         source: the artefact.
         spec: choices of the export.
         model: its graph.
-        folder: its files; they are hashed.
     """
-    card, scheme = read_card(source.folder), source.scheme
+    scheme = source.scheme
     weights = None if scheme.weights is None else integers_of(scheme.weights)
     parts = {"weights": weights, "activations": spec.activations(scheme)}
     parts |= {"attention_output": spec.output_activations(scheme, source.head_dim)}
@@ -88,11 +83,8 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
     border = rotary_border(source.config)
     stored = {"weights", "activations", "attention_output"} if scheme.static else {"weights"}
     return {
-        "format": FORMAT,
         "opset": OPSET,
         "ir_version": IR_VERSION,
-        "export": spec.to_dict(),
-        "source": {"artefact": source.folder.name, "method": card["method"], **card["source"]},
         "model": {
             "model_type": source.config.model_type,
             "layers": len(source.layers),
@@ -114,8 +106,6 @@ def describe(source: Source, spec: ExportSpec, model: ir.Model, folder: Path) ->
         "clips": source.clips,
         "rotations": _rotations(source),
         "session": PROFILES,
-        "versions": versions(),
-        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
 
 

@@ -100,7 +100,7 @@ def _place(error: Exception) -> str:
     """The last line of this project that an exception went through."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         parts = Path(frame.filename).parts
-        package = next((name for name in ("kurtail_pl", "kurtail_onnx") if name in parts), None)
+        package = next((name for name in parts if name.startswith("kurtail_")), None)
         if package is not None:
             inside = parts[len(parts) - parts[::-1].index(package) :]
             return f"{'/'.join(inside)} line {frame.lineno}"

@@ -19,13 +19,13 @@ COMMANDS = {
     "fit": "kurtail_pl.cli.trainer:fit",
     "validate": "kurtail_pl.cli.trainer:validate",
     "compare": "kurtail_pl.cli.compare:compare",
+    "export": "kurtail_pl.cli.export:export",
 }
 """Verbs whose functions take the arguments as they were typed."""
 FUNCTIONS = {
     "capture": "kurtail_pl.cli.verbs:capture",
     "fuse": "kurtail_pl.cli.verbs:fuse",
     "quantize": "kurtail_pl.cli.verbs:quantize",
-    "export": "kurtail_pl.cli.onnx:export",
     "generate": "kurtail_pl.cli.onnx:generate",
     "eval": "kurtail_pl.cli.verbs:evaluate",
     "figures": "kurtail_pl.cli.verbs:figures",
@@ -76,12 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _log_to_stderr() -> None:
     """Our own log lines only: Lightning brings its own handler."""
-    for name in ("kurtail_pl", "kurtail_onnx"):
-        log = logging.getLogger(name)
-        if not log.handlers:
-            log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    log = logging.getLogger("kurtail_pl")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _help() -> str:

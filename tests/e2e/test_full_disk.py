@@ -84,17 +84,17 @@ def test_a_disk_too_small_is_refused_before_the_work(
 def test_an_export_that_fills_the_disk_leaves_nothing(
     kurtail: Kurtail, tied: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export = pytest.importorskip("kurtail_onnx.export")
+    write = pytest.importorskip("kurtail_onnx.write")
     kurtail(tmp_path, "fuse", "--model", tied, "--method", "quarot", "--out", "fused")
     kurtail(tmp_path, "quantize", "--artefact", "fused", "--spec.rounder", "RTN", "--out", "artefact")
-    save = export.save
+    save = write.save
 
     def full(*arguments: object) -> None:
         fill_up(small_disk / "ballast")
         save(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "save", full)
+        patch.setattr(write, "save", full)
         with pytest.raises(SystemExit):
             kurtail(small_disk, "export", "--artefact", tmp_path / "artefact", "--out", small_disk / "onnx")
     assert "the disk is full" in capsys.readouterr().err

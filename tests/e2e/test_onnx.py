@@ -70,7 +70,7 @@ def test_eval_prints_torchs_perplexity(place: Path, kurtail: Kurtail, capsys: py
     [
         (("export", "--artefact", "story", "--out", "onnx"), "--overwrite"),
         (("export", "--artefact", "fused/..", "--out", "new"), "kurtail.json"),
-        (("export", "--artefact", "fused", "--out", "new", "--weights", "integer"), "--weights integer"),
+        (("export", "--artefact", "fused", "--out", "new", "--to.weights", "integer"), "--to.weights integer"),
         (("generate", "--onnx", "story", "--prompt", "a"), "not a KurTail export"),
         (("generate", "--onnx", "onnx", "--prompt", "a", "--sampling.max_new_tokens", "600"), "512 positions"),
         (("eval", "--text.seqlen", "8", "--onnx", "onnx", "--model", "story"), "one of --model and --onnx"),

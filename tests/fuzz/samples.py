@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from families import fill
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from kurtail_pl.methods import RTN
 from kurtail_pl.stages.capture.stage import CaptureSpec, capture
 from kurtail_pl.stages.evaluation.results import evaluate_folder
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
@@ -89,5 +89,5 @@ def make_samples(tokenizer: Path, root: Path) -> Samples:
     fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", samples.fused)
     quantize(samples.fused, QuantizeSpec(rounder=RTN(), text=samples.spec), samples.artefact)
     evaluate_folder(Checkpoint(samples.artefact), samples.artefact, samples.spec, store, validation_rows=4)
-    export(samples.artefact, samples.exported, ExportSpec(), checked=False)
+    export(samples.artefact, samples.exported, ONNX(), check=False)
     return samples

@@ -87,7 +87,7 @@ def _require_half(name: str, tensor: Tensor) -> None:
         ends = torch.aminmax(tensor.abs())
         raise ConfigError(
             f"{name} has values of {ends.min:.3g} to {ends.max:.3g} in size, which float16 does not hold; "
-            "export with --dtype fp32"
+            "export with --to.dtype fp32"
         )
 
 

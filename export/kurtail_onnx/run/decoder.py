@@ -93,7 +93,7 @@ class Decoder:
         if not (np.isfinite(result.max()) and np.isfinite(result.min())):
             raise NotFinite(
                 f"{self.export.model} gives logits that are nan or infinite: values grow beyond its floating-point "
-                "type; export again in a wider one (--dtype)"
+                "type; export again in a wider one (--to.dtype)"
             )
         return result
 

@@ -10,8 +10,9 @@ from typing import Literal
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kurtail_onnx.describe import DESCRIPTION, FORMAT, MODEL
+from kurtail_onnx.describe import MODEL
 from kurtail_pl.errors import ArtefactError
+from kurtail_pl.stages.export import DESCRIPTION, FORMAT
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.records import fields_of, read_object, require_format, require_inside
 

@@ -1,4 +1,4 @@
-"""`--check`: everything that is proven of an export, in `checks.json`; a failed proof is an error."""
+"""`--check`: everything that is proven of an export; a failed proof is an error."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kurtail_onnx.describe import DATA
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import import_runtime
-from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.kernels import fused_linears, placement, trace
 from kurtail_onnx.verify.layers import LayerAgreement, compare_layers
 from kurtail_onnx.verify.structure import check_structure
 from kurtail_onnx.verify.texts import TextAgreement, compare_texts, scenarios, windows
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
-from kurtail_pl.storage.files import write_json
+from kurtail_pl.stages.export import small_enough
 from kurtail_pl.surgery.linear import QuantizedLinear
-
-CHECKS = "checks.json"
-LARGEST_BY_DEFAULT = 1_000_000_000
-"""Exports with at most this many bytes of weights are checked by default, and on whole texts too."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +48,16 @@ LOGITS, PERPLEXITY = 1e-5, 1e-4
 """What whole texts may be off by in fp64, where no value falls on the other side: logits, and perplexity relative."""
 
 
-def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
-    """Check an export and write `checks.json`: layer by layer, or in double over whole texts.
+def check(folder: Path, source: Source, spec: ONNX) -> dict[str, Any]:
+    """Check an export: layer by layer, or in double over whole texts.
 
     Args:
         folder: of the export, finished.
         source: the artefact.
         spec: choices of the export.
+
+    Returns:
+        What is proven, for ``checks.json``.
 
     Raises:
         CheckFailed: when the file is not valid, a linear is not fused, or a layer or text is not torch's.
@@ -81,7 +79,6 @@ def check(folder: Path, source: Source, spec: ExportSpec) -> dict[str, Any]:
         # Layers are compared one at a time; whole texts need all of the model in memory.
         texts = compare_texts(export, source, spec, todo) if small_enough(folder) else {}
     checks["texts"] = {name: asdict(agreement) for name, agreement in texts.items()}
-    write_json(folder / CHECKS, checks)
     return checks
 
 
@@ -89,7 +86,7 @@ def _require_fused(quantized: int, fused: int) -> None:
     if fused != quantized:
         raise CheckFailed(
             f"{fused} of {quantized} quantized linears run in few bits; the others would be dequantized in every step: "
-            "export with --weights matmulnbits, or use a newer onnxruntime"
+            "export with --to.weights matmulnbits, or use a newer onnxruntime"
         )
 
 
@@ -135,8 +132,3 @@ def _quantized_linears(source: Source) -> int:
     if source.scheme.weights is None:
         return 0
     return sum(isinstance(module, QuantizedLinear) for module in source.model.modules())
-
-
-def small_enough(folder: Path) -> bool:
-    """Whether an export is checked when nobody says so."""
-    return (folder / DATA).stat().st_size <= LARGEST_BY_DEFAULT

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.builder import FLOATS, Precision
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, cache_parts, hidden_name
 from kurtail_onnx.run.profiles import Profile
-from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
@@ -62,7 +62,7 @@ class LayerAgreement:
 
 @torch.no_grad()
 def compare_layers(
-    folder: Path, source: Source, spec: ExportSpec, profile: Profile = "exact"
+    folder: Path, source: Source, spec: ONNX, profile: Profile = "exact"
 ) -> tuple[list[LayerAgreement], float]:
     """Compare all decoder layers, one in memory at a time, and the head.
 
@@ -98,7 +98,7 @@ def compare_layers(
         if not np.isfinite(found).all():
             raise CheckFailed(
                 f"decoder layer {index} of the export gives values that are nan or infinite in {spec.dtype}, where "
-                "torch's are numbers; export with --dtype fp32"
+                "torch's are numbers; export with --to.dtype fp32"
             )
         attention = layer.get_submodule(source.architecture.attention)
         by_text = [cached_codes(attention, torch_cache, index) for torch_cache in caches]

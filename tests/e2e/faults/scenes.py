@@ -59,7 +59,7 @@ SCENES = {
     "report": Scene(REPORT, ("artefact",)),
     "export": Scene((*EXPORT, "out"), ("artefact",), "onnxruntime"),
     "export over another": Scene(
-        (*EXPORT, "onnx", "--dtype", "fp16", "--overwrite"), ("artefact", "onnx"), "onnxruntime"
+        (*EXPORT, "onnx", "--to.dtype", "fp16", "--overwrite"), ("artefact", "onnx"), "onnxruntime"
     ),
     "fit": Scene(("fit", "--config", "recipe.yaml"), ("model", "recipe.yaml")),
     "compare": Scene(("compare", "--config", "recipe.yaml", "--weights", "rtn"), ("model", "recipe.yaml")),

@@ -21,7 +21,10 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-MODULES = ("kurtail_pl.cli.verbs", "kurtail_pl.cli.trainer", "kurtail_pl.cli.compare", "kurtail_pl.cli.onnx", "lm_eval")
+MODULES = (
+    *("kurtail_pl.cli.verbs", "kurtail_pl.cli.trainer", "kurtail_pl.cli.compare", "kurtail_pl.cli.export"),
+    *("kurtail_onnx.write", "kurtail_onnx.verify.check", "lm_eval"),
+)
 
 ALL_KINDS = 15
 Command = dict[str, Any]

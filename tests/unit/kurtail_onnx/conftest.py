@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from exports import CENTRED
 from families import tiny_family
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 
 from kurtail_pl.methods import RTN
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
@@ -64,7 +64,7 @@ def artefact(tiny: Path, make_artefact: MakeArtefact) -> Path:
 @pytest.fixture(scope="session")
 def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its export, unchecked; tests copy it before they change it."""
-    return export(artefact, tmp_path_factory.mktemp("exports") / "tiny", ExportSpec(), checked=False)
+    return export(artefact, tmp_path_factory.mktemp("exports") / "tiny", ONNX(), check=False)
 
 
 @pytest.fixture(scope="session")

@@ -12,18 +12,18 @@ import pytest
 import torch
 from exports import CENTRED, all_equal, checks_of, has_torchs_logits, linears_of
 from families import FAMILIES
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import open_session
-from kurtail_onnx.spec import ExportSpec
 from transformers import PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.evaluation import perplexity as evaluate
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.attention import Scored, watched_scores
@@ -45,7 +45,7 @@ def torchs(artefact: Path, act: str = "qdq") -> PreTrainedModel:
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **CENTRED)
     model = torchs(artefact)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     count = len(linears_of(model))
     assert checks_of(folder)["linears"] == {"quantized": count, "fused": count}
     assert has_torchs_logits(model, folder)
@@ -55,17 +55,17 @@ def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeA
     assert not has_torchs_logits(model, folder, tolerance=0.01)
 
 
-FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
-    "symmetric": (ExportSpec(), SYMMETRIC),
-    "kernel": (ExportSpec(weights="matmulnbits"), CENTRED),
-    "integer": (ExportSpec(weights="integer"), SYMMETRIC),
-    "float-activations": (ExportSpec(act="none"), CENTRED),
-    "float-cache": (ExportSpec(kv="float"), CENTRED),
-    "float-weights": (ExportSpec(), {**CENTRED, "weights": None}),
-    "groups": (ExportSpec(), {**CENTRED, "weights": Uniform(4, False, group_size=16)}),
-    "scale-a-head": (ExportSpec(), {**CENTRED, "attention_output": "head"}),
-    "keys-unlike-values": (ExportSpec(), {**CENTRED, "keys": Quantizer(4, True)}),
-    "keys-alone": (ExportSpec(), {"values": None, "centre_keys": True}),
+FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
+    "symmetric": (ONNX(), SYMMETRIC),
+    "kernel": (ONNX(weights="matmulnbits"), CENTRED),
+    "integer": (ONNX(weights="integer"), SYMMETRIC),
+    "float-activations": (ONNX(act="none"), CENTRED),
+    "float-cache": (ONNX(kv="float"), CENTRED),
+    "float-weights": (ONNX(), {**CENTRED, "weights": None}),
+    "groups": (ONNX(), {**CENTRED, "weights": Uniform(4, False, group_size=16)}),
+    "scale-a-head": (ONNX(), {**CENTRED, "attention_output": "head"}),
+    "keys-unlike-values": (ONNX(), {**CENTRED, "keys": Quantizer(4, True)}),
+    "keys-alone": (ONNX(), {"values": None, "centre_keys": True}),
 }
 
 
@@ -73,7 +73,7 @@ FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
 def test_every_form(form: str, grouped: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     spec, quantizers = FORMS[form]
     artefact = make_artefact(grouped, **quantizers)
-    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    folder = export(artefact, tmp_path / "onnx", spec, check=True)
     assert has_torchs_logits(torchs(artefact, spec.act), folder)
 
 
@@ -83,12 +83,12 @@ def test_experts_in_other_forms(
 ) -> None:
     spec, quantizers = FORMS[form]
     artefact = make_artefact(make_family("mixtral"), **quantizers)
-    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    folder = export(artefact, tmp_path / "onnx", spec, check=True)
     assert has_torchs_logits(torchs(artefact, spec.act), folder)
 
 
 def test_stories(centred_stories: Path, tmp_path: Path) -> None:
-    folder = export(centred_stories, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(centred_stories, tmp_path / "onnx", ONNX(), check=True)
     assert all_equal(centred_stories, folder)
     text = TextSpec(windows=2, seqlen=128)
     expected = evaluate.perplexity(Checkpoint(centred_stories), text)["perplexity"]
@@ -99,7 +99,7 @@ def test_stories(centred_stories: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_float_cache_holds_centred_keys(centred_stories: Path, tmp_path: Path) -> None:
     """Of a batch whose second text is padded; what the rotated keys are is seen in torch's attention."""
-    folder = export(centred_stories, tmp_path / "onnx", ExportSpec(kv="float"), checked=False)
+    folder = export(centred_stories, tmp_path / "onnx", ONNX(kv="float"), check=False)
     ids = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -121,13 +121,13 @@ def test_a_float_cache_holds_centred_keys(centred_stories: Path, tmp_path: Path)
 
 def test_biases_of_the_models_own(make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family("qwen2"), **CENTRED)
-    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ExportSpec(), checked=True))
+    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ONNX(), check=True))
 
 
 def test_one_subtraction_a_place_with_the_artefacts_names(
     tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
-    folder = export(make_artefact(tiny, **CENTRED), tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(make_artefact(tiny, **CENTRED), tmp_path / "onnx", ONNX(), check=False)
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     places = {
         "self_attn": {"qkv_in": "q_proj", "o_in": "o_proj"},
@@ -154,7 +154,7 @@ def test_keys_are_centred_between_R3_and_the_cache(  # noqa: N802 - the paper's 
     tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
     artefact = make_artefact(tiny, **CENTRED)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=False)
     graph = onnx.load(folder / "model.onnx").graph
     nodes, initializers = ({x.name: x for x in xs} for xs in (graph.node, graph.initializer))
     producers = {output: node for node in graph.node for output in node.output}
@@ -177,7 +177,7 @@ def test_keys_are_centred_between_R3_and_the_cache(  # noqa: N802 - the paper's 
 def test_the_description_and_the_card_say_it(
     exported: Path, tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
-    folder = export(make_artefact(tiny, **CENTRED), tmp_path / "onnx", ExportSpec(act="none"), checked=False)
+    folder = export(make_artefact(tiny, **CENTRED), tmp_path / "onnx", ONNX(act="none"), check=False)
     plain, centred = (json.loads((place / "kurtail_export.json").read_text()) for place in (exported, folder))
     assert plain["centre"] is None
     assert plain["key_centre"] is None

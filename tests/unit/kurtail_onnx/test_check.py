@@ -9,25 +9,27 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from exports import CENTRED
-from kurtail_onnx.export import export, save
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.model import build_model
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import open_session
-from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify import check as checks
 from kurtail_onnx.verify.kernels import fused_linears, placement, time_by_part, trace
 from kurtail_onnx.verify.layers import compare_layers
 from kurtail_onnx.verify.structure import check_structure
+from kurtail_onnx.write import save
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed, NotFinite
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages import export as stage
+from kurtail_pl.stages.export import export
 
 
 def changed(exported: Path, folder: Path, artefact: Path, change: Callable[[ir.Graph], None]) -> Path:
     """Files of a graph that differs from the exported one."""
-    model = build_model(Source(artefact), ExportSpec())
+    model = build_model(Source(artefact), ONNX())
     change(model.graph)
     folder.mkdir()
     save(model, folder)
@@ -54,7 +56,7 @@ def test_an_unfused_linear_fails(artefact: Path, exported: Path, tmp_path: Path)
     name = "/model/layers.1/mlp/up_proj/weight_dq"
     folder = changed(exported, tmp_path / "onnx", artefact, lambda graph: insert_after(graph, name, "Abs"))
     with pytest.raises(CheckFailed, match="27 of 28 quantized linears"):
-        checks.check(folder, Source(artefact), ExportSpec())
+        checks.check(folder, Source(artefact), ONNX())
     assert not (folder / "checks.json").exists()
 
 
@@ -69,7 +71,7 @@ def test_another_function_fails(artefact: Path, exported: Path, tmp_path: Path) 
     name = "/model/layers.2/self_attn/attention_output_R4/Hadamard"
     folder = changed(exported, tmp_path / "onnx", artefact, lambda graph: insert_after(graph, name, "Neg"))
     with pytest.raises(CheckFailed, match="does not compute"):
-        checks.check(folder, Source(artefact), ExportSpec())
+        checks.check(folder, Source(artefact), ONNX())
 
 
 @pytest.mark.parametrize("place", ["mlp/down_in/centre", "self_attn/key_centre"])
@@ -86,7 +88,7 @@ def test_a_forgotten_centre_fails(
 
     folder = changed(exported, tmp_path / "onnx", artefact, forget)
     with pytest.raises(CheckFailed, match="does not compute"):
-        checks.check(folder, Source(artefact), ExportSpec())
+        checks.check(folder, Source(artefact), ONNX())
 
 
 def test_another_grid_fails(tiny: Path, make_artefact: Callable[..., Path], exported: Path, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_another_grid_fails(tiny: Path, make_artefact: Callable[..., Path], expo
 
     folder = changed(exported, tmp_path / "onnx", artefact, swap)
     with pytest.raises(CheckFailed, match="does not compute"):
-        checks.check(folder, Source(artefact), ExportSpec())
+        checks.check(folder, Source(artefact), ONNX())
 
 
 def test_an_unknown_operator_fails(artefact: Path, exported: Path, tmp_path: Path) -> None:
@@ -113,14 +115,14 @@ def test_an_unknown_operator_fails(artefact: Path, exported: Path, tmp_path: Pat
 def test_a_failed_check_keeps_nothing(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(checks.TOLERANCES, "fp32", checks.Tolerance(logits=-1.0, codes=0.0, tokens=0.0, layer=0.0))
     with pytest.raises(CheckFailed):
-        export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+        export(artefact, tmp_path / "onnx", ONNX(), check=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_runtimes_default_accuracy_is_not_exact(artefact: Path, exported: Path) -> None:
     """The trap that the profile `exact` avoids: activations rounded to 8 bits a second time."""
     source = Source(artefact)
-    exact, fast = (compare_layers(exported, source, ExportSpec(), profile)[0] for profile in ("exact", "fast"))
+    exact, fast = (compare_layers(exported, source, ONNX(), profile)[0] for profile in ("exact", "fast"))
     tokens = sum(layer.tokens for layer in exact)
     # Of eight texts and layers, one may hold a value on a border, which all its later tokens read.
     assert sum(layer.tokens_on_a_border for layer in exact) <= tokens / 8
@@ -129,7 +131,7 @@ def test_the_runtimes_default_accuracy_is_not_exact(artefact: Path, exported: Pa
 
 
 def test_every_layer_reports_itself(artefact: Path, exported: Path) -> None:
-    layers, head = compare_layers(exported, Source(artefact), ExportSpec())
+    layers, head = compare_layers(exported, Source(artefact), ONNX())
     assert len(layers) == 4
     assert head < 3e-6  # 48 roundings to 24 bits, 6e-8 each
     for layer in layers:
@@ -157,9 +159,9 @@ def test_the_trace_names_kernels(exported: Path) -> None:
 def test_large_exports_are_checked_on_request_and_without_whole_texts(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "LARGEST_BY_DEFAULT", 0)
-    assert not (export(artefact, tmp_path / "silent", ExportSpec()) / "checks.json").exists()
-    asked = export(artefact, tmp_path / "asked", ExportSpec(), checked=True)
+    monkeypatch.setattr(stage, "LARGEST_BY_DEFAULT", 0)
+    assert not (export(artefact, tmp_path / "silent", ONNX()) / "checks.json").exists()
+    asked = export(artefact, tmp_path / "asked", ONNX(), check=True)
     written = json.loads((asked / "checks.json").read_text())
     assert written["texts"] == {}
     assert written["layers"]["codes"] == 4 * 42 * 2 * 16 * 2

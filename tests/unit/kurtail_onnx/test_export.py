@@ -12,9 +12,8 @@ import onnxruntime
 import pytest
 from exports import has_torchs_logits
 from families import tiny_family
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.folder import Export
-from kurtail_onnx.spec import ExportSpec
 from safetensors.torch import load_file, save_file
 
 import kurtail_pl
@@ -29,6 +28,7 @@ from kurtail_pl.errors import (
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import FloatZero, Normal, Uniform
 from kurtail_pl.methods.scheme import Sinks
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
@@ -54,7 +54,7 @@ def test_the_folder_is_complete(exported: Path) -> None:
 
 
 def test_the_same_bytes_again(artefact: Path, exported: Path, tmp_path: Path) -> None:
-    again = export(artefact, tmp_path / "again", ExportSpec(), checked=False)
+    again = export(artefact, tmp_path / "again", ONNX(), check=False)
     for path in exported.iterdir():
         if path.suffix in (".onnx", ".data", ".json"):
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
@@ -125,7 +125,7 @@ def test_formulas_can_be_computed(exported: Path) -> None:
 
 
 def test_quantized_linears_take_a_quarter(story_artefact: Path, tmp_path: Path) -> None:
-    folder = export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(story_artefact, tmp_path / "onnx", ONNX(), check=False)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     codes = {i.name: i for i in model.graph.initializer if i.name.endswith(".codes")}
     assert len(codes) == 35
@@ -149,33 +149,33 @@ def test_damaged_artefacts_are_refused(damage: str, artefact: Path, tmp_path: Pa
     else:
         (copy / "kurtail.json").unlink()
     with pytest.raises(ArtefactError):
-        export(copy, tmp_path / "onnx", ExportSpec())
+        export(copy, tmp_path / "onnx", ONNX())
     assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
 
 
-REFUSED: dict[str, tuple[ExportSpec, dict[str, Any], str]] = {
-    "3-bit-weights": (ExportSpec(), {"weights": Uniform(3)}, "weights have 3 bits"),
-    "6-bit-activations": (ExportSpec(), {"activations": Quantizer(6)}, "activations have 6 bits"),
-    "2-bit-keys": (ExportSpec(), {"keys": Quantizer(2, False)}, "keys have 2 bits"),
-    "cache-groups": (ExportSpec(), {"values": Quantizer(4, False, group_size=8)}, "values have groups of 8"),
-    "kernel-groups": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(group_size=4)}, "groups of 4"),
-    "integer-groups": (ExportSpec(weights="integer"), {"weights": Uniform(group_size=4)}, "--weights integer"),
-    "integer-asymmetric": (ExportSpec(weights="integer"), {"activations": Quantizer(4, False)}, "--weights integer"),
-    "integer-heads": (ExportSpec(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
-    "sinks": (ExportSpec(), {"sinks": Sinks(2, 8)}, "sinks keep the first 2 tokens in 8 bits.* sinks: null"),
+REFUSED: dict[str, tuple[ONNX, dict[str, Any], str]] = {
+    "3-bit-weights": (ONNX(), {"weights": Uniform(3)}, "weights have 3 bits"),
+    "6-bit-activations": (ONNX(), {"activations": Quantizer(6)}, "activations have 6 bits"),
+    "2-bit-keys": (ONNX(), {"keys": Quantizer(2, False)}, "keys have 2 bits"),
+    "cache-groups": (ONNX(), {"values": Quantizer(4, False, group_size=8)}, "values have groups of 8"),
+    "kernel-groups": (ONNX(weights="matmulnbits"), {"weights": Uniform(group_size=4)}, "groups of 4"),
+    "integer-groups": (ONNX(weights="integer"), {"weights": Uniform(group_size=4)}, "--to.weights integer"),
+    "integer-asymmetric": (ONNX(weights="integer"), {"activations": Quantizer(4, False)}, "--to.weights integer"),
+    "integer-heads": (ONNX(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
+    "sinks": (ONNX(), {"sinks": Sinks(2, 8)}, "sinks keep the first 2 tokens in 8 bits.* sinks: null"),
     "uneven-levels": (
-        ExportSpec(),
+        ONNX(),
         {"weights": Normal()},
         "levels of the normal.* spaced integers",
     ),
     "zero-points-in-floating-point": (
-        ExportSpec(),
+        ONNX(),
         {"weights": FloatZero(group_size=4)},
         "zero points in floating point.* integer zero points",
     ),
-    "integer-double": (ExportSpec("fp64", weights="integer"), {}, "--weights integer has no doubles"),
-    "kernel-double": (ExportSpec("fp64", weights="matmulnbits"), {}, "--weights matmulnbits has no doubles"),
-    "integer-float": (ExportSpec(weights="integer", act="none"), {}, "--weights integer"),
+    "integer-double": (ONNX("fp64", weights="integer"), {}, "--to.weights integer has no doubles"),
+    "kernel-double": (ONNX("fp64", weights="matmulnbits"), {}, "--to.weights matmulnbits has no doubles"),
+    "integer-float": (ONNX(weights="integer", act="none"), {}, "--to.weights integer"),
 }
 
 
@@ -200,10 +200,10 @@ def test_what_float16_does_not_hold_is_exported_in_float32_alone(
     tensors[f"{name}.weight"] *= factor
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     artefact = make_artefact(model, activations=None, keys=None, values=None)
-    with pytest.raises(ConfigError, match=rf"{name}\.(weight|scale) has values of .* --dtype fp32"):
-        export(artefact, tmp_path / "half", ExportSpec("fp16"))
+    with pytest.raises(ConfigError, match=rf"{name}\.(weight|scale) has values of .* --to.dtype fp32"):
+        export(artefact, tmp_path / "half", ONNX("fp16"))
     assert not (tmp_path / "half").exists()
-    folder = export(artefact, tmp_path / "single", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "single", ONNX(), check=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
 
 
@@ -224,7 +224,7 @@ def test_unknown_parts_are_refused(changes: dict[str, Any], message: str, tied: 
         shutil.copy(file, model)
     fused = fuse(Checkpoint(model), Rotations(), "none", tmp_path / "fused")
     with pytest.raises(UnsupportedArchitecture, match=message):
-        export(fused, tmp_path / "onnx", ExportSpec())
+        export(fused, tmp_path / "onnx", ONNX())
     assert not (tmp_path / "onnx").exists()
 
 
@@ -235,19 +235,19 @@ def test_values_that_grow_beyond_float16_fail(tiny: Path, make_artefact: MakeArt
     tensors["model.layers.1.mlp.down_proj.weight"] *= 3e4
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     artefact = make_artefact(model, weights=None, activations=None, keys=None, values=None)
-    with pytest.raises(CheckFailed, match=r"decoder layer 1 .* in fp16.*--dtype fp32"):
-        export(artefact, tmp_path / "half", ExportSpec("fp16"), checked=True)
+    with pytest.raises(CheckFailed, match=r"decoder layer 1 .* in fp16.*--to.dtype fp32"):
+        export(artefact, tmp_path / "half", ONNX("fp16"), check=True)
     assert not (tmp_path / "half").exists()
-    export(artefact, tmp_path / "single", ExportSpec(), checked=True)
+    export(artefact, tmp_path / "single", ONNX(), check=True)
 
 
 def test_an_existing_folder_stays(artefact: Path, exported: Path, tmp_path: Path) -> None:
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "precious.txt").write_text("mine")
     with pytest.raises(ArtefactError, match="--overwrite"):
-        export(artefact, tmp_path / "onnx", ExportSpec())
+        export(artefact, tmp_path / "onnx", ONNX())
     assert (tmp_path / "onnx" / "precious.txt").read_text() == "mine"
-    export(artefact, tmp_path / "onnx", ExportSpec(), checked=False, overwrite=True)
+    export(artefact, tmp_path / "onnx", ONNX(), check=False, overwrite=True)
     assert (tmp_path / "onnx" / "model.onnx").read_bytes() == (exported / "model.onnx").read_bytes()
     assert not (tmp_path / "onnx" / "precious.txt").exists()
 
@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_nothing(artefact: Path, tmp_path: Path, monkeypatch:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DiskFull):
-        export(artefact, tmp_path / "onnx", ExportSpec())
+        export(artefact, tmp_path / "onnx", ONNX())
     assert list(tmp_path.iterdir()) == []
 
 

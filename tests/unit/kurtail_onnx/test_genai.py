@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 
 import kurtail_pl
+from kurtail_pl.stages.export import export
 
 genai = pytest.importorskip("onnxruntime_genai")
 
@@ -16,7 +16,7 @@ genai = pytest.importorskip("onnxruntime_genai")
 @pytest.mark.parametrize("act", ["qdq", "none"])
 def test_greedy_text_is_transformers(act: str, artefact: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     made = request.getfixturevalue(artefact)
-    folder = export(made, tmp_path / "onnx", ExportSpec(kv="float", act=act), checked=False)  # type: ignore[arg-type]
+    folder = export(made, tmp_path / "onnx", ONNX(kv="float", act=act), check=False)  # type: ignore[arg-type]
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=30, do_sample=False)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.verify.layers import compare_layers
 from kurtail_onnx.verify.structure import check_structure
 from torch import Tensor
@@ -15,6 +14,7 @@ from kurtail_pl.artefact.shards import ShardWriter
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.hadamard import random_hadamard_factors
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.export import export
 from kurtail_pl.storage.card import write_card
 from kurtail_pl.storage.rotation_file import FILE, write_rotations
 from kurtail_pl.surgery.equip import empty_model, equip_model, expect_quantized
@@ -61,11 +61,11 @@ def drawn(name: str, tensor: Tensor, draw: torch.Generator) -> Tensor:
 @pytest.mark.slow
 def test_a_layer_of_llama_3_70b(tied: Path, tmp_path: Path) -> None:
     artefact = random_artefact(tmp_path / "artefact", tied)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=False)
     assert (folder / "model.onnx.data").stat().st_size > 2**31
     assert (folder / "model.onnx").stat().st_size < 2**20 * 8
     assert check_structure(folder)["Hadamard"] == 2
-    ((layer,), head) = compare_layers(folder, Source(artefact), ExportSpec())
+    ((layer,), head) = compare_layers(folder, Source(artefact), ONNX())
     assert head < 1e-5
     assert layer.codes == 2 * 21 * 8 * 128 * 2
     assert layer.codes_differing <= 1e-3 * layer.codes

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from families import rope
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.generate import Sampling, generate
 from kurtail_onnx.run.session import open_session
-from kurtail_onnx.spec import ExportSpec
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.errors import InputError
+from kurtail_pl.stages.export import export
 
 BORDER, END = 32, 48
 FLOAT: dict[str, Any] = dict.fromkeys(("weights", "activations", "keys", "values"))
@@ -40,7 +40,7 @@ def opened(
     longrope = rope("longrope", original_max_position_embeddings=BORDER, **factors)
     changes = {} if request.param == "phi3" else longrope
     artefact = make_artefact(make_family(request.param, **changes), **FLOAT)
-    folder = export(artefact, tmp_path_factory.mktemp("onnx") / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path_factory.mktemp("onnx") / "onnx", ONNX(), check=True)
     return kurtail_pl.load(artefact), Export(folder), open_session(folder / "model.onnx", threads=1)
 
 
@@ -122,7 +122,7 @@ def test_genai_ends_at_the_border(
 ) -> None:
     """It keeps its cache whatever the text's length."""
     artefact = make_artefact(make_family("phi3"), **FLOAT)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(kv="float"), checked=False)
+    folder = export(artefact, tmp_path / "onnx", ONNX(kv="float"), check=False)
     genai = json.loads((folder / "genai_config.json").read_text())
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == BORDER
     assert json.loads((folder / "kurtail_export.json").read_text())["model"]["positions"] == 256

@@ -9,17 +9,17 @@ import pytest
 import torch
 from exports import TEXTS, TOKENS, TOLERANCE, all_equal, checks_of, has_torchs_logits
 from families import FAMILIES
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import open_session
-from kurtail_onnx.spec import ExportSpec
 from torch.nn.functional import cross_entropy
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import Uniform
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.linear import QuantizedLinear
 
@@ -31,7 +31,7 @@ def test_every_family(
     family: str, make_family: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
     artefact = make_artefact(make_family(family))
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     linears = [m for m in kurtail_pl.load(artefact).modules() if isinstance(m, QuantizedLinear)]
     assert checks_of(folder)["linears"] == {"quantized": len(linears), "fused": len(linears)}
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
@@ -44,19 +44,19 @@ def test_scaled_positions_up_to_the_last(
     """Texts as long as the model's positions: the dynamic type scales longer ones alone."""
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     artefact = make_artefact(make_family("qwen3", rope_parameters=rope, max_position_embeddings=TOKENS))
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
 
 
 def test_stories(story_artefact: Path, tmp_path: Path) -> None:
-    folder = export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(story_artefact, tmp_path / "onnx", ONNX(), check=True)
     assert all_equal(story_artefact, folder)
     assert checks_of(folder)["texts"]["batch"]["codes"] > 10_000
 
 
 def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path) -> None:
     """Of several texts, one: the others may hold a value on the border of two codes."""
-    opened = Export(export(story_artefact, tmp_path / "onnx", ExportSpec(), checked=False))
+    opened = Export(export(story_artefact, tmp_path / "onnx", ONNX(), check=False))
     session = open_session(opened.model, threads=1)
 
     def equal(seed: int) -> bool:
@@ -72,23 +72,23 @@ def test_token_by_token_equals_one_prefill(story_artefact: Path, tmp_path: Path)
 
 
 ASYMMETRIC = Quantizer(4, False)
-VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | str | None]]] = {
-    "groups": (ExportSpec(), {"weights": Uniform(group_size=16)}),
-    "groups-asymmetric": (ExportSpec(), {"weights": Uniform(4, False, group_size=32)}),
-    "asymmetric": (ExportSpec(), {"weights": Uniform(4, False), "activations": ASYMMETRIC}),
-    "activation-groups": (ExportSpec(), {"activations": Quantizer(group_size=16)}),
-    "quantile": (ExportSpec(), {"activations": Quantizer(clip=Clip("quantile", 0.98))}),
-    "scale-a-head": (ExportSpec(), {"activations": ASYMMETRIC, "attention_output": "head"}),
-    "float-values": (ExportSpec(), {"values": None}),
-    "float-activations": (ExportSpec(), {"activations": None}),
-    "float-weights": (ExportSpec(), {"weights": None}),
-    "kernel": (ExportSpec(weights="matmulnbits"), {}),
-    "kernel-groups-16": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(group_size=16)}),
-    "kernel-groups-32": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(4, False, group_size=32)}),
-    "kernel-asymmetric": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(4, False)}),
-    "kernel-8-bits": (ExportSpec(weights="matmulnbits"), {"weights": Uniform(8)}),
-    "integer": (ExportSpec(weights="integer"), {}),
-    "float-cache": (ExportSpec(kv="float"), {}),
+VARIANTS: dict[str, tuple[ONNX, dict[str, Quantizer | str | None]]] = {
+    "groups": (ONNX(), {"weights": Uniform(group_size=16)}),
+    "groups-asymmetric": (ONNX(), {"weights": Uniform(4, False, group_size=32)}),
+    "asymmetric": (ONNX(), {"weights": Uniform(4, False), "activations": ASYMMETRIC}),
+    "activation-groups": (ONNX(), {"activations": Quantizer(group_size=16)}),
+    "quantile": (ONNX(), {"activations": Quantizer(clip=Clip("quantile", 0.98))}),
+    "scale-a-head": (ONNX(), {"activations": ASYMMETRIC, "attention_output": "head"}),
+    "float-values": (ONNX(), {"values": None}),
+    "float-activations": (ONNX(), {"activations": None}),
+    "float-weights": (ONNX(), {"weights": None}),
+    "kernel": (ONNX(weights="matmulnbits"), {}),
+    "kernel-groups-16": (ONNX(weights="matmulnbits"), {"weights": Uniform(group_size=16)}),
+    "kernel-groups-32": (ONNX(weights="matmulnbits"), {"weights": Uniform(4, False, group_size=32)}),
+    "kernel-asymmetric": (ONNX(weights="matmulnbits"), {"weights": Uniform(4, False)}),
+    "kernel-8-bits": (ONNX(weights="matmulnbits"), {"weights": Uniform(8)}),
+    "integer": (ONNX(weights="integer"), {}),
+    "float-cache": (ONNX(kv="float"), {}),
 }
 
 
@@ -96,7 +96,7 @@ VARIANTS: dict[str, tuple[ExportSpec, dict[str, Quantizer | str | None]]] = {
 def test_every_form(variant: str, grouped: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     spec, quantizers = VARIANTS[variant]
     artefact = make_artefact(grouped, **quantizers)
-    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    folder = export(artefact, tmp_path / "onnx", spec, check=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
     assert (folder / "genai_config.json").is_file() == (spec.kv == "float")
 
@@ -109,20 +109,20 @@ def test_eight_bits(
     artefact = make_artefact(
         grouped, **{"weights": Uniform(8), **dict.fromkeys(("activations", "keys", "values"), Quantizer(8))}
     )
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(weights=weights), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(weights=weights), check=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder, tolerance=0.02)
 
 
 def test_without_rotations(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(tiny, rotated=False)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     assert "Hadamard" not in checks_of(folder)["operators"]
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
 
 
 def test_float_activations_on_request(artefact: Path, make_artefact: MakeArtefact, tiny: Path, tmp_path: Path) -> None:
     """`act none` of a W4A4KV4 artefact is the W4A16KV4 artefact: rounding to nearest does not see activations."""
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(act="none"), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(act="none"), check=True)
     assert has_torchs_logits(kurtail_pl.load(make_artefact(tiny, activations=None)), folder)
 
 
@@ -130,7 +130,7 @@ def test_half_precision_of_a_float_model(stories: Path, make_artefact: MakeArtef
     floats = make_artefact(stories, weights=None, activations=None, keys=None, values=None)
     text = TextSpec(windows=4, seqlen=128)
     single, half = (
-        perplexity(Export(export(floats, tmp_path / dtype, ExportSpec(dtype), checked=True)), text)
+        perplexity(Export(export(floats, tmp_path / dtype, ONNX(dtype), check=True)), text)
         for dtype in ("fp32", "fp16")
     )
     assert half == pytest.approx(single, rel=1e-3)
@@ -143,7 +143,7 @@ def test_half_precision_has_torchs_mean_likelihood(
 ) -> None:
     """Single tokens differ, since half precision moves values over the borders of codes; their mean does not."""
     made = request.getfixturevalue(artefact)
-    opened = Export(export(made, tmp_path / "onnx", ExportSpec("fp16"), checked=True))
+    opened = Export(export(made, tmp_path / "onnx", ONNX("fp16"), check=True))
     model, session = kurtail_pl.load(made), open_session(opened.model, threads=1)
     windows = cut_windows(opened, TextSpec(windows=16, seqlen=128), "evaluation").tokens
     change = []

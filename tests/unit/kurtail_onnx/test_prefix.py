@@ -10,21 +10,21 @@ import onnx
 import pytest
 from exports import CENTRED, all_equal, has_torchs_logits
 from families import FAMILIES
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.export import export
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 MakeArtefact = Callable[..., Path]
 MakeFamily = Callable[[str], Path]
 PREFIXED: dict[str, Any] = {"prefix": [1, 17]}
-FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
-    "centred-static": (ExportSpec(), {**CENTRED, **PREFIXED, "activation_scales": "static"}),
-    "float-cache": (ExportSpec(kv="float"), {**CENTRED, **PREFIXED}),
-    "never-quantized-cache": (ExportSpec(), {**PREFIXED, "keys": None, "values": None}),
-    "keys-unlike-values": (ExportSpec(), {**PREFIXED, "keys": Quantizer(4)}),
+FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
+    "centred-static": (ONNX(), {**CENTRED, **PREFIXED, "activation_scales": "static"}),
+    "float-cache": (ONNX(kv="float"), {**CENTRED, **PREFIXED}),
+    "never-quantized-cache": (ONNX(), {**PREFIXED, "keys": None, "values": None}),
+    "keys-unlike-values": (ONNX(), {**PREFIXED, "keys": Quantizer(4)}),
 }
 
 
@@ -32,7 +32,7 @@ FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **PREFIXED)
     model = kurtail_pl.load(artefact)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     assert has_torchs_logits(model, folder)
     # The prefix is what makes these the logits.
     for layer in model.model.layers:
@@ -44,7 +44,7 @@ def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeA
 def test_every_form(form: str, grouped: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     spec, quantizers = FORMS[form]
     artefact = make_artefact(grouped, **quantizers)
-    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    folder = export(artefact, tmp_path / "onnx", spec, check=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
 
 
@@ -52,12 +52,12 @@ def test_stories(stories: Path, make_artefact: MakeArtefact, tmp_path: Path) -> 
     """Also of a batch whose second text is padded."""
     quantizers = {**CENTRED, **PREFIXED, "activation_scales": "static"}
     artefact = make_artefact(stories, **quantizers)
-    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ExportSpec(), checked=True))
+    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ONNX(), check=True))
 
 
 def test_the_cache_holds_the_text_alone(tiny: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(tiny, **PREFIXED)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=False)
     graph = onnx.load(folder / "model.onnx").graph
     nodes, initializers = ({x.name: x for x in xs} for xs in (graph.node, graph.initializer))
     producers = {output: node for node in graph.node for output in node.output}
@@ -77,7 +77,7 @@ def test_the_cache_holds_the_text_alone(tiny: Path, make_artefact: MakeArtefact,
 def test_the_description_and_the_card_say_it(
     exported: Path, tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
-    folder = export(make_artefact(tiny, **PREFIXED), tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(make_artefact(tiny, **PREFIXED), tmp_path / "onnx", ONNX(), check=False)
     plain, prefixed = (json.loads((place / "kurtail_export.json").read_text()) for place in (exported, folder))
     assert plain["prefix"] is None
     assert prefixed["prefix"]["tokens"] == [1, 17]

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from exports import TEXTS, TOLERANCE
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run import session as sessions
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.generate import Sampling, choose, generate
 from kurtail_onnx.run.perplexity import perplexity
 from kurtail_onnx.run.session import import_runtime, open_session
-from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, ConfigError, InputError, RuntimeUnusable
 from kurtail_pl.stages.evaluation import perplexity as evaluate
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 
@@ -72,7 +72,7 @@ def test_generation_ends_with_the_text(opened: Export, session: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=2), "kurtail_export.json has format 2, expected 1"),
+        (lambda d: d.update(format=3), "kurtail_export.json has format 3, expected 2"),
         (lambda d: d.pop("sha256"), "sha256"),
         (lambda d: d["model"].update(positions="256"), r"model.positions is '256': Input should be a valid integer"),
         (lambda d: d["sha256"].update({"../outside": "0"}), r"names the file '../outside', which is not in its folder"),
@@ -181,7 +181,7 @@ def test_perplexity_is_the_stages(
 ) -> None:
     """Of weights alone: there is no border on the way of which a float rounding could decide the side."""
     artefact = make_artefact(tiny, activations=None, keys=None, values=None)
-    exact = Export(export(artefact, tmp_path / "onnx", ExportSpec(), checked=False))
+    exact = Export(export(artefact, tmp_path / "onnx", ONNX(), check=False))
     text = TextSpec(str(text_file), windows=3, seqlen=48)
     expected = evaluate.perplexity(Checkpoint(artefact), text)["perplexity"]
     assert perplexity(exact, text) == pytest.approx(expected, rel=1e-4)

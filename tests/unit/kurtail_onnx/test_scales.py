@@ -6,11 +6,11 @@ from pathlib import Path
 import onnx
 import torch
 from exports import has_torchs_logits
-from kurtail_onnx.export import export
-from kurtail_onnx.spec import ExportSpec
+from kurtail_onnx.exporter import ONNX
 
 import kurtail_pl
 from kurtail_pl.methods import RTN
+from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.scales import ScaleSpec
 from kurtail_pl.stages.fusion.signs import SignSpec
 from kurtail_pl.stages.fusion.stage import fuse
@@ -27,7 +27,7 @@ def test_scaled_channels_and_chosen_signs(tiny: Path, text_file: Path, cache: Pa
     rotations = random_rotations(Checkpoint(tiny).config, 0)
     fused = fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=parts, signs=signs)
     artefact = quantize(fused, QuantizeSpec(rounder=RTN()), tmp_path / "artefact")
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     model = kurtail_pl.load(artefact)
     assert has_torchs_logits(model, folder)
     stored = {tensor.name: tensor for tensor in onnx.load(folder / "model.onnx").graph.initializer}

@@ -13,16 +13,16 @@ import torch
 from exports import CENTRED, all_equal, checks_of, has_torchs_logits, linears_of
 from families import FAMILIES
 from graphs import random_array, run_graph
-from kurtail_onnx.export import export
+from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.activations import fake_quantized_on, integer_rows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes
 from kurtail_onnx.graph.weights import initializer
-from kurtail_onnx.spec import ExportSpec
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Grid, Quantizer, fake_quantize, quantize
 from kurtail_pl.methods import Uniform
+from kurtail_pl.stages.export import export
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 MakeArtefact = Callable[..., Path]
@@ -64,7 +64,7 @@ def test_integer_rows_are_the_codes() -> None:
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **OFF_CENTRE)
     model = kurtail_pl.load(artefact)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=True)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=True)
     count = len(linears_of(model))
     assert checks_of(folder)["linears"] == {"quantized": count, "fused": count}
     assert has_torchs_logits(model, folder)
@@ -74,19 +74,19 @@ def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeA
     assert not has_torchs_logits(model, folder, tolerance=0.01)
 
 
-FORMS: dict[str, tuple[ExportSpec, dict[str, Any]]] = {
-    "symmetric": (ExportSpec(), STATIC),
-    "centred": (ExportSpec(), {**CENTRED, **STATIC}),
-    "kernel": (ExportSpec(weights="matmulnbits"), OFF_CENTRE),
-    "integer": (ExportSpec(weights="integer"), STATIC),
-    "integer-centred": (ExportSpec(weights="integer"), {**STATIC, "centre": True}),
-    "float-activations": (ExportSpec(act="none"), STATIC),
-    "float-weights": (ExportSpec(), {**OFF_CENTRE, "weights": None}),
-    "float-cache": (ExportSpec(kv="float"), OFF_CENTRE),
-    "groups": (ExportSpec(), {**OFF_CENTRE, "weights": Uniform(4, False, group_size=16)}),
+FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
+    "symmetric": (ONNX(), STATIC),
+    "centred": (ONNX(), {**CENTRED, **STATIC}),
+    "kernel": (ONNX(weights="matmulnbits"), OFF_CENTRE),
+    "integer": (ONNX(weights="integer"), STATIC),
+    "integer-centred": (ONNX(weights="integer"), {**STATIC, "centre": True}),
+    "float-activations": (ONNX(act="none"), STATIC),
+    "float-weights": (ONNX(), {**OFF_CENTRE, "weights": None}),
+    "float-cache": (ONNX(kv="float"), OFF_CENTRE),
+    "groups": (ONNX(), {**OFF_CENTRE, "weights": Uniform(4, False, group_size=16)}),
     # ONNX Runtime has an int8 kernel that would take these two, were the scale a DequantizeLinear's own.
-    "eight-bits": (ExportSpec(), {**STATIC, "activations": Quantizer(8), "weights": Uniform(8)}),
-    "eight-bits-off-centre": (ExportSpec(), {**STATIC, "activations": Quantizer(8, False), "weights": Uniform(8)}),
+    "eight-bits": (ONNX(), {**STATIC, "activations": Quantizer(8), "weights": Uniform(8)}),
+    "eight-bits-off-centre": (ONNX(), {**STATIC, "activations": Quantizer(8, False), "weights": Uniform(8)}),
 }
 
 
@@ -97,7 +97,7 @@ def test_every_form(form: str, grouped: Path, make_artefact: MakeArtefact, tmp_p
     model = kurtail_pl.load(artefact)
     for linear in linears_of(model):
         linear.activations = linear.activations if spec.act == "qdq" else None
-    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    folder = export(artefact, tmp_path / "onnx", spec, check=True)
     assert has_torchs_logits(model, folder)
 
 
@@ -107,7 +107,7 @@ def test_experts_in_other_forms(
 ) -> None:
     spec, quantizers = FORMS[form]
     artefact = make_artefact(make_family("mixtral"), **quantizers)
-    folder = export(artefact, tmp_path / "onnx", spec, checked=True)
+    folder = export(artefact, tmp_path / "onnx", spec, check=True)
     model = kurtail_pl.load(artefact)
     for linear in linears_of(model):
         linear.activations = linear.activations if spec.act == "qdq" else None
@@ -117,14 +117,14 @@ def test_experts_in_other_forms(
 @pytest.mark.parametrize("quantizers", [STATIC, {**CENTRED, **STATIC}], ids=["symmetric", "centred"])
 def test_stories(stories: Path, quantizers: dict[str, Any], make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(stories, **quantizers)
-    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ExportSpec(), checked=True))
+    assert all_equal(artefact, export(artefact, tmp_path / "onnx", ONNX(), check=True))
 
 
 def test_three_nodes_a_place_with_the_artefacts_constants(
     tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
     artefact = make_artefact(tiny, **OFF_CENTRE)
-    folder = export(artefact, tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(artefact, tmp_path / "onnx", ONNX(), check=False)
     graph = onnx.load(folder / "model.onnx").graph
     nodes, initializers = ({x.name: x for x in xs} for xs in (graph.node, graph.initializer))
     place = "/model/layers.2/mlp/down_in/act_q"
@@ -151,7 +151,7 @@ def test_three_nodes_a_place_with_the_artefacts_constants(
 def test_the_description_and_the_card_say_it(
     exported: Path, tiny: Path, make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
-    folder = export(make_artefact(tiny, **OFF_CENTRE), tmp_path / "onnx", ExportSpec(), checked=False)
+    folder = export(make_artefact(tiny, **OFF_CENTRE), tmp_path / "onnx", ONNX(), check=False)
     plain, static = (json.loads((place / "kurtail_export.json").read_text()) for place in (exported, folder))
     assert plain["static_grids"] is None
     assert "input_scale" in static["static_grids"]["tensors"]

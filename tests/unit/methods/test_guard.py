@@ -1,4 +1,7 @@
-"""Nobody but methods, the forms of ONNX and the tests names a method: a new one is a file of its own."""
+"""Nobody but methods, the forms of ONNX and the tests names a method: a new one is a file of its own.
+
+Nobody but its package names an exporter.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -6,16 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from kurtail_pl.cli.export import exporters
 from kurtail_pl.methods import Format, Rounder
 
 ROOT = Path(__file__).resolve().parents[3]
 ALLOWED = (ROOT / "kurtail_pl" / "methods", ROOT / "export" / "kurtail_onnx" / "forms.py")
-FILES = [
-    path
-    for folder in ("kurtail_pl", "export")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if not any(path.is_relative_to(allowed) for allowed in ALLOWED)
-]
+SOURCES = [path for folder in ("kurtail_pl", "export") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [path for path in SOURCES if not any(path.is_relative_to(allowed) for allowed in ALLOWED)]
 
 
 def names_in(path: Path) -> Iterator[str]:
@@ -35,6 +35,17 @@ def test_no_file_names_a_method() -> None:
     assert len(FILES) > 150
     found = {str(path.relative_to(ROOT)): both for path in FILES if (both := methods & set(names_in(path)))}
     assert found == {}
+
+
+def test_no_other_package_names_an_exporter() -> None:
+    declared = exporters()
+    assert "onnx" in declared
+    assert len(SOURCES) > 150
+    for point in declared.values():
+        package = point.module.split(".")[0]
+        others = [path for path in SOURCES if package not in path.parts]
+        assert len(others) < len(SOURCES)
+        assert [str(path) for path in others if point.attr in names_in(path)] == []
 
 
 @pytest.mark.parametrize("seam", [Format, Rounder])

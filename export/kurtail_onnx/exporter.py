@@ -1,0 +1,126 @@
+"""The exporter to ONNX: precision, cache, form of the weights, and whether activations are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kurtail_onnx.card import notes
+from kurtail_onnx.forms import integers_of
+from kurtail_onnx.graph.activations import CODE_TYPES
+from kurtail_onnx.graph.builder import Precision
+from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
+from kurtail_pl.artefact.exporter import Exporter
+from kurtail_pl.artefact.source import Source
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods.scheme import Scheme
+
+QDQ = "--to.weights qdq"
+
+
+@dataclass(frozen=True)
+class ONNX(Exporter):
+    """A graph for ONNX Runtime that says everything that the torch simulation does.
+
+    Args:
+        dtype: precision of everything that is not a code: fp32 (exact on a CPU), fp16 (for CUDA) or fp64 (equal to
+            torch over whole texts, slow, on a CPU).
+        kv: packed keeps codes in the cache, float the values they stand for (standard names and shapes, no smaller).
+        weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
+        act: qdq quantizes what linears read, none leaves it float; a centre is subtracted either way.
+    """
+
+    dtype: Precision = "fp32"
+    kv: Literal["packed", "float"] = "packed"
+    weights: WeightForm = "qdq"
+    act: Literal["qdq", "none"] = "qdq"
+
+    def activations(self, scheme: Scheme) -> Quantizer | None:
+        """Quantizer of what linears read."""
+        return scheme.activations if self.act == "qdq" else None
+
+    def output_activations(self, scheme: Scheme, head_dim: int) -> Quantizer | None:
+        """Quantizer of what the output projection reads."""
+        return scheme.output_activations(head_dim) if self.act == "qdq" else None
+
+    def sentence(self) -> str:
+        """What is written."""
+        return (
+            f"an ONNX graph for ONNX Runtime: {self.dtype}, {self.kv} cache, weights {self.weights}, "
+            f"activations {self.act}"
+        )
+
+    def refuses(self, source: Source) -> str | None:
+        """Where a scheme cannot be said in ONNX: the quantizer, and what can."""
+        return next(self._reasons(source.scheme), None)
+
+    # What writes and compares is built by these settings, and imports this file.
+
+    def write(self, source: Source, folder: Path) -> dict[str, Any]:
+        """Write ``model.onnx``, ``model.onnx.data``, the configuration and the tokenizer.
+
+        Raises:
+            ConfigError: when float16 does not hold a value.
+            DiskFull: when the weights do not fit.
+            UnsupportedArchitecture: when the family, or a part of it, has no graph.
+        """
+        from kurtail_onnx.write import write
+
+        return write(source, self, folder)
+
+    def check(self, source: Source, folder: Path) -> dict[str, Any]:
+        """Prove the export equal to the artefact; see `verify.check`."""
+        from kurtail_onnx.verify.check import check
+
+        return check(folder, source, self)
+
+    def notes(self, description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> list[str]:
+        """Quantizers, proof, and how the folder is run."""
+        return notes(description, checks)
+
+    def _reasons(self, scheme: Scheme) -> Iterator[str]:
+        if scheme.sinks is not None:
+            yield (
+                f"sinks keep the first {scheme.sinks.tokens} tokens in {scheme.sinks.bits} bits; the graph caches all "
+                "tokens alike: quantize with sinks: null to export, or use the artefact with kurtail_pl.load"
+            )
+        weights = None if scheme.weights is None else integers_of(scheme.weights)
+        if scheme.weights is not None and weights is None:
+            yield (
+                f"the weights are {scheme.weights.sentence()}, and ONNX dequantizes evenly spaced integers with "
+                "integer zero points alone: quantize to those to export, or use the artefact with kurtail_pl.load"
+            )
+        parts = {"weights": weights, "activations": self.activations(scheme)}
+        for name, quantizer in {**parts, "keys": scheme.keys, "values": scheme.values}.items():
+            if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
+                yield f"{name} have {quantizer.bits} bits; ONNX has integer types of 4 and 8 bits: quantize with those"
+        for name, quantizer in {"keys": scheme.keys, "values": scheme.values}.items():
+            if quantizer is not None and quantizer.group_size is not None:
+                yield f"{name} have groups of {quantizer.group_size}; the cache has one scale a head"
+        if self.dtype == "fp64" and self.weights != "qdq":
+            yield f"the kernel of --to.weights {self.weights} has no doubles; with --to.dtype fp64 use {QDQ}"
+        if self.weights == "integer":
+            yield from _no_integers(parts, scheme.attention_output)
+        size = None if weights is None else weights.group_size
+        if self.weights == "matmulnbits" and size is not None and size % KERNEL_BLOCK and size != 16:
+            yield (
+                f"weights have groups of {size}; the MatMulNBits kernel takes 16 and multiples of {KERNEL_BLOCK}: "
+                f"use {QDQ}"
+            )
+
+
+def _no_integers(parts: Mapping[str, Quantizer | None], attention_output: str) -> Iterator[str]:
+    """Why products of int8 cannot be had."""
+    for name, quantizer in parts.items():
+        if quantizer is None or not quantizer.symmetric or quantizer.group_size is not None:
+            yield (
+                f"--to.weights integer multiplies symmetric codes with one scale a row, and the {name} are "
+                f"{quantizer}; use {QDQ}"
+            )
+    if attention_output != "token":
+        yield (
+            "--to.weights integer multiplies codes with one scale a row, and the scheme has attention_output "
+            f"{attention_output!r}; use {QDQ}"
+        )
