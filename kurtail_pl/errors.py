@@ -1,5 +1,7 @@
 """The errors a user can cause; each message names the value, what was expected and what to do next."""
 
+from collections.abc import Sequence
+
 
 class KurtailError(Exception):
     """Base of every error that the user can correct; the command line prints it without a traceback."""
@@ -90,6 +92,12 @@ def shortened(text: str, length: int) -> str:
     """A text on one line, or its beginning where it is longer."""
     text = "".join(map(_visible, " ".join(text.splitlines())))
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def first_of(names: Sequence[str], count: int = 1) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def listed(remarks: list[str]) -> str:

@@ -75,13 +75,7 @@ def describe(source: Source, spec: ONNX, model: ir.Model) -> dict[str, Any]:
         spec: choices of the export.
         model: its graph.
     """
-    scheme = source.scheme
-    weights = None if scheme.weights is None else integers_of(scheme.weights)
-    parts = {"weights": weights, "activations": spec.activations(scheme)}
-    parts |= {"attention_output": spec.output_activations(scheme, source.head_dim)}
-    parts |= {"keys": scheme.keys, "values": scheme.values}
-    border = rotary_border(source.config)
-    stored = {"weights", "activations", "attention_output"} if scheme.static else {"weights"}
+    scheme, border = source.scheme, rotary_border(source.config)
     return {
         "opset": OPSET,
         "ir_version": IR_VERSION,
@@ -102,7 +96,7 @@ def describe(source: Source, spec: ONNX, model: ir.Model) -> dict[str, Any]:
         "prefix": None if scheme.prefix is None else {"tokens": scheme.prefix, **PREFIX},
         "longrope": None if border is None else {"border": border, "where": LONGROPE},
         "static_grids": STATIC_GRIDS if scheme.static else None,
-        "quantizers": {name: _quantizer(quantizer, name not in stored) for name, quantizer in parts.items()},
+        "quantizers": _quantizers(source, spec),
         "clips": source.clips,
         "rotations": _rotations(source),
         "session": PROFILES,
@@ -143,6 +137,20 @@ def _layout(part: CachePart) -> str:
     if part.quantizer.bits == 4:
         layout = "two codes to a byte: low nibble channels [0, head_dim/2), high nibble the rest"
     return f"{layout}; stored is code + {-part.quantizer.code_range[0]}" if part.quantizer.symmetric else layout
+
+
+def _quantizers(source: Source, spec: ONNX) -> dict[str, Any]:
+    """Of each part of the model."""
+    scheme = source.scheme
+    parts = {
+        "weights": None if scheme.weights is None else integers_of(scheme.weights),
+        "activations": spec.activations(scheme),
+        "attention_output": spec.output_activations(scheme, source.head_dim),
+        "keys": scheme.keys,
+        "values": scheme.values,
+    }
+    stored = {"weights", "activations", "attention_output"} if scheme.static else {"weights"}
+    return {name: _quantizer(quantizer, name not in stored) for name, quantizer in parts.items()}
 
 
 def _quantizer(quantizer: Quantizer | None, dynamic: bool) -> dict[str, Any] | None:

@@ -49,13 +49,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"kurtail: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(USAGE)
     _log_to_stderr()
+    _run(verb, rest)
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    """Run a verb; exit with its code where it fails."""
     module, name = VERBS[verb].split(":")
     try:
         function = getattr(importlib.import_module(module), name)
         if verb in FUNCTIONS:
-            importlib.import_module("kurtail_pl.cli.signature").run(verb, function, rest)
+            importlib.import_module("kurtail_pl.cli.signature").run(verb, function, arguments)
         else:
-            function(rest)
+            function(arguments)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):

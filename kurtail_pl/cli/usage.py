@@ -6,7 +6,7 @@ import argparse
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -83,55 +83,87 @@ def late_errors_explained() -> Iterator[None]:
 def explained(message: str) -> str:
     """A message of jsonargparse, often many lines, in one short one."""
     place = ".".join(dict.fromkeys(key for key in KEY.findall(message) if key != "config"))
-    start = f"{place}: " if place else ""
-    if late := LATE.search(message):
-        return f"{start}a value is {late[1]}, expected settings (name: value)"
-    if refused := REFUSED.search(message):
-        return f"{start}{shortened(refused[1], REASON_LENGTH)}"
-    if unknown := UNKNOWN.search(message):
-        group = f"{unknown['group']}." if unknown["group"] else ""
-        return f"{start}there is no setting {group}{shortened(unknown[2], VALUE_LENGTH)}{_suggested(message)}"
-    if missing := NO_CLASS.search(message):
-        module, name = missing.groups()
-        return f"{start}{module} has no {name}{_like(name, dir(importlib.import_module(module)))}"
-    if required := REQUIRED.search(message):
-        return f"{start}{required[1]} must be given; --help lists the settings"
-    if module := NO_MODULE.search(message):
-        return f"{start}there is no module {module[1]}; check the class_path"
-    if text := NO_SETTINGS.search(message):
-        return f"{place} is {shortened(text[1], VALUE_LENGTH)}, expected settings (name: value)"
-    if other := OTHER_CLASS.search(message):
-        return f"{start}{other[1]} is not a {other[2]}"
+    for pattern, say in SAYINGS:
+        if (found := pattern.search(message)) and (said := say(found, place)):
+            return said
+    return _type_error(message, place) or f"{_at(place)}{_plain(message)}; --help lists the settings"
+
+
+def _at(place: str) -> str:
+    return f"{place}: " if place else ""
+
+
+def _unknown(found: re.Match[str], place: str) -> str:
+    group = f"{found['group']}." if found["group"] else ""
+    return f"{_at(place)}there is no setting {group}{shortened(found[2], VALUE_LENGTH)}{_suggested(found.string)}"
+
+
+def _unrecognized(found: re.Match[str], _: str) -> str:
+    hint = _suggested(found.string) or "; --help lists the settings"
+    return f"there is no setting {shortened(found[2], VALUE_LENGTH)}{hint}"
+
+
+def _no_class(found: re.Match[str], place: str) -> str:
+    module, name = found.groups()
+    return f"{_at(place)}{module} has no {name}{_like(name, dir(importlib.import_module(module)))}"
+
+
+def _no_method(found: re.Match[str], place: str) -> str | None:
+    """Of a name where a method is expected; None where another class is."""
     seam = SEAMS.get(place.rpartition(".")[2])
-    if seam is not None and (name := NO_NAME.search(message)):
-        names = sorted(getattr(importlib.import_module("kurtail_pl.methods"), seam).kinds())
-        shown = shortened(name[1], VALUE_LENGTH)
-        return f"{place} is {shown}, expected one of {', '.join(names)}{_like(name[1].upper(), names)}"
-    if unrecognized := UNRECOGNIZED.search(message):
-        hint = _suggested(message) or "; --help lists the settings"
-        return f"there is no setting {shortened(unrecognized[2], VALUE_LENGTH)}{hint}"
-    return _type_error(message, place) or f"{start}{_plain(message)}; --help lists the settings"
+    if seam is None:
+        return None
+    names = sorted(getattr(importlib.import_module("kurtail_pl.methods"), seam).kinds())
+    shown = shortened(found[1], VALUE_LENGTH)
+    return f"{place} is {shown}, expected one of {', '.join(names)}{_like(found[1].upper(), names)}"
+
+
+SAYINGS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str], str | None]], ...] = (
+    (LATE, lambda found, place: f"{_at(place)}a value is {found[1]}, expected settings (name: value)"),
+    (REFUSED, lambda found, place: _at(place) + shortened(found[1], REASON_LENGTH)),
+    (UNKNOWN, _unknown),
+    (NO_CLASS, _no_class),
+    (REQUIRED, lambda found, place: f"{_at(place)}{found[1]} must be given; --help lists the settings"),
+    (NO_MODULE, lambda found, place: f"{_at(place)}there is no module {found[1]}; check the class_path"),
+    (
+        NO_SETTINGS,
+        lambda found, place: f"{place} is {shortened(found[1], VALUE_LENGTH)}, expected settings (name: value)",
+    ),
+    (OTHER_CLASS, lambda found, place: f"{_at(place)}{found[1]} is not a {found[2]}"),
+    (NO_NAME, _no_method),
+    (UNRECOGNIZED, _unrecognized),
+)
+"""What is said of a message that a pattern matches, by the setting's place; the first that says anything decides."""
 
 
 def _type_error(message: str, place: str) -> str | None:
     """Of the innermost types that a value was held against; None where the message is of something else."""
-    found = [(len(line) - len(line.lstrip(" -")), EXPECTED.search(line)) for line in message.splitlines()]
-    matches = [(depth, match) for depth, match in found if match]
-    if not matches:
+    here = _innermost(message)
+    if not here:
         return None
-    innermost = max(depth for depth, _ in matches)
-    here = [match for depth, match in matches if depth == innermost]
-    value = next((match["value"] for match in here if match["value"] is not None), None)
-    if value is None:
-        given = GIVEN.search(message, message.index(here[-1][0]))
-        value = given[1] if given else ""
-    value = value.removesuffix(".").split(". Got value: ")[0]
+    value = _given(here, message)
     choices = [
         choice for match in here for choice in re.findall(r"'([^']*)'", match["type"] or "") if "<" not in match[0]
     ]
     expected = " or ".join(dict.fromkeys(_named(match) for match in here))
     shown = shortened(value, VALUE_LENGTH) or repr(value)
     return f"{place or 'it'} is {shown}, expected {expected}{_like(value, choices)}"
+
+
+def _innermost(message: str) -> list[re.Match[str]]:
+    """What stands deepest of the types that a value was held against."""
+    found = [(len(line) - len(line.lstrip(" -")), EXPECTED.search(line)) for line in message.splitlines()]
+    innermost = max((depth for depth, match in found if match), default=0)
+    return [match for depth, match in found if match and depth == innermost]
+
+
+def _given(matches: list[re.Match[str]], message: str) -> str:
+    """The value that was held against some types: it stands with one of them, or after them."""
+    value = next((match["value"] for match in matches if match["value"] is not None), None)
+    if value is None:
+        given = GIVEN.search(message, message.index(matches[-1][0]))
+        value = given[1] if given else ""
+    return value.removesuffix(".").split(". Got value: ")[0]
 
 
 def _named(match: re.Match[str]) -> str:

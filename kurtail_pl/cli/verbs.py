@@ -132,27 +132,38 @@ def evaluate(
     if text is None and tasks is None:
         text = TextSpec()
     if onnx is not None:
-        if text is None or tasks is not None:
-            raise ConfigError("tasks are for models and artefacts; measure the artefact of the export")
-        from kurtail_pl.cli.onnx import measure
-
-        _print_perplexity(measure(onnx, text, profile, device), text)
+        _measure_export(onnx, text, tasks, profile, device)
         return
     names = [model] if isinstance(model, str) else model or []
     checkpoints = [open_any(name) for name in names]
     if tasks is not None:
         chosen_tasks(tasks)
     if text is not None:
-        for checkpoint in checkpoints:  # Of none a number, if not of all.
-            require_positions(text.seqlen, checkpoint.positions)
-        for checkpoint in checkpoints:
-            _measure_text(checkpoint, text, store, validation_rows, compute)
+        _measure_texts(checkpoints, text, store, validation_rows, compute)
     if tasks is not None:
-        found = evaluate_models(checkpoints, tasks, compute.device)
-        for checkpoint, result in zip(checkpoints, found, strict=True):
-            if is_ours(checkpoint.folder):
-                add_tasks(checkpoint.folder, result)
-        print(tasks_table(list(zip(_labels(names), found, strict=True))), tasks_note(found[0]), sep="\n\n")
+        _measure_tasks(names, checkpoints, tasks, compute.device)
+
+
+def _measure_export(
+    folder: Path,
+    text: TextSpec | None,
+    tasks: TaskSpec | None,
+    profile: Literal["exact", "fast"],
+    device: Literal["cpu", "cuda"],
+) -> None:
+    if text is None or tasks is not None:
+        raise ConfigError("tasks are for models and artefacts; measure the artefact of the export")
+    from kurtail_pl.cli.onnx import measure
+
+    _print_perplexity(measure(folder, text, profile, device), text)
+
+
+def _measure_tasks(names: list[str], checkpoints: list[Checkpoint], tasks: TaskSpec, device: Device) -> None:
+    found = evaluate_models(checkpoints, tasks, device)
+    for checkpoint, result in zip(checkpoints, found, strict=True):
+        if is_ours(checkpoint.folder):
+            add_tasks(checkpoint.folder, result)
+    print(tasks_table(list(zip(_labels(names), found, strict=True))), tasks_note(found[0]), sep="\n\n")
 
 
 def _labels(names: list[str]) -> list[str]:
@@ -161,14 +172,17 @@ def _labels(names: list[str]) -> list[str]:
     return [full if last.count(short) > 1 else short for full, short in zip(names, last, strict=True)]
 
 
-def _measure_text(
-    checkpoint: Checkpoint, text: TextSpec, store: Path | None, validation_rows: int, compute: Compute
+def _measure_texts(
+    checkpoints: list[Checkpoint], text: TextSpec, store: Path | None, validation_rows: int, compute: Compute
 ) -> None:
-    if store is not None and is_ours(checkpoint.folder):
-        activations = ActivationStore(store)
-        evaluate_folder(checkpoint, checkpoint.folder, text, activations, validation_rows, compute=compute)
-    else:
-        _print_perplexity(perplexity(checkpoint, text, compute)["perplexity"], text)
+    for checkpoint in checkpoints:  # Of none a number, if not of all.
+        require_positions(text.seqlen, checkpoint.positions)
+    for checkpoint in checkpoints:
+        if store is not None and is_ours(checkpoint.folder):
+            activations = ActivationStore(store)
+            evaluate_folder(checkpoint, checkpoint.folder, text, activations, validation_rows, compute=compute)
+        else:
+            _print_perplexity(perplexity(checkpoint, text, compute)["perplexity"], text)
 
 
 def _print_perplexity(value: float, text: TextSpec) -> None:

@@ -90,12 +90,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.layer_bits is not None:
-            if self.weights is None:
-                raise ConfigError("layer_bits are given and weights is null; give weights too, or leave both out")
-            if not self.layer_bits:
-                raise ConfigError("layer_bits is empty; give the bits of each layer, or null")
-            for bits in self.layer_bits:
-                with_bits(self.weights, bits)
+            self._require_weights_of(self.layer_bits)
         if self.attention_output not in ("token", "head"):
             raise ConfigError(f"attention_output is {self.attention_output!r}; write token or head")
         if self.centre and self.activations is None:
@@ -108,6 +103,15 @@ class Scheme:
             raise ConfigError(f"activation_scales is {self.activation_scales!r}; write token or static")
         if self.static:
             self._require_one_scale()
+
+    def _require_weights_of(self, layer_bits: list[int]) -> None:
+        """Raise ConfigError when there are no weights that could have these bits."""
+        if self.weights is None:
+            raise ConfigError("layer_bits are given and weights is null; give weights too, or leave both out")
+        if not layer_bits:
+            raise ConfigError("layer_bits is empty; give the bits of each layer, or null")
+        for bits in layer_bits:
+            with_bits(self.weights, bits)
 
     def _require_one_scale(self) -> None:
         """Raise ConfigError when static activations are asked to have several scales, or none, or no search."""

@@ -17,16 +17,9 @@ from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import sha256_of, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
 from kurtail_pl.storage.model_config import read_config
+from kurtail_pl.storage.parameters import placed, require_held
 from kurtail_pl.storage.tokenizer import read_tokenizer
-from kurtail_pl.storage.weights import (
-    Stored,
-    placed,
-    refuse_quantized,
-    require_held,
-    stored_tensors,
-    usual_files,
-    weight_files,
-)
+from kurtail_pl.storage.weights import Stored, refuse_quantized, stored_tensors, usual_files, weight_files
 from kurtail_pl.surgery.positions import positions_of
 
 DIFFERENCE_LENGTH = 80

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
 
-from kurtail_pl.errors import CheckpointError, reason
+from kurtail_pl.errors import CheckpointError, first_of, reason
 from kurtail_pl.storage.files import cache_folder, new_folder, sha256_of, write_text
 from kurtail_pl.storage.gguf_config import ELSEWHERE, ROPE_TENSORS, config_of
 from kurtail_pl.storage.gguf_header import GgufHeader, read_header
@@ -90,31 +90,12 @@ def _places(header: GgufHeader, config: PretrainedConfig) -> dict[str, tuple[str
     Raises:
         CheckpointError: naming a tensor that is missing, has no place or another shape.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except Exception as error:  # Of the family's modules, for sizes that they cannot have.
-        raise CheckpointError(
-            f"{header.path} describes no {config.model_type}: {reason(error)}; {ELSEWHERE}"
-        ) from error
+    shapes = _shapes(header, config)
     architecture = header.metadata["general.architecture"]
     kind = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
     names = get_tensor_name_map(kind, config.num_hidden_layers)
     places = {name: _parts(name, names) for name in shapes}
-    wanted = {part for parts in places.values() for part in parts}
-    missing = sorted(wanted - set(header.tensors))
-    unknown = sorted(set(header.tensors) - wanted - {*ROPE_TENSORS.get(architecture, ())})
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{header.path} has no tensor {missing[0]}{more}; give the file of the whole model")
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise CheckpointError(
-            f"{header.path} has a tensor {unknown[0]}{more} that a {config.model_type} has no place for; {ELSEWHERE}"
-        )
+    _require_places(header, {part for parts in places.values() for part in parts}, config)
     for name, parts in places.items():
         first, *_ = stored = [header.tensors[part].shape for part in parts]
         together = first if len(parts) == 1 else (first[0], sum(shape[1] for shape in stored), *first[2:])
@@ -124,6 +105,34 @@ def _places(header: GgufHeader, config: PretrainedConfig) -> dict[str, tuple[str
                 f"all; {ELSEWHERE}"
             )
     return places
+
+
+def _shapes(header: GgufHeader, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that a model holds, by their names in it."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # Of the family's modules, for sizes that they cannot have.
+        raise CheckpointError(
+            f"{header.path} describes no {config.model_type}: {reason(error)}; {ELSEWHERE}"
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _require_places(header: GgufHeader, wanted: set[str], config: PretrainedConfig) -> None:
+    """Raise CheckpointError when a file lacks wanted tensors, or has others."""
+    rope = ROPE_TENSORS.get(header.metadata["general.architecture"], ())
+    missing = sorted(wanted - set(header.tensors))
+    unknown = sorted(set(header.tensors) - wanted - {*rope})
+    if missing:
+        raise CheckpointError(f"{header.path} has no tensor {first_of(missing)}; give the file of the whole model")
+    if unknown:
+        raise CheckpointError(
+            f"{header.path} has a tensor {first_of(unknown)} that a {config.model_type} has no place for; {ELSEWHERE}"
+        )
 
 
 def _parts(name: str, names: TensorNameMap) -> tuple[str, ...]:

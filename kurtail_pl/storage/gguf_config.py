@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture, reason, shortened
+from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture, first_of, reason, shortened
 from kurtail_pl.storage.gguf_header import GgufHeader
 
 FAMILIES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
@@ -77,9 +77,8 @@ class _Keys:
         self.require("attention.causal", True)
         unread = [key for key, value in self.left.items() if value and key not in HARMLESS]
         if unread:
-            more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-            first = shortened(self.prefix + unread[0], 60)
-            raise CheckpointError(f"{self.path} says {first}{more}, which the conversion does not carry; {ELSEWHERE}")
+            said = first_of([shortened(self.prefix + key, 60) for key in unread])
+            raise CheckpointError(f"{self.path} says {said}, which the conversion does not carry; {ELSEWHERE}")
 
 
 def config_of(header: GgufHeader) -> PretrainedConfig:
@@ -89,19 +88,11 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
         CheckpointError: when the file holds no model, a value is missing or impossible, or one cannot be carried over.
         UnsupportedArchitecture: when the architecture is not converted.
     """
-    metadata, tensors = header.metadata, header.tensors
-    if (kind := metadata.get("general.type", "model")) != "model":
-        raise CheckpointError(f"{header.path} holds {str(kind)[:30]!r} (general.type), no model; give the model's file")
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UnsupportedArchitecture(
-            f"{header.path} has the architecture {str(architecture)[:30]!r}; expected one of {', '.join(FAMILIES)}; "
-            "give a model of these, or the original model's folder"
-        )
+    architecture, tensors = _architecture(header), header.tensors
     keys = _Keys(header, architecture)
     settings = _sizes(keys, header, architecture)
     settings |= _tokens(header, settings["vocab_size"])
-    if isinstance(name := metadata.get("general.name"), str):
+    if isinstance(name := header.metadata.get("general.name"), str):
         settings["_model_name_or_path"] = name
     for setting, part in BIASES.get(architecture, {}).items():
         if any(f".{part}" in name and name.endswith(".bias") for name in tensors):
@@ -116,6 +107,19 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
     except Exception as error:  # Each configuration has checks of its own, with exceptions of its own.
         raise CheckpointError(f"{header.path} describes no {architecture}: {reason(error)}; {ELSEWHERE}") from error
     return config
+
+
+def _architecture(header: GgufHeader) -> str:
+    """The architecture of the model in a file, by llama.cpp's name."""
+    if (kind := header.metadata.get("general.type", "model")) != "model":
+        raise CheckpointError(f"{header.path} holds {str(kind)[:30]!r} (general.type), no model; give the model's file")
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise UnsupportedArchitecture(
+            f"{header.path} has the architecture {str(architecture)[:30]!r}; expected one of {', '.join(FAMILIES)}; "
+            "give a model of these, or the original model's folder"
+        )
+    return architecture
 
 
 def _sizes(keys: _Keys, header: GgufHeader, architecture: str) -> dict[str, Any]:

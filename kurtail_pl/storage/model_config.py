@@ -126,15 +126,33 @@ def _wrong_numbers(given: dict[str, Any], within: str = "") -> Iterator[Wrong]:
 
 def _wrong_values(config: PretrainedConfig) -> Iterator[Wrong]:
     """What contradicts another value, or names what transformers does not have."""
+    yield from _wrong_heads(config)
+    yield from _wrong_choices(config)
+    yield from _wrong_layers(config)
+    share = getattr(config, "partial_rotary_factor", None)
+    yield from _wrong_rope(getattr(config, "rope_parameters", None), _head_dim(config), share, "rope_parameters")
+
+
+def _head_dim(config: PretrainedConfig) -> int:
     heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 1)
-    kv_heads, head_dim = getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None)
+    head_dim: int = getattr(config, "head_dim", None) or hidden // heads
+    return head_dim
+
+
+def _wrong_heads(config: PretrainedConfig) -> Iterator[Wrong]:
+    """Heads that divide nothing, or have no halves."""
+    heads, hidden = getattr(config, "num_attention_heads", 1), getattr(config, "hidden_size", 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
         yield Wrong("num_key_value_heads", kv_heads, f"a divisor of the {heads} num_attention_heads")
-    if head_dim is None and hidden % heads:
+    if getattr(config, "head_dim", None) is None and hidden % heads:
         yield Wrong("num_attention_heads", heads, f"a divisor of the hidden_size {hidden}, or a head_dim")
-    head_dim = head_dim or hidden // heads
-    if head_dim % 2:
+    if (head_dim := _head_dim(config)) % 2:
         yield Wrong("head_dim", head_dim, "an even number, for rotary positions")
+
+
+def _wrong_choices(config: PretrainedConfig) -> Iterator[Wrong]:
+    """Activation, padding and epsilon that there are not."""
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
         yield Wrong("hidden_act", activation, "an activation of transformers, such as silu")
@@ -144,13 +162,15 @@ def _wrong_values(config: PretrainedConfig) -> Iterator[Wrong]:
     epsilon = getattr(config, "rms_norm_eps", 1e-6)
     if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
         yield Wrong("rms_norm_eps", epsilon, "a number from 0 to 1")
+
+
+def _wrong_layers(config: PretrainedConfig) -> Iterator[Wrong]:
+    """Kinds of attention for other layers, or without their window."""
     kinds, layers = getattr(config, "layer_types", None), getattr(config, "num_hidden_layers", 0)
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         yield Wrong("layer_types", kinds, f"a list of {layers}, one for each layer")
     elif "sliding_attention" in (kinds or ()) and getattr(config, "sliding_window", None) is None:
         yield Wrong("sliding_window", None, "a number of tokens, as layer_types has sliding_attention")
-    share = getattr(config, "partial_rotary_factor", None)
-    yield from _wrong_rope(getattr(config, "rope_parameters", None), head_dim, share, "rope_parameters")
 
 
 def _wrong_rope(rope: Any, head_dim: int, share: Any, name: str) -> Iterator[Wrong]:
@@ -163,8 +183,13 @@ def _wrong_rope(rope: Any, head_dim: int, share: Any, name: str) -> Iterator[Wro
     nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
     for key, value in nested.items():
         yield from _wrong_rope(value, head_dim, share, f"{name}.{key}")
-    if nested:
-        return
+    if not nested:
+        yield from _wrong_settings(rope, name)
+        yield from _wrong_factors(rope, head_dim, share, name)
+
+
+def _wrong_settings(rope: dict[str, Any], name: str) -> Iterator[Wrong]:
+    """An unknown kind, one without what it needs, numbers that cannot be."""
     kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         yield Wrong(f"{name}.rope_type", kind, f"one of {', '.join(ROPE_KINDS)}")
@@ -176,6 +201,10 @@ def _wrong_rope(rope: Any, head_dim: int, share: Any, name: str) -> Iterator[Wro
         number: Any = rope.get(key)
         if number is not None and not _positive(number):
             yield Wrong(f"{name}.{key}", number, "a positive number")
+
+
+def _wrong_factors(rope: dict[str, Any], head_dim: int, share: Any, name: str) -> Iterator[Wrong]:
+    """A share of a head that is none, or not a factor for each of its frequencies."""
     share = rope.get("partial_rotary_factor") or share or 1.0
     if not _positive(share) or share > 1:
         yield Wrong("partial_rotary_factor", share, "a number from 0 to 1")

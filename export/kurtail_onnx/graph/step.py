@@ -74,14 +74,20 @@ class Step:
             # A bias makes up for the centre: it is subtracted also from inputs that stay float.
             if module.activations is None or self.spec.act == "none":
                 return x
-            shape = None if some else self.token_shape
             with g.scope("act_q"):
-                grid = self._static_grid(reader, module.activations) if self.source.scheme.static else None
-                if self.spec.weights == "integer":
-                    return integer_rows(g, x, module.in_features, module.activations, shape, grid)
-                if grid is not None:
-                    return fake_quantized_on(g, x, grid, module.activations)
-                return fake_quantized(g, x, module.in_features, module.activations, shape)
+                return self._quantized(x, reader, module.activations, None if some else self.token_shape)
+
+    def _quantized(
+        self, x: ir.Value, reader: str, quantizer: Quantizer, shape: ir.Value | None
+    ) -> ir.Value | IntegerRows:
+        """Inputs of a linear as codes or as what these stand for, on its one grid or on one for each token."""
+        g, width = self.g, self.source.linear(reader).in_features
+        grid = self._static_grid(reader, quantizer) if self.source.scheme.static else None
+        if self.spec.weights == "integer":
+            return integer_rows(g, x, width, quantizer, shape, grid)
+        if grid is not None:
+            return fake_quantized_on(g, x, grid, quantizer)
+        return fake_quantized(g, x, width, quantizer, shape)
 
     def _static_grid(self, reader: str, quantizer: Quantizer) -> GridNodes:
         """The one grid of a linear's inputs, constants of the artefact."""

@@ -8,7 +8,7 @@ model must share is each layer's function, so each layer is compared alone, on e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import DynamicCache
 
 from kurtail_onnx.exporter import ONNX
@@ -102,9 +103,7 @@ def compare_layers(
             )
         attention = layer.get_submodule(source.architecture.attention)
         by_text = [cached_codes(attention, torch_cache, index) for torch_cache in caches]
-        codes = {name: torch.cat([text[name] for text in by_text]).numpy() for name in by_text[0]}
-        parts = [part for part in cache_parts(source, spec) if part.packed and part.name in codes]
-        differences = [_code_differences(cache, index, part, codes[part.name]) for part in parts]
+        differences = _code_differences(cache, index, cache_parts(source, spec), by_text)
         agreements.append(_agreement(torch.cat(after).numpy(), found, differences, ROUNDING[spec.dtype]))
         hidden = after
     states = torch.cat(hidden)
@@ -150,9 +149,15 @@ def run_layer(
 
 
 def _code_differences(
-    cache: dict[str, NDArray[Any]], index: int, part: CachePart, expected: NDArray[Any]
-) -> NDArray[np.int64]:
-    return np.abs(codes_in(cache[part.arrays[0].past(index)], part) - expected.astype(np.int64))
+    cache: dict[str, NDArray[Any]], index: int, parts: Iterable[CachePart], by_text: Sequence[dict[str, Tensor]]
+) -> list[NDArray[np.int64]]:
+    """Of each part of a layer's cache from the codes of each text, in steps."""
+    expected = {name: torch.cat([text[name] for text in by_text]).numpy().astype(np.int64) for name in by_text[0]}
+    return [
+        np.abs(codes_in(cache[part.arrays[0].past(index)], part) - expected[part.name])
+        for part in parts
+        if part.packed and part.name in expected
+    ]
 
 
 def _agreement(

@@ -84,7 +84,7 @@ class _Search(Tuning):
         sites = [site for site in self.block.sites if site.part != "activations"]
         if not any(site.part in self.parts for site in sites):
             return
-        quantizers = [site.quantizer for site in sites]
+        kept = [(site, site.quantizer) for site in sites]
 
         def written() -> Iterable[Tensor]:
             windows = attended(states[window] for window in some(range(len(states))))
@@ -92,17 +92,13 @@ class _Search(Tuning):
 
         for site in sites:
             site.quantizer = None
-        exact, best = list(written()), dict[str, float]()
-        for site, quantizer in zip(sites, quantizers, strict=True):
-            if site.part not in self.parts or quantizer is None:
-                continue
-            errors = torch.zeros(len(RATIOS), dtype=torch.float64)
-            for number, ratio in enumerate(RATIOS):
-                site.quantizer = _clipped(quantizer, ratio)
-                errors[number] = sum(relative(y - e, e).item() for y, e in zip(written(), exact, strict=True))
-            site.quantizer = None
-            best[site.part] = self._best(errors)
-        for site, quantizer in zip(sites, quantizers, strict=True):
+        exact = list(written())
+        best = {
+            site.part: self._best(_errors(site, quantizer, written, exact))
+            for site, quantizer in kept
+            if site.part in self.parts and quantizer is not None
+        }
+        for site, quantizer in kept:
             site.quantizer = quantizer
             if site.part in best:
                 self.ratios |= site.clip(best[site.part])
@@ -114,6 +110,18 @@ class _Search(Tuning):
 def some(windows: Iterable[T]) -> Iterator[T]:
     """The windows to search on: a single ratio needs few tokens."""
     return islice(windows, 0, None, WINDOW_STEP)
+
+
+def _errors(
+    site: Site, quantizer: Quantizer, written: Callable[[], Iterable[Tensor]], exact: Sequence[Tensor]
+) -> Tensor:
+    """How far what is written is from the exact, for each ratio of a site that is float before and after."""
+    errors = torch.zeros(len(RATIOS), dtype=torch.float64)
+    for number, ratio in enumerate(RATIOS):
+        site.quantizer = _clipped(quantizer, ratio)
+        errors[number] = sum(relative(y - e, e).item() for y, e in zip(written(), exact, strict=True))
+    site.quantizer = None
+    return errors
 
 
 def _clipped(quantizer: Quantizer, ratio: float) -> Quantizer:

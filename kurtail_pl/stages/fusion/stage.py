@@ -79,14 +79,7 @@ def fuse(
     require_rotations_of(checkpoint.config, rotations, "the rotations")
     require_learned_on(rotations, checkpoint.sha256, checkpoint.folder)
     chosen = _Chosen.of(checkpoint, scales, signs)
-    recipe = {
-        "model_sha256": checkpoint.sha256,
-        "companions_sha256": companions_sha256(checkpoint),
-        "method": method,
-        "rotations_sha256": hash_of(rotations),
-        "versions": versions(),
-        **chosen.key,
-    }
+    recipe = _recipe(checkpoint, rotations, method, chosen)
     compute = Compute(device)
     with alone_with(folder):
         if is_ours(folder) and read_card(folder).get("recipe") == recipe:
@@ -157,6 +150,18 @@ class _Chosen:
             tokens = self.sign_text.tokens
             work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.parts, compute)
         return with_signs(rotations, self.signs, work.state["signs"])
+
+
+def _recipe(checkpoint: Checkpoint, rotations: Rotations, method: str, chosen: _Chosen) -> dict[str, Any]:
+    """All that decides the fused model."""
+    return {
+        "model_sha256": checkpoint.sha256,
+        "companions_sha256": companions_sha256(checkpoint),
+        "method": method,
+        "rotations_sha256": hash_of(rotations),
+        "versions": versions(),
+        **chosen.key,
+    }
 
 
 def _write_rest(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
 from typing import TypedDict
 
 import torch
@@ -18,7 +17,7 @@ from kurtail_pl.methods.tuner import Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fix_grid, received_by
 from kurtail_pl.stages.quantization.float_layer import FloatLayer, set_aside
-from kurtail_pl.stages.quantization.moments import add_product, empty_product
+from kurtail_pl.stages.quantization.moments import moments_of
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.experts import routed
@@ -246,16 +245,9 @@ class LayerSolver:
         if not solves and self.match is None:
             return Moments(None, None)
         assert isinstance(linear, QuantizedLinear)
-        hessian = empty_product(linear.in_features, self.walker.device)
-        cross = None if self.match is None and wanted is None else empty_product(linear.in_features, self.walker.device)
-        windows = zip(inputs, repeat(None) if wanted is None else wanted, strict=wanted is not None)
-        for index, (x, exact) in enumerate(windows):
-            rows = linear.prepare(x).flatten(0, -2)
-            counted = rows if counts is None else rows * counts[index].unsqueeze(-1)
-            add_product(hessian, rows, counted)
-            if cross is not None:
-                add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
-        return Moments(self.ranks.sum(hessian), None if cross is None else self.ranks.sum(cross))
+        crossed = self.match is not None or wanted is not None
+        found = moments_of(linear, inputs, wanted, counts, crossed, self.walker.device)
+        return Moments(*(None if part is None else self.ranks.sum(part) for part in found))
 
     def _pack(self, layer: nn.Module, prefix: str, names: tuple[str, ...], moments: Moments) -> None:
         """Match the weights of linears that read the same inputs to these, and quantize them."""

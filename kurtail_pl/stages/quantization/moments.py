@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 
 import torch
 from torch import Tensor
+
+from kurtail_pl.methods import Moments
+from kurtail_pl.surgery.linear import QuantizedLinear
 
 FLOAT64_WIDTH = 8192
 """Hessians up to this width are float64, 0.5 GB at most; a wider one in float32 is still factored safely, by the square
 root of its condition (`maths.gptq`)."""
 
 
-def empty_product(width: int, device: torch.device) -> Tensor:
+def moments_of(
+    linear: QuantizedLinear,
+    inputs: Iterable[Tensor],
+    wanted: Iterable[Tensor] | None,
+    counts: Sequence[Tensor] | None,
+    crossed: bool,
+    device: torch.device,
+) -> Moments:
+    """Sums over the tokens of all windows, of what a linear's weight multiplies.
+
+    Args:
+        linear: rotates, centres and quantizes its inputs.
+        inputs: of the linear, window by window, ``[1, tokens, in]``.
+        wanted: those of the float model; None where it does not run beside.
+        counts: what each token of each window counts for, ``[tokens]``; None for 1.
+        crossed: make also the product of what the weight should multiply with what it does.
+        device: where the sums are.
+    """
+    hessian = _empty_product(linear.in_features, device)
+    cross = _empty_product(linear.in_features, device) if crossed else None
+    windows = zip(inputs, repeat(None) if wanted is None else wanted, strict=wanted is not None)
+    for index, (x, exact) in enumerate(windows):
+        rows = linear.prepare(x).flatten(0, -2)
+        counted = rows if counts is None else rows * counts[index].unsqueeze(-1)
+        _add_product(hessian, rows, counted)
+        if cross is not None:
+            _add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
+    return Moments(hessian, cross)
+
+
+def _empty_product(width: int, device: torch.device) -> Tensor:
     """Zeros ``[width, width]`` to add products to."""
     dtype = torch.float64 if width <= FLOAT64_WIDTH else torch.float32
     return torch.zeros(width, width, dtype=dtype, device=device)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left^T right`` of ``[tokens, in]``, float32 products, to a sum ``[in, in]`` in its own type."""
     with _exact_products(right.dtype):
         left, right = left.float(), right.float()

@@ -80,9 +80,7 @@ class Rounding:
         """Write all weights; go on after the last layer that was finished."""
         architecture, spec, walker, work = self.walker.architecture, self.spec, self.walker, self.work
         if work.done is None and self.ranks.leads:
-            embedding = walker.embedding(torch.float32)
-            self.shards.write(0, _state(architecture.embedding, embedding, architecture))
-            embedding.to("meta")
+            self._write_embedding()
         hidden = walker.hidden_states(self._share(text if spec.needs_inputs else None), work)
         own = walker.hidden_states(self._share(own_text), work, "learning")
         exact = None if self.float_model is None else hidden.beside("exact")
@@ -91,8 +89,7 @@ class Rounding:
             name = f"{architecture.layers}.{index}"
             beside = self._beside(index, layer, exact)
             if prefix:
-                for each in (layer,) if beside is None else (layer, beside.layer):
-                    put_prefix(each.get_submodule(architecture.attention), *prefix[index])
+                self._put_prefix(prefix[index], layer, beside)
             tuning = None if spec.clips is None else spec.clips.tuning(self._block(layer, own))
             self.solver.solve_layer(layer, name, hidden, self.scheme.layer_weights(index), beside, tuning)
             if tuning is not None:
@@ -101,11 +98,19 @@ class Rounding:
                 self.shards.write(index + 1, _state(name, layer, architecture))
             work.state.update(notes=self.solver.notes, clips=self.clips, cost=meter.to_dict())
         if self.ranks.leads:
-            norm, head = walker.head(torch.float32)
-            ends = {architecture.final_norm: norm, architecture.head: head}
-            states = [_state(name, module, architecture) for name, module in ends.items()]
-            self.shards.write(walker.n_layers + 1, {**states[0], **states[1]})
-            self.shards.close()
+            self._write_head()
+
+    def _write_embedding(self) -> None:
+        architecture, embedding = self.walker.architecture, self.walker.embedding(torch.float32)
+        self.shards.write(0, _state(architecture.embedding, embedding, architecture))
+        embedding.to("meta")
+
+    def _write_head(self) -> None:
+        """Write final norm and head, the last of all."""
+        architecture, (norm, head) = self.walker.architecture, self.walker.head(torch.float32)
+        tensors = _state(architecture.final_norm, norm, architecture) | _state(architecture.head, head, architecture)
+        self.shards.write(self.walker.n_layers + 1, tensors)
+        self.shards.close()
 
     def _share(self, text: Windows | None) -> Tensor:
         """The windows of this process."""
@@ -117,6 +122,11 @@ class Rounding:
         """Keys and values of the prefix in each layer; empty without one."""
         walker, prefix = self.walker, self.scheme.prefix
         return list(prefix_states(walker.checkpoint, prefix, walker.dtype, walker.device)) if prefix else []
+
+    def _put_prefix(self, prefix: tuple[Tensor, Tensor], layer: nn.Module, beside: FloatLayer | None) -> None:
+        """Put its keys and values before those of a layer, and of the one in the float model."""
+        for each in (layer,) if beside is None else (layer, beside.layer):
+            put_prefix(each.get_submodule(self.walker.architecture.attention), *prefix)
 
     def _beside(self, index: int, layer: nn.Module, exact: HiddenStates | None) -> FloatLayer | None:
         """The layer in the float model, where that runs beside."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import ClipTuner, Matching, Rounder
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.text import title_of
@@ -29,7 +30,7 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         f"---\n{_front_matter(folder.name, card, results)}\n---\n\n# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
         f"{card['method']}.\n\n"
-        + "\n".join(_parts(card, scheme))
+        + "\n".join(f"- {part}: {said}" for part, said in _parts(scheme, card.get("quantize") or {}).items())
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
         f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{tasks}\n"
@@ -67,36 +68,49 @@ def _front_matter(name: str, card: dict[str, Any], results: dict[str, Any]) -> s
     return str(data.to_yaml())
 
 
-def _parts(card: dict[str, Any], scheme: Scheme) -> list[str]:
-    """How each part is quantized, a line each."""
-    quantizers = {"activations": scheme.activations, "keys": scheme.keys, "values": scheme.values}
-    lines = ["- weights: " + ("float" if scheme.weights is None else scheme.weights.sentence())]
-    lines += [
-        f"- {name}: " + ("float" if q is None else f"{q.bits} bits, {_symmetry(q.symmetric)}, clip {q.clip}")
-        for name, q in quantizers.items()
-    ]
-    quantize = card.get("quantize") or {}
+def _parts(scheme: Scheme, quantize: dict[str, Any]) -> dict[str, str]:
+    """What was done to each part of the model, in words."""
+    parts = {
+        "weights": _weights(scheme, quantize),
+        "activations": _activations(scheme),
+        "keys": _integers(scheme.keys),
+        "values": _integers(scheme.values),
+    }
     if clips := quantize.get("clips"):
-        lines.append(f"- clips: {ClipTuner.from_dict(clips).sentence()}")
-    if scheme.weights is not None and "rounder" in quantize:
-        lines[0] += f", {Rounder.from_dict(quantize['rounder']).sentence()}"
-        if matching := quantize.get("matching"):
-            lines[0] += f", {Matching.from_dict(matching).sentence()}"
-    if scheme.layer_bits is not None:
-        lines[0] += f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
-    if scheme.activations is not None and scheme.attention_output == "head":
-        lines[1] += "; one scale a head in the input of the output projection"
-    if scheme.static:
-        lines[1] += "; one calibrated scale for all tokens of each input"
+        parts["clips"] = ClipTuner.from_dict(clips).sentence()
     if scheme.sinks is not None:
-        lines.append(f"- keys and values of the first tokens ({scheme.sinks.tokens}): {scheme.sinks.bits} bits")
+        parts[f"keys and values of the first tokens ({scheme.sinks.tokens})"] = f"{scheme.sinks.bits} bits"
     if scheme.prefix is not None:
-        lines.append(f"- before every text: float keys and values of the tokens {scheme.prefix}")
-    return lines
+        parts["before every text"] = f"float keys and values of the tokens {scheme.prefix}"
+    return parts
 
 
-def _symmetry(symmetric: bool) -> str:
-    return "symmetric" if symmetric else "asymmetric"
+def _weights(scheme: Scheme, quantize: dict[str, Any]) -> str:
+    if scheme.weights is None:
+        return "float"
+    said = [scheme.weights.sentence()]
+    if "rounder" in quantize:
+        said.append(Rounder.from_dict(quantize["rounder"]).sentence())
+        if matching := quantize.get("matching"):
+            said.append(Matching.from_dict(matching).sentence())
+    bits = "" if scheme.layer_bits is None else f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
+    return ", ".join(said) + bits
+
+
+def _activations(scheme: Scheme) -> str:
+    said = _integers(scheme.activations)
+    if scheme.activations is not None and scheme.attention_output == "head":
+        said += "; one scale a head in the input of the output projection"
+    if scheme.static:
+        said += "; one calibrated scale for all tokens of each input"
+    return said
+
+
+def _integers(quantizer: Quantizer | None) -> str:
+    if quantizer is None:
+        return "float"
+    symmetry = "symmetric" if quantizer.symmetric else "asymmetric"
+    return f"{quantizer.bits} bits, {symmetry}, clip {quantizer.clip}"
 
 
 def _bits(layers: list[int]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from kurtail_pl.errors import TextError
+from kurtail_pl.errors import TextError, first_of
 from kurtail_pl.stages.text.files import SUFFIXES, rows_of, suffix_of
 from kurtail_pl.stages.text.hub import HUB, Split, from_hub
 
@@ -130,8 +130,7 @@ def _joined(files: list[Path]) -> list[str]:
 
 def _listed(files: list[Path]) -> str:
     """Names of the first files."""
-    more = f" and {len(files) - 4} more" if len(files) > 4 else ""
-    return ", ".join(file.name for file in files[:4]) + more
+    return first_of([file.name for file in files], 4)
 
 
 def _with_word(files: list[Path], words: tuple[str, ...]) -> list[Path]:

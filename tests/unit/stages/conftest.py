@@ -1,6 +1,5 @@
 """A store of the tiny model, which the stages' tests share and do not change, and what GPTQ is given."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +18,6 @@ def store(tiny: Path, text: TextSpec, tmp_path_factory: pytest.TempPathFactory) 
     made = capture(CaptureSpec(str(tiny), text, rows=50, seed=3), tmp_path_factory.mktemp("store") / "store")
     assert made is not None
     return made
-
-
-@pytest.fixture
-def kurtail_env() -> dict[str, str]:
-    """Environment of a process that runs this checkout's `kurtail`."""
-    root = str(Path(__file__).resolve().parents[3])
-    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": root}
 
 
 @pytest.fixture

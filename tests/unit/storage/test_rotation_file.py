@@ -16,8 +16,8 @@ from kurtail_pl.cli import verbs
 from kurtail_pl.cli.main import main
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.stages.fusion.stage import fuse
+from kurtail_pl.storage.card import read_card
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.folder import read_card
 from kurtail_pl.storage.rotation_file import FILE, read_rotations, require_rotations_of, write_rotations
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 

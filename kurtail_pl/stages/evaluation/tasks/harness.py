@@ -76,19 +76,21 @@ def parts_of(name: str, spec: TaskSpec) -> list[Part]:
         TextError: when local rows cannot be read or lack the harness's fields, or the hub cannot be reached.
         ConfigError: when a subject of MMLU has fewer examples than asked for.
     """
-    if name != MMLU:
-        rows = None if spec.folder is None else {split_of(name): read_rows(files_of(name, spec)[0], name)}
-        return [Part(name, name, None, _harness_task(name, 0, rows), spec.limit)]
+    if name == MMLU:
+        return _subjects(spec)
+    rows = None if spec.folder is None else {split_of(name): read_rows(files_of(name, spec)[0], name)}
+    return [Part(name, name, None, _harness_task(name, 0, rows), spec.limit)]
+
+
+def _subjects(spec: TaskSpec) -> list[Part]:
+    """MMLU's, each with its share of the rows."""
     groups = {part: group for group in GROUPS for part in sorted(_index()[f"mmlu_{group}_tasks"].tags)}
-    local = None if spec.folder is None else _by_subject(spec, set(groups))
-    built = {}
-    for part in groups:
-        if local is None or part in local:
-            built[part] = _harness_task(part, spec.mmlu_shots, None if local is None else local[part])
+    rows_of = dict.fromkeys(groups) if spec.folder is None else _by_subject(spec, set(groups))
+    built = {part: _harness_task(part, spec.mmlu_shots, rows_of[part]) for part in groups if part in rows_of}
     sizes = [len(task.eval_docs) for task in built.values()]
     shares = sizes if spec.limit is None else deal(spec.limit, sizes)
     return [
-        Part(part, name, groups[part], task, rows)
+        Part(part, MMLU, groups[part], task, rows)
         for (part, task), rows in zip(built.items(), shares, strict=True)
         if rows
     ]

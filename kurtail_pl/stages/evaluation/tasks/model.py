@@ -59,17 +59,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             NotFinite: when one of them is infinite or not a number: the likeliest answer would be any.
             TextError: when a continuation alone is longer than the model's context.
         """
-        most = max((len(answer) for _, _, answer in requests), default=0)
-        if most > self.max_length:
-            raise TextError(
-                f"an answer has {most} tokens and the model has {self.max_length} positions; leave its task out"
-            )
-        largest = max((max(context + answer, default=0) for _, context, answer in requests), default=0)
-        vocabulary = self.model.config.vocab_size
-        if largest >= vocabulary:
-            raise CheckpointError(
-                f"a question has token {largest} and the model has {vocabulary}; give the model's own tokenizer"
-            )
+        self._require_answerable(requests)
         asked: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-(self.max_length + 1) :]
@@ -84,16 +74,22 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             logits = self._logits([tokens[start:] for tokens in inputs], keep, cache)
             for answered, scores in zip(inputs, F.log_softmax(logits.float(), dim=-1), strict=True):
                 for number in asked[answered]:
-                    wanted = torch.tensor(requests[number][2], device=self.device)
-                    last = scores[-len(wanted) :]
-                    total = last.gather(1, wanted.unsqueeze(1)).sum()
-                    if not is_finite(total):
-                        raise NotFinite(
-                            f"the log-likelihood of an answer is {total.item()}; the model's values are too large: use "
-                            "another copy of it"
-                        )
-                    answers[number] = (float(total), bool((last.argmax(-1) == wanted).all()))
+                    answers[number] = judged(scores, requests[number][2])
         return [answers[number] for number in range(len(requests))]
+
+    def _require_answerable(self, requests: list[tuple[Any, list[int], list[int]]]) -> None:
+        """Raise what `_loglikelihood_tokens` says of answers that are too long and of unknown tokens."""
+        most = max((len(answer) for _, _, answer in requests), default=0)
+        if most > self.max_length:
+            raise TextError(
+                f"an answer has {most} tokens and the model has {self.max_length} positions; leave its task out"
+            )
+        largest = max((max(context + answer, default=0) for _, context, answer in requests), default=0)
+        vocabulary = self.model.config.vocab_size
+        if largest >= vocabulary:
+            raise CheckpointError(
+                f"a question has token {largest} and the model has {vocabulary}; give the model's own tokenizer"
+            )
 
     def _shared(self, longest: dict[tuple[int, ...], int]) -> tuple[int, Cache | None]:
         """How many tokens all inputs begin with, and the keys and values of these; 0 and None where it is no gain.
@@ -120,6 +116,24 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             input_ids=ids, past_key_values=past, logits_to_keep=keep, use_cache=past is not None
         ).logits
         return found
+
+
+def judged(scores: Tensor, answer: list[int]) -> tuple[float, bool]:
+    """Log-likelihood of an answer, and whether its tokens are the likeliest ones.
+
+    Args:
+        scores: logarithms of probabilities, ``[tokens, vocabulary]``, the last ones those of the answer's tokens.
+        answer: tokens.
+    """
+    wanted = torch.tensor(answer, device=scores.device)
+    last = scores[-len(wanted) :]
+    total = last.gather(1, wanted.unsqueeze(1)).sum()
+    if not is_finite(total):
+        raise NotFinite(
+            f"the log-likelihood of an answer is {total.item()}; the model's values are too large: use another copy of "
+            "it"
+        )
+    return float(total), bool((last.argmax(-1) == wanted).all())
 
 
 def shared_beginning(inputs: list[tuple[int, ...]]) -> tuple[int, ...]:

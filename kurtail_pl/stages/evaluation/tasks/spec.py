@@ -59,24 +59,29 @@ def chosen_tasks(spec: TaskSpec) -> tuple[list[str], dict[str, str]]:
         HarnessMissing: when the harness is not installed.
         TextError: when there is no such folder, or it lacks a file of a task that was asked for by name.
     """
-    for package in ("lm_eval", "datasets"):
-        if importlib.util.find_spec(package) is None:
-            raise HarnessMissing(f"tasks need the package {package}; run: pip install 'kurtail-pl[eval]'")
+    _require_harness()
     names = [name for name in TASKS if name in (spec.names or TASKS)]
-    if spec.folder is None:
-        return names, {}
+    skipped = {} if spec.folder is None else _lacking(names, spec)
+    return [name for name in names if name not in skipped], skipped
+
+
+def _lacking(names: list[str], spec: TaskSpec) -> dict[str, str]:
+    """Tasks that the folder has no rows of, and which file it lacks."""
+    assert spec.folder is not None
     if not Path(spec.folder).expanduser().is_dir():
         raise TextError(f"tasks folder {spec.folder} does not exist; name a folder with TASK/SPLIT.jsonl")
-    skipped = {}
-    for name in names:
-        for path in files_of(name, spec):
-            if not path.is_file():
-                skipped[name] = f"no file {path}"
+    skipped = {name: f"no file {path}" for name in names for path in files_of(name, spec) if not path.is_file()}
     if skipped and spec.names is not None:
         raise TextError("; ".join(f"{name}: {why}" for name, why in skipped.items()))
     if len(skipped) == len(names):
         raise TextError(f"{spec.folder} holds no task; expected files such as {files_of(names[0], spec)[0]}")
-    return [name for name in names if name not in skipped], skipped
+    return skipped
+
+
+def _require_harness() -> None:
+    for package in ("lm_eval", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            raise HarnessMissing(f"tasks need the package {package}; run: pip install 'kurtail-pl[eval]'")
 
 
 def split_of(name: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from kurtail_pl.stages.evaluation.tasks.spec import MMLU, TASKS, ZERO_SHOT
 from kurtail_pl.stages.tables import markdown
 
+DETAILS = ("metric", "split", "shots", "rows")
+
 
 def measured_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two models were asked the same questions."""
@@ -21,22 +23,27 @@ def tasks_table(models: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         models: name of the column and result of each; all were asked the same questions.
     """
     results = [result for _, result in models]
-    found = results[0]
     lines: list[list[str]] = []
+    for name in (name for name in TASKS if name in results[0]["tasks"]):
+        lines += _lines_of(name, [result["tasks"][name] for result in results])
+        if name == ZERO_SHOT[-1] and results[0]["mean"] is not None:
+            cells = [_percent(result["mean"], result["mean_stderr"]) for result in results]
+            lines.append(_line("0-shot (mean of 8)", {}, cells))
+    return markdown(["task", *DETAILS, *(name for name, _ in models)], lines)
 
-    def add(task: str, detail: Mapping[str, Any], cells: list[str]) -> None:
-        lines.append([task, *(str(detail.get(key, "")) for key in ("metric", "split", "shots", "rows")), *cells])
 
-    for name in (name for name in TASKS if name in found["tasks"]):
-        tasks = [result["tasks"][name] for result in results]
-        add(name, tasks[0], [_percent(task["value"], task["stderr"]) for task in tasks])
-        for group in tasks[0].get("groups", {}):
-            parts = [task["groups"][group] for task in tasks]
-            cells = [_percent(part["acc"], part["acc_stderr"]) for part in parts]
-            add(f"{MMLU}: {group.replace('_', ' ')}", {"rows": parts[0]["rows"]}, cells)
-        if name == ZERO_SHOT[-1] and found["mean"] is not None:
-            add("0-shot (mean of 8)", {}, [_percent(r["mean"], r["mean_stderr"]) for r in results])
-    return markdown(["task", "metric", "split", "shots", "rows", *(name for name, _ in models)], lines)
+def _lines_of(name: str, tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Of one task, as each model did it, and of its groups."""
+    lines = [_line(name, tasks[0], [_percent(task["value"], task["stderr"]) for task in tasks])]
+    for group in tasks[0].get("groups", {}):
+        parts = [task["groups"][group] for task in tasks]
+        cells = [_percent(part["acc"], part["acc_stderr"]) for part in parts]
+        lines.append(_line(f"{MMLU}: {group.replace('_', ' ')}", {"rows": parts[0]["rows"]}, cells))
+    return lines
+
+
+def _line(task: str, details: Mapping[str, Any], cells: list[str]) -> list[str]:
+    return [task, *(str(details.get(key, "")) for key in DETAILS), *cells]
 
 
 def tasks_note(result: Mapping[str, Any]) -> str:

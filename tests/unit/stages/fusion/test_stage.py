@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoTokenizer
 from kurtail_pl.errors import ArtefactError, DiskFull, GateError, KurtailError, UnsupportedArchitecture
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.methods.scheme import FLOAT
+from kurtail_pl.stages.fusion.passes import Fuser
 from kurtail_pl.stages.fusion.scales import ScaleSpec
-from kurtail_pl.stages.fusion.stage import _Fuser, fuse
+from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
@@ -194,14 +195,14 @@ def test_a_fold_that_forgets_a_norm_is_seen(
 def test_a_head_rotated_the_wrong_way_is_seen(
     tiny: Path, rotations: Rotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, weights = _Fuser._into_residual, []
+    right, weights = Fuser._into_residual, []
 
-    def only_the_embedding(self: _Fuser, x: Tensor) -> Tensor:
+    def only_the_embedding(self: Fuser, x: Tensor) -> Tensor:
         if x.ndim == 2:
             weights.append(x)
         return x @ rotations.residual.T if len(weights) == 2 else right(self, x)  # type: ignore[union-attr]
 
-    monkeypatch.setattr(_Fuser, "_into_residual", only_the_embedding)
+    monkeypatch.setattr(Fuser, "_into_residual", only_the_embedding)
     with pytest.raises(GateError, match=r"the fused model changed"):
         fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused")
     assert list(tmp_path.iterdir()) == []

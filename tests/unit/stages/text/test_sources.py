@@ -22,7 +22,7 @@ from kurtail_pl.stages.text.hub import HUB, HubText
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "text"
+SHARED = Path(__file__).resolve().parents[4].parent / "shared" / "data" / "text"
 ALPACA = [
     {"instruction": "Say it.", "input": "", "output": "It.", "text": "Say it. It."},
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named(repository: HubText, monkeypatch: pytest.Mon
 
 def test_without_the_hub_the_folder_is_named(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "KURTAIL_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
-    environment |= {"KURTAIL_TEXT": "", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    environment |= {"KURTAIL_TEXT": "", "PYTHONPATH": str(Path(__file__).resolve().parents[4])}
     program = "from kurtail_pl.stages.text import read_text\nread_text('ptb', 'evaluation')"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
