@@ -20,6 +20,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import new_folder
 from kurtail_pl.storage.model_config import read_generation_config
 from kurtail_pl.storage.sources import folder_of
+from kurtail_pl.surgery.attention import ATTENTION
 
 
 def load(
@@ -99,6 +100,18 @@ class Loaded(PreTrainedModel):  # type: ignore[no-untyped-call]
             )
         with new_folder(target, overwrite=False) as partial:
             shutil.copytree(self.folder, partial, dirs_exist_ok=True)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *options: Any, **named: Any) -> None:
+        """Refuse another attention: it would leave out R3 and the quantizers of the cache, without a word.
+
+        Raises:
+            ConfigError: for any but the model's own.
+        """
+        if attn_implementation != ATTENTION:
+            raise ConfigError(
+                f"attn_implementation is {attn_implementation!r}; this model rotates and quantizes keys and values, as "
+                f"only {ATTENTION!r} does: leave it as it is"
+            )
 
 
 def mark_loaded(model: PreTrainedModel, folder: Path) -> None:

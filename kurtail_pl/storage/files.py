@@ -165,6 +165,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
         room.mkdir()
         try:
             save_file(contiguous, room / path.name, metadata=dict([metadata or ("format", "pt")]))
+            # It also lets nobody else read what it writes.
+            (room / "usual").touch()
+            shutil.copymode(room / "usual", room / path.name)
             (room / path.name).replace(temporary)
         finally:
             remove(room)

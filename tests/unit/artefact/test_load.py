@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from logits import IDS
 from schemes import SCHEMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +14,7 @@ from walks import embed, windows_of
 
 import kurtail_pl
 from kurtail_pl.artefact.skeleton import skeleton
-from kurtail_pl.errors import ArtefactError, KurtailError
+from kurtail_pl.errors import ArtefactError, ConfigError, KurtailError
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import RTN, Uniform
 from kurtail_pl.methods.scheme import Scheme
@@ -158,3 +159,14 @@ def test_weights_in_numbered_files_are_the_same(artefact: Path, tmp_path: Path) 
     for model in (kurtail_pl.load(copy), AutoModelForCausalLM.from_pretrained(copy)):
         assert model.state_dict().keys() == wanted.state_dict().keys()
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.state_dict().items())
+
+
+def test_another_attention_is_refused(artefact: Path) -> None:
+    """transformers would go on without rotated keys and quantized caches."""
+    model = kurtail_pl.load(artefact)
+    before = model(IDS).logits
+    for name in ("eager", "sdpa", {"": "flash_attention_2"}):
+        with pytest.raises(ConfigError, match=r"attn_implementation is .*leave it as it is"):
+            model.set_attn_implementation(name)
+    model.set_attn_implementation("kurtail")
+    assert torch.equal(model(IDS).logits, before)

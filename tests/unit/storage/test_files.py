@@ -228,3 +228,9 @@ def test_numbers_that_are_none_are_not_written(tmp_path: Path, value: float) -> 
     with pytest.raises(NotFinite, match=r"cost\.parts\.1\.seconds of .*a\.json"):
         files.write_json(tmp_path / "a.json", {"cost": {"parts": [{"seconds": 1.0}, {"seconds": value}]}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_may_read_other_files_may_read_tensors(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    files.write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
+    assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
