@@ -34,7 +34,9 @@ EXPECTED = re.compile(
     r"(?:Expected an? (?P<type>.+?)|Not a valid subclass of (?P<kind>\w+))(?:\. Got value: (?P<value>.*))?$"
 )
 NO_NAME = re.compile(r"Expected a dot import path string: (\S+)")
-SEAMS = {"rounder": "Rounder", "weights": "Format"}
+SEAMS = {
+    "rounder": "Rounder", "weights": "Format", "clips": "ClipTuner", "bits": "BitTuner", "matching": "WeightTuner",
+}  # fmt: skip
 """These settings hold a method; its base class is in `kurtail_pl.methods`, which is imported only when it is needed."""
 GIVEN = re.compile(r"Given value: (.*)")
 PLAIN = {
@@ -115,7 +117,7 @@ def _no_method(found: re.Match[str], place: str) -> str | None:
         return None
     names = sorted(getattr(importlib.import_module("kurtail_pl.methods"), seam).kinds())
     shown = shortened(found[1], VALUE_LENGTH)
-    return f"{place} is {shown}, expected one of {', '.join(names)}{_like(found[1].upper(), names)}"
+    return f"{place} is {shown}, expected one of {', '.join(names)}{_like(found[1], names)}"
 
 
 SAYINGS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str], str | None]], ...] = (
@@ -186,8 +188,9 @@ def _plain(message: str) -> str:
 
 
 def _like(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, [each for each in known if not each.startswith("_")], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    written = {each.lower(): each for each in known if not each.startswith("_")}
+    close = difflib.get_close_matches(name.lower(), written, n=1)
+    return f"; did you mean {written[close[0]]}?" if close else ""
 
 
 def _suggestion(message: str, settings: list[str]) -> str:

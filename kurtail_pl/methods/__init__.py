@@ -8,13 +8,13 @@ from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
 from kurtail_pl.methods.formats.normal import Normal
 from kurtail_pl.methods.formats.uniform import Uniform
-from kurtail_pl.methods.matching import Matching
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.rounders.gptq import GPTQ
 from kurtail_pl.methods.rounders.hqq import HQQ, FloatZero
 from kurtail_pl.methods.rounders.rtn import RTN
-from kurtail_pl.methods.tuner import BitTuner, ClipTuner, Tuner
+from kurtail_pl.methods.tuner import BitTuner, ClipTuner, Tuner, WeightTuner
 from kurtail_pl.methods.tuners.learned_clips import LearnedClips
+from kurtail_pl.methods.tuners.matching import Matching
 from kurtail_pl.methods.tuners.searched_clips import SearchedClips
 from kurtail_pl.methods.tuners.sensitive_bits import SensitiveBits
 
@@ -38,6 +38,7 @@ __all__ = [
     "SensitiveBits",
     "Tuner",
     "Uniform",
+    "WeightTuner",
     "default_format",
     "default_rounder",
 ]

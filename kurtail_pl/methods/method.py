@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
@@ -67,8 +68,9 @@ class Method(ABC):
         kinds = cls.kinds()
         found = data.get("kind") if isinstance(data, Mapping) else data
         if not isinstance(data, Mapping) or not isinstance(found, str) or found not in kinds:
+            seam = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
             raise ConfigError(
-                f"{shortened(repr(found), 30)} is no {cls.__name__.lower()} of this version; use the one that made it "
+                f"{shortened(repr(found), 30)} is no {seam} of this version; use the one that made it "
                 f"(known here: {', '.join(sorted(kinds))})"
             )
         return validated(kinds[found], data.get("settings"))

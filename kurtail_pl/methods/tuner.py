@@ -14,6 +14,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import Method
+from kurtail_pl.methods.rounder import Moments, Rounder
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.ranks import Ranks
 
@@ -162,6 +163,22 @@ class BitTuner(Tuner):
         Args:
             weights: their format.
             sensitivities: growth of the mean negative log-likelihood per relative square error of each layer's weights.
+        """
+
+
+class WeightTuner(Method):
+    """Changes weights before they are rounded, which takes what a rounder takes."""
+
+    @abstractmethod
+    def require(self, scheme: Scheme, quantized_activations: bool, rounder: Rounder) -> None:
+        """Raise ConfigError where there is nothing that it could make up for, or the rounder does so by itself."""
+
+    @abstractmethod
+    def tuned(self, weight: Tensor, moments: Moments) -> Tensor:
+        """A weight ``[out, in]`` as it is rounded; the moments have the inputs before their quantizer, too.
+
+        Raises:
+            torch.linalg.LinAlgError: when the Hessian is not positive definite: the weight then stays as it is.
         """
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kurtail_pl.maths.quantizers import Quantized
-from kurtail_pl.methods import Format, Matching, Moments, Rounder
+from kurtail_pl.methods import Format, Moments, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
@@ -64,7 +64,7 @@ class LayerSolver:
         walker: Walker,
         scheme: Scheme,
         rounder: Rounder,
-        match: Matching | None = None,
+        match: WeightTuner | None = None,
         ranks: Ranks = ALONE,
         by_attention: bool = False,
     ) -> None:
@@ -263,7 +263,7 @@ class LayerSolver:
     def _matched(self, name: str, weight: Tensor, moments: Moments) -> Tensor:
         if self.match is not None and moments.hessian is not None and moments.cross is not None:
             try:
-                return self.match.matched(weight, moments)
+                return self.match.tuned(weight, moments)
             except LinAlgError:
                 log.warning("%s: the Hessian is not positive definite; its weight is not matched", name)
                 self._note_fallback(name)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.methods import BitTuner, ClipTuner, Matching, Needs, Rounder, default_rounder
+from kurtail_pl.methods import BitTuner, ClipTuner, Needs, Rounder, WeightTuner, default_rounder
 from kurtail_pl.methods.method import Method, plain
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import UNROTATED
@@ -42,7 +42,7 @@ class QuantizeSpec:
 
     scheme: Scheme = field(default_factory=Scheme)
     rounder: Rounder = field(default_factory=default_rounder)
-    matching: Matching | None = None
+    matching: WeightTuner | None = None
     clips: ClipTuner | None = None
     bits: BitTuner | None = None
     text: TextSpec = field(default_factory=TextSpec)

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import ClipTuner, Matching, Rounder
+from kurtail_pl.methods import ClipTuner, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes
@@ -92,7 +92,7 @@ def _weights(scheme: Scheme, quantize: dict[str, Any]) -> str:
     if "rounder" in quantize:
         said.append(Rounder.from_dict(quantize["rounder"]).sentence())
         if matching := quantize.get("matching"):
-            said.append(Matching.from_dict(matching).sentence())
+            said.append(WeightTuner.from_dict(matching).sentence())
     bits = "" if scheme.layer_bits is None else f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
     return ", ".join(said) + bits
 

@@ -68,6 +68,9 @@ SETTINGS = [
         "rounder is gtpq, expected one of GPTQ, HQQ, RTN; did you mean GPTQ?",
     ),
     ("quantization.rounder", "RNT", "quantization.rounder is RNT, expected one of GPTQ, HQQ, RTN; did you mean RTN?"),
+    ("quantization.clips", "searchclips", "expected one of LearnedClips, SearchedClips; did you mean SearchedClips?"),
+    ("quantization.bits", "sensitive", "quantization.bits is sensitive, expected one of SensitiveBits"),
+    ("quantization.matching", "matched", "matching is matched, expected one of Matching; did you mean Matching?"),
     ("quantization.scheme.weights", "mxfp", "quantization.scheme.weights is mxfp, expected one of FloatZero, MXFP4"),
     ("quantization.scheme.weights.init_args.bitz", 4, "there is no setting bitz; did you mean bits?"),
     (

@@ -4,14 +4,17 @@ Nobody but its package names an exporter.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kurtail_pl.cli.export import exporters
-from kurtail_pl.methods import Format, Rounder
+from kurtail_pl.methods import BitTuner, ClipTuner, Format, Rounder, WeightTuner
+from kurtail_pl.methods.method import Method
 
+SEAMS: list[type[Method]] = [Format, Rounder, ClipTuner, BitTuner, WeightTuner]
 ROOT = Path(__file__).resolve().parents[3]
 ALLOWED = (ROOT / "kurtail_pl" / "methods", ROOT / "export" / "kurtail_onnx" / "forms.py")
 SOURCES = [path for folder in ("kurtail_pl", "export") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -30,8 +33,8 @@ def names_in(path: Path) -> Iterator[str]:
 
 
 def test_no_file_names_a_method() -> None:
-    methods = {*Format.kinds(), *Rounder.kinds()}
-    assert methods >= {"Uniform", "Normal", "MXFP4", "NVFP4", "RTN", "GPTQ", "HQQ"}
+    methods = {name for seam in SEAMS for name in seam.kinds()}
+    assert methods >= {"Uniform", "NVFP4", "RTN", "GPTQ", "HQQ", "SearchedClips", "SensitiveBits", "Matching"}
     assert len(FILES) > 150
     found = {str(path.relative_to(ROOT)): both for path in FILES if (both := methods & set(names_in(path)))}
     assert found == {}
@@ -48,10 +51,10 @@ def test_no_other_package_names_an_exporter() -> None:
         assert [str(path) for path in others if point.attr in names_in(path)] == []
 
 
-@pytest.mark.parametrize("seam", [Format, Rounder])
-def test_every_method_has_a_file_and_a_sentence(seam: type[Format] | type[Rounder]) -> None:
+@pytest.mark.parametrize("seam", SEAMS)
+def test_every_method_has_a_file_and_a_sentence(seam: type[Method]) -> None:
     for kind in seam.kinds().values():
-        assert kind.__module__.startswith(f"kurtail_pl.methods.{seam.__name__.lower()}s.") or kind.__doc__
+        assert re.fullmatch(r"kurtail_pl\.methods\.(formats|rounders|tuners)\.\w+", kind.__module__)
         sentence = kind().sentence()
         assert sentence
         assert not sentence.endswith(".")

@@ -10,13 +10,13 @@ from torch import Tensor
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.matching import matched
 from kurtail_pl.methods.cost import Cost, Sizes
-from kurtail_pl.methods.method import Method
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.tuner import WeightTuner
 
 
 @dataclass(frozen=True)
-class Matching(Method):
+class Matching(WeightTuner):
     """Changes each weight by least squares, so that its product with quantized inputs is nearest to the float one.
 
     Args:
@@ -56,8 +56,8 @@ class Matching(Method):
                 "one out"
             )
 
-    def matched(self, weight: Tensor, moments: Moments) -> Tensor:
-        """A weight ``[out, in]`` as it is rounded.
+    def tuned(self, weight: Tensor, moments: Moments) -> Tensor:
+        """By least squares.
 
         Raises:
             torch.linalg.LinAlgError: when the damped Hessian is not positive definite.
