@@ -17,7 +17,7 @@ import yaml
 
 from kurtail_pl.cli.main import main
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
-from kurtail_pl.methods import Format, Rounder
+from kurtail_pl.methods.method import Method
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
 
@@ -48,7 +48,7 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def by_kind(method: dict[str, Any]) -> dict[str, Any]:
     """A method of a recipe as cards have it; a class that came later has no use for all that another had."""
     name = method["class_path"].rpartition(".")[2]
-    kinds = {**Format.kinds(), **Rounder.kinds()}
+    kinds = Method.kinds()
     known = {field.name for field in fields(kinds[name])}
     return {"kind": name, "settings": {key: value for key, value in method["init_args"].items() if key in known}}
 

@@ -155,7 +155,8 @@ def test_a_recipe_runs(
     asked = merged(settings, yaml.safe_load(over.read_text()))
     quantize = {name: value for name, value in asked["quantization"].items() if name != "out"}
     quantize["text"]["source"] = "wikitext"
-    quantize["rounder"] = by_kind(quantize["rounder"])
+    for slot in ("rounder", "matching", "clips", "bits"):
+        quantize[slot] = None if quantize[slot] is None else by_kind(quantize[slot])
     quantize["scheme"] = quantize["scheme"] | {"weights": by_kind(quantize["scheme"]["weights"])}
     (folder,) = (tmp_path / "artifacts").iterdir()
     assert folder.name.startswith(f"{model.name}-{RUN[recipes]}-w4a4kv4-")

@@ -218,8 +218,9 @@ torch.save(model(torch.tensor([[3, 1, 4, 1, 5]])).logits, sys.argv[2])
 
 
 def logits_elsewhere(imports: str, name: str, place: Path, **environment: str) -> Tensor:
-    """What a process of its own gets, by transformers' loader."""
-    code, environment = f"{imports}\n{LOGITS}", {**os.environ, **environment}
+    """What a process of its own gets, by transformers' loader, with as many threads as here."""
+    threads = str(torch.get_num_threads())
+    code, environment = f"{imports}\n{LOGITS}", {**os.environ, "OMP_NUM_THREADS": threads, **environment}
     done = subprocess.run(
         [sys.executable, "-c", code, name, place / "logits"], capture_output=True, text=True, env=environment
     )
