@@ -188,9 +188,11 @@ def _plain(message: str) -> str:
 
 
 def _like(name: str, known: Iterable[str]) -> str:
-    written = {each.lower(): each for each in known if not each.startswith("_")}
-    close = difflib.get_close_matches(name.lower(), written, n=1)
-    return f"; did you mean {written[close[0]]}?" if close else ""
+    names = [each for each in known if not each.startswith("_")]
+    lower = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name, names, n=1)
+    close = close or [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1)]
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _suggestion(message: str, settings: list[str]) -> str:

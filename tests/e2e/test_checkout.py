@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_pl.cli.naming import RUNS
 from kurtail_pl.lit.callbacks.quantization import ARTEFACTS
+from kurtail_pl.lit.datamodule import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARISONS = "comparisons"
