@@ -81,24 +81,10 @@ class ONNX(Exporter):
         return notes(description, checks)
 
     def _reasons(self, scheme: Scheme) -> Iterator[str]:
-        if scheme.sinks is not None:
-            yield (
-                f"sinks keep the first {scheme.sinks.tokens} tokens in {scheme.sinks.bits} bits; the graph caches all "
-                "tokens alike: quantize with sinks: null to export, or use the artefact with kurtail_pl.load"
-            )
         weights = None if scheme.weights is None else integers_of(scheme.weights)
-        if scheme.weights is not None and weights is None:
-            yield (
-                f"the weights are {scheme.weights.sentence()}, and ONNX dequantizes evenly spaced integers with "
-                "integer zero points alone: quantize to those to export, or use the artefact with kurtail_pl.load"
-            )
         parts = {"weights": weights, "activations": self.activations(scheme)}
-        for name, quantizer in {**parts, "keys": scheme.keys, "values": scheme.values}.items():
-            if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
-                yield f"{name} have {quantizer.bits} bits; ONNX has integer types of 4 and 8 bits: quantize with those"
-        for name, quantizer in {"keys": scheme.keys, "values": scheme.values}.items():
-            if quantizer is not None and quantizer.group_size is not None:
-                yield f"{name} have groups of {quantizer.group_size}; the cache has one scale a head"
+        yield from _not_in_a_graph(scheme, weights)
+        yield from _no_codes({**parts, "keys": scheme.keys, "values": scheme.values})
         if self.dtype == "fp64" and self.weights != "qdq":
             yield f"the kernel of --to.weights {self.weights} has no doubles; with --to.dtype fp64 use {QDQ}"
         if self.weights == "integer":
@@ -109,6 +95,31 @@ class ONNX(Exporter):
                 f"weights have groups of {size}; the MatMulNBits kernel takes 16 and multiples of {KERNEL_BLOCK}: "
                 f"use {QDQ}"
             )
+
+
+def _not_in_a_graph(scheme: Scheme, weights: Quantizer | None) -> Iterator[str]:
+    """What there are no nodes for."""
+    if scheme.sinks is not None:
+        yield (
+            f"sinks keep the first {scheme.sinks.tokens} tokens in {scheme.sinks.bits} bits; the graph caches all "
+            "tokens alike: quantize with sinks: null to export, or use the artefact with kurtail_pl.load"
+        )
+    if scheme.weights is not None and weights is None:
+        yield (
+            f"the weights are {scheme.weights.sentence()}, and ONNX dequantizes evenly spaced integers with "
+            "integer zero points alone: quantize to those to export, or use the artefact with kurtail_pl.load"
+        )
+
+
+def _no_codes(parts: Mapping[str, Quantizer | None]) -> Iterator[str]:
+    """What has no type of integers, or no scales in the cache."""
+    for name, quantizer in parts.items():
+        if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
+            yield f"{name} have {quantizer.bits} bits; ONNX has integer types of 4 and 8 bits: quantize with those"
+    for name in ("keys", "values"):
+        quantizer = parts[name]
+        if quantizer is not None and quantizer.group_size is not None:
+            yield f"{name} have groups of {quantizer.group_size}; the cache has one scale a head"
 
 
 def _no_integers(parts: Mapping[str, Quantizer | None], attention_output: str) -> Iterator[str]:
