@@ -23,7 +23,7 @@ from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.card import is_ours
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.files import refuse_existing
+from kurtail_pl.storage.files import refuse_finished
 from kurtail_pl.storage.rotation_file import read_rotations, require_rotations_of
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
@@ -209,7 +209,7 @@ def figures(
         validation_rows: the store's last rows, on which everything is measured.
         overwrite: replace `out` if it exists.
     """
-    refuse_existing(out, overwrite)
+    refuse_finished(out, overwrite)
     activations, learned = ActivationStore(store), read_rotations(rotations)
     config = config_of(model or activations.origin.model)
     require_rotations_of(config, learned, f"rotations {rotations}")

@@ -16,7 +16,7 @@ from kurtail_pl.storage.card import read_card
 from kurtail_pl.storage.files import (
     gigabytes,
     new_folder,
-    refuse_existing,
+    refuse_finished,
     require_space,
     sha256_of,
     write_json,
@@ -48,7 +48,7 @@ def export(artefact: Path, out: Path, exporter: Exporter, check: bool | None = N
         DiskFull: when the export does not fit.
         UnsupportedArchitecture: when the exporter does not know the family, or a part of it.
     """
-    refuse_existing(out, overwrite)
+    refuse_finished(out, overwrite)
     source = Source(artefact)
     if reason := exporter.refuses(source):
         raise ConfigError(reason)

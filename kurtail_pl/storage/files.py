@@ -98,6 +98,14 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise ArtefactError(f"{folder} exists; pass --overwrite to replace it, or name another folder")
 
 
+def refuse_finished(folder: Path, overwrite: bool) -> None:
+    """`refuse_existing`, before anything is read; the lock goes of a process that was killed when all was done."""
+    if folder.is_dir():
+        with alone_with(folder):
+            pass
+    refuse_existing(folder, overwrite)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A file that appears whole or not at all.

@@ -234,3 +234,13 @@ def test_who_may_read_other_files_may_read_tensors(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     files.write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
     assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_the_lock_of_who_was_killed_at_the_end_goes(tmp_path: Path) -> None:
+    write_new(tmp_path / "artefact", overwrite=False, text="all")
+    (tmp_path / ".artefact.lock").touch()
+    with pytest.raises(ArtefactError, match="exists; pass --overwrite"):
+        files.refuse_finished(tmp_path / "artefact", overwrite=False)
+    files.refuse_finished(tmp_path / "artefact", overwrite=True)
+    files.refuse_finished(tmp_path / "nowhere" / "other", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["artefact"]
