@@ -7,7 +7,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,6 +101,10 @@ class Quantizer:
             raise ConfigError(f"bits is {self.bits}; a quantizer has 2 to 8 bits (16 turns quantization off)")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group_size is {self.group_size}; give a positive number of channels or null")
+
+    def clipped(self, ratio: float) -> Quantizer:
+        """The same with a ratio as its clip."""
+        return replace(self, clip=Clip(amount=ratio))
 
     @property
     def code_range(self) -> tuple[int, int]:

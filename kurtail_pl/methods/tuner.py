@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import Method
 from kurtail_pl.methods.rounder import Moments, Rounder
@@ -48,7 +48,7 @@ class Site:
     def clip(self, ratio: float) -> dict[str, float]:
         """Give the quantizer a clip ratio; returns it by the quantizer's places in the layer, as cards have it."""
         assert self.quantizer is not None
-        self.quantizer = replace(self.quantizer, clip=Clip(amount=ratio))
+        self.quantizer = self.quantizer.clipped(ratio)
         return {f"{name}.{self.part}": ratio for name in self.modules}
 
 

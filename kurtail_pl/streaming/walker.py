@@ -132,9 +132,10 @@ class Walker:
         shape = *windows.shape, int(self.checkpoint.config.hidden_size)
         hidden = HiddenStates(work, shape, self.dtype, self.device, name)
         if not work.done:
-            embedding = self.embedding()
-            hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
-            embedding.to("meta")
+            if len(windows):
+                embedding = self.embedding()
+                hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
+                embedding.to("meta")
             work.finished(0)
         return hidden
 

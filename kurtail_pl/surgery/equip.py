@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import CheckpointError, ConfigError, KurtailError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Clip, Grid, Quantizer, require_groups
+from kurtail_pl.maths.quantizers import Grid, Quantizer, require_groups
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
@@ -167,7 +166,7 @@ def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
         quantizer = getattr(modules.get(name), part, None)
         if not isinstance(quantizer, Quantizer):
             raise ConfigError(f"clips name {shortened(repr(site), 60)}, where no quantizer is; make the artefact again")
-        setattr(modules[name], part, replace(quantizer, clip=Clip(amount=ratio)))
+        setattr(modules[name], part, quantizer.clipped(ratio))
 
 
 def unpacked_bytes(model: PreTrainedModel) -> int:

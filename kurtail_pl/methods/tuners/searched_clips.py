@@ -6,7 +6,7 @@ The change of each token counts relative to that token: by plain squares, the fe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Block, ClipTuner, Part, Reader, Site, States, Tuning, relative, require_clipped
 
@@ -75,7 +75,7 @@ class _Search(Tuning):
             exact = readers[0].turn(x)
             written = F.linear(exact, weight)
             for number, ratio in enumerate(RATIOS):
-                change = fake_quantize(exact, _clipped(quantizer, ratio)) - exact
+                change = fake_quantize(exact, quantizer.clipped(ratio)) - exact
                 errors[number] += relative(F.linear(change, weight), written)
         self.ratios |= site.clip(self._best(errors))
 
@@ -118,11 +118,7 @@ def _errors(
     """How far what is written is from the exact, for each ratio of a site that is float before and after."""
     errors = torch.zeros(len(RATIOS), dtype=torch.float64)
     for number, ratio in enumerate(RATIOS):
-        site.quantizer = _clipped(quantizer, ratio)
+        site.quantizer = quantizer.clipped(ratio)
         errors[number] = sum(relative(y - e, e).item() for y, e in zip(written(), exact, strict=True))
     site.quantizer = None
     return errors
-
-
-def _clipped(quantizer: Quantizer, ratio: float) -> Quantizer:
-    return replace(quantizer, clip=Clip(amount=ratio))

@@ -22,13 +22,12 @@ from kurtail_pl.stages.quantization.prefix import prefix_states
 from kurtail_pl.stages.quantization.spec import QuantizeSpec
 from kurtail_pl.stages.text import Windows
 from kurtail_pl.stages.versions import versions
-from kurtail_pl.storage.card import rotations_of, write_card
+from kurtail_pl.storage.card import write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.mark import write_config
 from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import write_rotations
-from kurtail_pl.streaming.compute import Compute
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.architecture import Architecture
@@ -47,33 +46,24 @@ class Rounding:
     """One pass over a fused model: solve a layer, write it.
 
     Args:
-        checkpoint: of the fused model.
+        walker: of the fused model, equipped.
+        rotations: its own.
         spec: methods.
         scheme: its scheme, bits of layers decided.
-        compute: device and floating-point type.
         ranks: the processes that share the windows.
         work: where the artefact is made.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        spec: QuantizeSpec,
-        scheme: Scheme,
-        compute: Compute,
-        ranks: Ranks,
-        work: Workplace,
+        self, walker: Walker, rotations: Rotations, spec: QuantizeSpec, scheme: Scheme, ranks: Ranks, work: Workplace
     ) -> None:
+        self.walker, self.rotations = walker, rotations
         self.spec, self.scheme, self.ranks, self.work = spec, scheme, ranks, work
-        self.rotations = rotations_of(checkpoint.folder)
-        quantized = spec.scheme if spec.quantized_activations else FLOAT
-        model = equipped(checkpoint, quantized, self.rotations)
-        self.walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
-        self.float_model = equipped(checkpoint, FLOAT, self.rotations) if spec.needs_float_model else None
-        self.solver = LayerSolver(self.walker, spec.scheme, spec.rounder, spec.matching, ranks, spec.by_attention)
+        self.float_model = equipped(walker.checkpoint, FLOAT, rotations) if spec.needs_float_model else None
+        self.solver = LayerSolver(walker, spec.scheme, spec.rounder, spec.matching, ranks, spec.by_attention)
         self.solver.notes.update(work.state.get("notes", {}))
         self.clips: list[dict[str, float]] = list(work.state.get("clips", []))
-        self.shards = ShardWriter(work.folder, work.scratch, parts=self.walker.n_layers + 2)
+        self.shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
 
     @torch.no_grad()
     def run(self, text: Windows | None, own_text: Windows | None, meter: Meter) -> None:

@@ -21,6 +21,7 @@ from kurtail_pl.storage.files import require_space
 from kurtail_pl.storage.keys import folder_sha256, settings_key
 from kurtail_pl.storage.resume import resumable_folder
 from kurtail_pl.streaming.compute import AUTO, Compute
+from kurtail_pl.streaming.walker import Walker
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ def quantize(
     checkpoint = Checkpoint(fused)
     require_fit(checkpoint.config, spec)
     text, own_text = calibration_windows(checkpoint, spec), tuning_windows(checkpoint, spec)
+    rotations = rotations_of(fused)
+    model = equipped(checkpoint, spec.scheme if spec.quantized_activations else FLOAT, rotations)
+    walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     # The weights and the parts that they are joined from.
-    require_space(folder, 2 * stored_bytes(equipped(checkpoint, FLOAT, rotations_of(fused)), spec.scheme))
+    require_space(folder, 2 * stored_bytes(model, spec.scheme))
     recipe = {
         "fused_sha256": folder_sha256(fused),
         "quantize": settings_key(spec),
@@ -72,7 +76,7 @@ def quantize(
             if spec.bits is not None and scheme.weights is not None and text is not None:
                 alphas = sensitivities(checkpoint, text.tokens, spec.seed, compute, work, ranks)
                 scheme = replace(scheme, layer_bits=spec.bits.bits(scheme.weights, alphas))
-            rounding = Rounding(checkpoint, spec, scheme, compute, ranks, work)
+            rounding = Rounding(walker, rotations, spec, scheme, ranks, work)
             rounding.run(text, own_text, meter)
         if ranks.leads:
             cost = {**fused_card["cost"], "quantize": meter.to_dict()}

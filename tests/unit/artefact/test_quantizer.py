@@ -225,7 +225,7 @@ def logits_elsewhere(imports: str, name: str, place: Path, **environment: str) -
         [sys.executable, "-c", code, name, place / "logits"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    logits: Tensor = torch.load(place / "logits")
+    logits: Tensor = torch.load(place / "logits", weights_only=True)
     return logits
 
 
