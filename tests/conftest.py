@@ -69,6 +69,11 @@ def write_tiny(folder: Path, tied: bool, shard: str = "5GB") -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: one that is begun last keeps one worker busy while the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _bugs_are_raised() -> Iterator[None]:
     """A bug is raised, traceback and all, and is never an exit code that a test could take for a refusal."""
