@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": "kurtail_pl.cli.trainer:validate",
     "compare": "kurtail_pl.cli.compare:compare",
     "export": "kurtail_pl.cli.export:export",
+    "inspect": "kurtail_pl.cli.inspect:inspect",
 }
 """Verbs whose functions take the arguments as they were typed."""
 FUNCTIONS = {

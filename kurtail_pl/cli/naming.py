@@ -41,6 +41,7 @@ def made_by(settings: Settings) -> Settings:
     """The settings of a recipe that decide its artefact: not where things are put or computed, nor the model."""
     return {
         **learned_by(settings),
+        "target": settings["target"],
         "fusion": _relative(settings["fusion"], settings),
         "quantization": _relative(
             {name: value for name, value in settings["quantization"].items() if name != "out"}, settings

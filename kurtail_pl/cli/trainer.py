@@ -39,6 +39,7 @@ from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.methods.targets import TargetName
 from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,10 @@ class KurtailCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections and `--overwrite`; link the sizes."""
         parser.add_argument("--overwrite", type=bool, default=False, help="replace an existing artefact folder")
+        parser.add_argument("--target", type=TargetName, default="torch", help="runtime that the artefact is made for")
         for name, kind in SECTIONS.items():
             parser.add_lightning_class_args(kind, name)
+        parser.link_arguments("target", "quantization.target")
         for name, source in LINKED.items():
             parser.link_arguments(source, f"model.init_args.{name}", apply_on="instantiate")
 
@@ -223,6 +226,7 @@ def _plain(config: Namespace) -> Settings:
     settings: Settings = config.clone().as_dict()
     for name in LINKED:
         settings["model"].get("init_args", {}).pop(name, None)
+    settings["quantization"].pop("target", None)
     return settings
 
 

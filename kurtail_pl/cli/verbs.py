@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from kurtail_pl.errors import CheckpointError, ConfigError, StoreMismatch
+from kurtail_pl.methods.target import Online
 from kurtail_pl.stages import quantization as quantize_stage
 from kurtail_pl.stages.capture import stage as capture_stage
 from kurtail_pl.stages.evaluation.perplexity import perplexity
@@ -28,7 +29,7 @@ from kurtail_pl.storage.rotation_file import read_rotations, require_rotations_o
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
 from kurtail_pl.surgery.positions import require_positions
-from kurtail_pl.surgery.rotations import Online, Rotations, random_rotations
+from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 
 def capture(spec: capture_stage.CaptureSpec, out: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:

@@ -74,7 +74,9 @@ class KurTailModule(RotationModule):
         value_per_head: see `RotationModule`.
         objective: what R1 makes small, and how much each part of it counts.
         scheme: what the artefact will have quantized; null for the default. Where it centres the inputs of linears,
-            R1 is learned for rows whose channel means, over the tokens that are not massive, are subtracted.
+            R1 is learned for rows whose channel means, over the tokens that are not massive, are subtracted. Where its
+            cache turns values by a matrix of its own behind R2, R2 is learned for both bases: that of the cache, and
+            that which `o_proj` reads.
         method: name in artefacts and tables.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
@@ -94,14 +96,20 @@ class KurTailModule(RotationModule):
         super().__init__(sizes, rotation_seed, value_per_head, optimizer, scheduler)
         self.objective, self.method = objective, method
         self.centre = scheme is not None and scheme.centre
+        cache = None if scheme is None else scheme.cache
+        basis = None if cache is None else cache.value_basis(sizes["head_dim"])
+        self.cache = None if basis is None else cache
         self.counts: Tensor
         self.weights: Tensor
+        self.basis: Tensor | None
         self.register_buffer("counts", torch.ones(2 * sizes["layers"]), persistent=False)
         self.register_buffer("weights", torch.zeros(0), persistent=False)
+        self.register_buffer("basis", None if basis is None else basis.float(), persistent=False)
 
     def settings(self) -> dict[str, Any]:
         """What decides the learned rotations, beside the data."""
-        return {**super().settings(), "objective": asdict(self.objective), "centre": self.centre}
+        cache = None if self.cache is None else self.cache.to_dict()
+        return {**super().settings(), "objective": asdict(self.objective), "centre": self.centre, "cache": cache}
 
     def setup(self, stage: str) -> None:
         """Read from store and model, before the first step, what the settings ask for.
@@ -122,7 +130,9 @@ class KurTailModule(RotationModule):
             self.weights = rms_norm(rows, 0.0)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """What R1 is learned by, ``[2 layers]``, and the kurtosis of block inputs ``[2 layers]`` and of rotated values.
+        """What R1 is learned by, ``[2 layers]``, the kurtosis of block inputs, as many, and that of rotated values.
+
+        The last is ``[bases, layers]``, or ``[bases, layers, kv_heads]`` where each head has its R2.
 
         The RMSNorm has no weight (it is folded) and comes first: it commutes with the rotation and needs no gradient
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
@@ -134,9 +144,14 @@ class KurTailModule(RotationModule):
             losses.append(objective(rotated, mean))
             with torch.no_grad():
                 kurtoses.append(kurtosis(rotated, mean))
-        rotated = (self._values(batch["value"]) @ self.value).flatten(-2)
-        kurtosis_r2 = kurtosis(rotated, lambda x: self.over_ranks(x.mean(-1, keepdim=True))).squeeze(-1)
-        return torch.stack(losses), torch.stack(kurtoses), kurtosis_r2
+        return torch.stack(losses), torch.stack(kurtoses), self._kurtosis_r2(batch["value"])
+
+    def _kurtosis_r2(self, heads: Tensor) -> Tensor:
+        """Of values as `o_proj` reads them, and as a cache that turns them keeps them."""
+        rotated = self._values(heads) @ self.value
+        bases = [rotated] if self.basis is None else [rotated, rotated @ self.basis]
+        found = [kurtosis(x.flatten(-2), lambda x: self.over_ranks(x.mean(-1, keepdim=True))) for x in bases]
+        return torch.stack(found).squeeze(-1)
 
     def _values(self, heads: Tensor) -> Tensor:
         """What each R2 turns of values ``[layers, rows, heads, head_dim]``: the heads of a group are neighbours."""
@@ -167,7 +182,7 @@ class KurTailModule(RotationModule):
         """The mean of R1's objective over the sites as they count, Eq. 4's twin for every R2, and the weights' term."""
         with torch.autocast(self.device.type, enabled=False):
             site_losses, kurtosis_r1, kurtosis_r2 = self(batch)
-            loss_r1, loss_r2 = (site_losses * self.counts).mean(), distance_to_uniform(kurtosis_r2).sum()
+            loss_r1, loss_r2 = (site_losses * self.counts).mean(), distance_to_uniform(kurtosis_r2).mean(0).sum()
             losses = {"loss/r1": loss_r1, "loss/r2": loss_r2}
             loss: Tensor = loss_r1 + loss_r2
             if self.objective.weight_term:

@@ -18,10 +18,11 @@ from kurtail_pl.lit.datamodule import WindowDataModule
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.target import Online
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.surgery.learnable import make_learnable
-from kurtail_pl.surgery.rotations import Online, random_rotations
+from kurtail_pl.surgery.rotations import random_rotations
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from transformers import PretrainedConfig
 
 from kurtail_pl.errors import CheckpointError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
+from kurtail_pl.methods.target import ONLINE, Online
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.families import mlp_widths
-
-Online = Literal["query_key", "attention_output", "mlp_hidden"]
-"""R3, R4 and R5, which act at run time."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,11 @@ class Rotations:
             mlp_hidden=self.mlp_hidden if hidden else None,
             dense_hidden=self.dense_hidden if hidden else None,
         )
+
+    @property
+    def online(self) -> list[Online]:
+        """Those that act at run time."""
+        return [name for name in ONLINE if getattr(self, name) is not None]
 
     @property
     def any_online(self) -> bool:

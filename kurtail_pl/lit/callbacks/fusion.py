@@ -11,11 +11,11 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
+from kurtail_pl.methods.target import Online
 from kurtail_pl.stages.fusion.scales import ScaleSpec, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_windows
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
-from kurtail_pl.surgery.rotations import Online
 
 FUSED = "fused"
 

@@ -8,12 +8,14 @@ from typing import Any
 import lightning as L
 
 from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
-from kurtail_pl.lit.callbacks.order import CheckedCallback, require_before
+from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of, require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.target import ONLINE
 from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name
+from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.spec import calibration_windows, require_fit, tuning_windows
 from kurtail_pl.stages.reporting.report import REPORT
@@ -58,6 +60,9 @@ class WeightQuantization(CheckedCallback):
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse a folder that must not be replaced, groups that fit no width, and a text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
+        fusion = callback_of(trainer, Fusion)
+        if fusion is not None and module.method != UNROTATED:
+            self.spec.runtime.require_online(ONLINE if fusion.online is None else fusion.online)
         folder = self.folder(module, data)
         require_fit(data.checkpoint.config, self.spec)
         text = calibration_windows(data.checkpoint, self.spec)

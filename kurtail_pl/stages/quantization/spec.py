@@ -11,6 +11,8 @@ from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.methods import BitTuner, ClipTuner, Needs, Rounder, WeightTuner, default_rounder
 from kurtail_pl.methods.method import Method, plain
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.target import Target
+from kurtail_pl.methods.targets import TARGETS, TargetName
 from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization.prefix import require_tokens
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
@@ -35,9 +37,10 @@ class QuantizeSpec:
         by_attention: where the weight that makes values is matched and solved, let tokens count by the attention they
             get (`maths.received`): an error in the first token's value, which most others read, is else one of many.
         seed: draws the calibration windows.
+        target: the runtime that the artefact is made for: it is rounded and evaluated by its rules.
 
     Raises:
-        ConfigError: when a seed is none, or methods do not go together.
+        ConfigError: when a seed is none, methods do not go together, or the target lacks one.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -49,6 +52,7 @@ class QuantizeSpec:
     quantized_activations: bool = False
     by_attention: bool = False
     seed: int = 0
+    target: TargetName = "torch"
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
@@ -59,6 +63,12 @@ class QuantizeSpec:
             self.matching.require(self.scheme, self.quantized_activations, self.rounder)
         if self.scheme.weights is not None:
             self.rounder.require(self.scheme.weights)
+        self.runtime.require(self.scheme, self.clips)
+
+    @property
+    def runtime(self) -> Target:
+        """The target."""
+        return TARGETS[self.target]
 
     @property
     def scheme_name(self) -> str:

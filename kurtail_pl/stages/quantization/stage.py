@@ -46,7 +46,8 @@ def quantize(
             needs no windows the first does alone, and the others return at once.
 
     Raises:
-        ConfigError: when a group size does not divide the model's widths, or it does not know a token of the prefix.
+        ConfigError: when a group size does not divide the model's widths, it does not know a token of the prefix, or
+            rotations act at run time that the target does not compute.
         ArtefactError: when `fused` is not a fused model or is damaged, or the folder exists.
         TextError: when the calibration text is too short.
         DiskFull: when the artefact does not fit.
@@ -60,6 +61,7 @@ def quantize(
     require_fit(checkpoint.config, spec)
     text, own_text = calibration_windows(checkpoint, spec), tuning_windows(checkpoint, spec)
     rotations = rotations_of(fused)
+    spec.runtime.require_online(rotations.online)
     model = equipped(checkpoint, spec.scheme if spec.quantized_activations else FLOAT, rotations)
     walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     # The weights and the parts that they are joined from.

@@ -1,0 +1,1 @@
+"""What an artefact, an export or a foreign file computes with, and what each runtime makes of it."""

@@ -1,0 +1,30 @@
+"""The table that `kurtail inspect` prints."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+
+from kurtail_pl.stages.inspection.facts import FLOAT, facts_of
+from kurtail_pl.stages.inspection.runtimes import verdicts
+from kurtail_pl.stages.tables import markdown
+
+COLUMNS = ("Runtime", "Result", "Why, or what to do", "Weights", "Activations", "Cache", "Rotations")
+
+
+def inspection(path: Path) -> str:
+    """What a file holds, and a row for each runtime.
+
+    Raises:
+        ArtefactError: see `facts_of`.
+        CheckpointError: see `facts_of`.
+    """
+    facts = facts_of(path)
+    rotations = "none at run time" if not facts.online else f"{', '.join(facts.online)} at run time"
+    parts = [f"weights {facts.weights}", f"activations {facts.activations}", f"cache {facts.cache}", rotations]
+    said = [f"{path}: {facts.kind}", *(f"- {part}" for part in parts)]
+    if facts.own:
+        said.append(f"- beside the quantizers: {', '.join(facts.own)}")
+    if facts.weights == FLOAT and facts.kind == "artefact":
+        said.append("- not quantized yet: kurtail quantize --artefact does that")
+    return "\n".join([*said, "", markdown(COLUMNS, [astuple(verdict) for verdict in verdicts(facts)])])
