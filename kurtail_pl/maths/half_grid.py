@@ -27,13 +27,9 @@ def half_grid(grid: Grid) -> Grid:
     if zero_point is not None:
         bits = bits - _odd_bits(zero_point)
     mantissa, _ = torch.frexp(scale)
-    steps = (1 << bits).to(scale.dtype)
-    # A power of two, exactly: the unit of the mantissa.
-    unit = scale / mantissa
-    nearest = torch.round(mantissa * steps) * (unit / steps)
-    # Below 2^-14 float16 has the multiples of its smallest number alone.
-    held = torch.round(nearest / SMALLEST) * SMALLEST
-    return Grid(torch.where(nearest < 2.0**-14, held, nearest).clamp(SMALLEST, LARGEST), zero_point)
+    # Powers of two, exactly: the unit of the mantissa, and what one more in the last bit is worth.
+    step = (scale / mantissa / (1 << bits)).clamp(min=SMALLEST)
+    return Grid((torch.round(scale / step) * step).clamp(SMALLEST, LARGEST), zero_point)
 
 
 def _odd_bits(zero_point: Tensor) -> Tensor:

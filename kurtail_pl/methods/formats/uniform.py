@@ -29,8 +29,8 @@ class Uniform(Format):
         bits: 2 to 8.
         symmetric: without a zero point.
         group_size: inputs that share a scale; None for all of an output channel.
-        scales: numbers that scales may be: any of ``float32``, or those of ``float16``, as files of other runtimes store
-            them; with a zero point those whose product with it float16 holds too, in up to 4 bits.
+        scales: numbers that scales may be: any of ``float32``, or those of ``float16``, as files of other runtimes
+            store them; with a zero point those whose product with it float16 holds too, in up to 4 bits.
 
     Raises:
         ConfigError: naming the field, its value and what is accepted.
