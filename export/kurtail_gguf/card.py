@@ -20,8 +20,8 @@ def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> l
         f"Architecture `{description['architecture']}`, tensors: {kinds}. Codes and scales are the artefact's own.",
         "",
         "llama.cpp multiplies these weights with activations in int8, in blocks of 32 (on GPUs that have FP4, those in "
-        "FP4 with activations in FP4), and keeps the cache as it is asked to: below in 4 bits, behind a Hadamard of its "
-        "own. The perplexity that the artefact was evaluated with is that of its own quantizers.",
+        "FP4 with activations in FP4), and keeps the cache as it is asked to: below in 4 bits, behind a Hadamard of "
+        "its own. The perplexity that the artefact was evaluated with is that of its own quantizers.",
         "",
         *([f"- left out: {what}" for what in description["left_out"]] or ["Nothing of the artefact was left out."]),
         "",
@@ -48,6 +48,6 @@ def _proof(checks: Mapping[str, Any]) -> list[str]:
         *lines,
         f"llama.cpp (xllamacpp {ran['xllamacpp']}, CPU, float cache) makes the same tokens of "
         f"{ran['equal_texts']} texts. Behind {ran['equal_tokens']} of {ran['tokens']} tokens of one of them the "
-        f"likeliest is that of torch with int8 activations; its logarithms of probabilities are {ran['error']:.1e} from "
-        f"torch's (rms), which int8 activations move by {ran['int8_noise']:.1e}.",
+        f"likeliest is that of torch with int8 activations; its logarithms of probabilities are {ran['error']:.1e} "
+        f"from torch's (rms), which int8 activations move by {ran['int8_noise']:.1e}.",
     ]

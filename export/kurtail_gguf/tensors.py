@@ -148,10 +148,8 @@ def _bias(source: Source, family: Family, part: Part, order: NDArray[np.int64]) 
     """A bias; a centre that nothing subtracts is in it: ``W (x - c) + b = W x + (b - W c)``."""
     layer_part = part.name.split(".")[-1]
     if layer_part not in family.biases:
-        why = "centre: false" if source.scheme.centre else "weights of a model without it"
-        raise ConfigError(
-            f"{part.modules[0]} has a bias, which llama.cpp's {family.name} has no place for; quantize with {why}"
-        )
+        why = "quantize with scheme.centre: false" if source.scheme.centre else "use another exporter"
+        raise ConfigError(f"{part.modules[0]} has a bias, which llama.cpp's {family.name} has no place for; {why}")
     (module,) = part.modules
 
     def content() -> NDArray[Any]:

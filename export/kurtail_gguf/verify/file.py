@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
 
 from kurtail_gguf.families import KEYS, QUERIES, Family, Part, linears_of, norms_of
@@ -63,6 +63,12 @@ class Written:
             scale = self.values(f"{name.removesuffix('weight')}scale")
             values = values * scale.reshape(-1, *[1] * (values.ndim - 1)) if values.ndim > 2 else values * scale
         return self._turned(name, values)
+
+    def minima(self, name: str) -> Array:
+        """The second float16 number of each block of a Q4_1 tensor, its smallest value, ``[..., out, blocks]``."""
+        data: NDArray[np.uint8] = np.asarray(self.tensors[name].data)
+        blocks = data.reshape(*data.shape[:-1], -1, GGML_QUANT_SIZES[Kind.Q4_1][1])
+        return self._turned(name, np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0].astype(np.float32))
 
     def _turned(self, name: str, values: Array) -> Array:
         """Rows that RoPE pairs half a head apart, where the file has them beside each other."""

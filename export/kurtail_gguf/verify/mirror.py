@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
@@ -44,16 +42,28 @@ def _put(model: nn.Module, module: str, ending: str, written: Written, name: str
 
 def round_inputs(model: PreTrainedModel, source: Source, written: Written) -> None:
     """Let linears round what they read as llama.cpp does."""
-    kinds = {source.architecture.head: written.kind(HEAD)}
+    _round(model.get_submodule(source.architecture.head), written.kind(HEAD))
     for index in range(len(source.layers)):
         for part in linears_of(source, index):
-            kinds |= dict.fromkeys(part.modules, written.kind(f"{part.name}.weight"))
-    for module, kind in kinds.items():
-        model.get_submodule(module).register_forward_pre_hook(_before(half if kind == Kind.F16 else int8))
+            name = f"{part.name}.weight"
+            for number, module in enumerate(part.modules):
+                linear = model.get_submodule(module)
+                _round(linear, written.kind(name))
+                if written.kind(name) == Kind.Q4_1:
+                    minima = torch.from_numpy(written.minima(name))
+                    _sum_apart(linear, minima[number] if part.stacked else minima)
 
 
-def _before(rounded: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    return lambda module, inputs: (rounded(inputs[0]),)
+def _round(linear: nn.Module, kind: Kind) -> None:
+    rounded = half if kind == Kind.F16 else int8
+    linear.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
+
+
+def _sum_apart(linear: nn.Module, minima: Tensor) -> None:
+    """Let a linear multiply the smallest values of blocks ``[out, blocks]`` with sums of inputs that are rounded."""
+    surplus: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda module, inputs: surplus.append(lost_sums(inputs[0])), prepend=True)
+    linear.register_forward_hook(lambda module, inputs, output: output + surplus.pop() @ minima.T)
 
 
 def half(x: Tensor) -> Tensor:
@@ -63,7 +73,19 @@ def half(x: Tensor) -> Tensor:
 
 def int8(x: Tensor) -> Tensor:
     """Beside quantized weights: 127 steps up to the largest of 32 numbers, the step stored in float16."""
+    codes, step = _blocks(x)
+    return (codes * half(step)).reshape(x.shape)
+
+
+def lost_sums(x: Tensor) -> Tensor:
+    """What llama.cpp's sum of each block, ``[..., blocks]``, is too large by: it is kept in float16, beside the codes."""
+    codes, step = _blocks(x)
+    total = codes.sum(-1, keepdim=True)
+    return (half(step * total) - half(step) * total).squeeze(-1)
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[..., blocks, 32]`` and their steps ``[..., blocks, 1]``."""
     blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
-    codes = torch.round(blocks * torch.where(largest > 0, 127 / largest, 0))
-    return (codes * (largest / 127).half().float()).reshape(x.shape)
+    return torch.round(blocks * torch.where(largest > 0, 127 / largest, 0)), largest / 127
