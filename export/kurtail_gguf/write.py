@@ -109,7 +109,7 @@ def left_out(source: Source) -> list[str]:
     if source.rotations.query_key is not None:
         found.append("R3, which changes no score; llama.cpp turns a quantized cache by a Hadamard of its own")
     if scheme.activations is not None:
-        found.append(f"the quantizer of activations, {scheme.activations}; llama.cpp has int8 in blocks of 32")
+        found.append(f"activations in {scheme.activations.bits} bits; llama.cpp has int8 in blocks of 32")
     found += [f"{what} of the cache, which is llama.cpp's own" for what in cache_parts(source)]
     return found
 

@@ -78,7 +78,7 @@ def int8(x: Tensor) -> Tensor:
 
 
 def lost_sums(x: Tensor) -> Tensor:
-    """What llama.cpp's sum of each block, ``[..., blocks]``, is too large by: it is kept in float16, beside the codes."""
+    """What llama.cpp's sum of each block, ``[..., blocks]``, is too large by: it is in float16, beside the codes."""
     codes, step = _blocks(x)
     total = codes.sum(-1, keepdim=True)
     return (half(step * total) - half(step) * total).squeeze(-1)

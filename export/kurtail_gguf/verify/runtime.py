@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kurtail_pl.errors import CheckFailed, reason
@@ -52,6 +53,7 @@ class Runtime:
         parameters = package.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = CONTEXT, 1, 0
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
         parameters.warmup, parameters.verbosity, parameters.fit_params = False, -1, False
         parameters.cache_type_k = parameters.cache_type_v = package.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = package.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -49,6 +49,7 @@ def test_defaults_are_the_papers() -> None:
         Scheme(weights=Uniform(3, group_size=16), layer_bits=[2, 8]),
         Scheme(weights=Normal(3, 16), layer_bits=[2, 8]),
         Scheme(weights=NVFP4()),
+        Scheme(weights=Uniform(4, False, 32, "float16")),
     ],
 )
 def test_round_trip_through_json(scheme: Scheme) -> None:
@@ -58,7 +59,7 @@ def test_round_trip_through_json(scheme: Scheme) -> None:
 def test_plain_data_names_every_setting() -> None:
     data = Scheme(values=None).to_dict()
     assert data["values"] is None
-    settings = {"bits": 4, "symmetric": True, "group_size": None}
+    settings = {"bits": 4, "symmetric": True, "group_size": None, "scales": "float32"}
     assert data["weights"] == {"kind": "Uniform", "settings": settings}
     assert data["activations"] == {
         "bits": 4,
