@@ -13,7 +13,7 @@ from gguf import LlamaFileType, quantize
 from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 
-from kurtail_gguf.families import FUSED, KEYS, QUERIES, Family, Part, linears_of, norms_of
+from kurtail_gguf.families import KEYS, QUERIES, Family, Part, linears_of, norms_of
 from kurtail_gguf.forms import Form, float_form, form_of
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
@@ -95,8 +95,6 @@ def rows_of(source: Source, family: Family, name: str, rows: int) -> NDArray[np.
     """
     part, order = name.split(".")[-1], np.arange(rows)
     heads = {QUERIES: source.heads, KEYS: source.kv_heads}.get(part)
-    if family.neighbours and part == FUSED:
-        raise ConfigError(f"{name} holds queries and keys, whose rows llama.cpp's {family.name} has in another order")
     if not family.neighbours or heads is None:
         return order
     return order.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)

@@ -48,11 +48,10 @@ def vocabulary(source: Source) -> dict[str, Any]:
     if any(kind == "ByteLevel" for kind in _kinds(rules["pre_tokenizer"], "pretokenizers")):
         joined = [" ".join(merge) for merge in merges]
         kind: dict[str, Any] = {"model": "gpt2", "pre": _splitting(rules), "merges": joined}
-        unknown = None
     else:
-        unknown = model["unk_token"]
         kind = {"model": "llama", "add_space_prefix": _space_first(rules)} | _sentence_piece(model, merges, source)
-    keys = kind | _tokens(rules, unknown, source.config.vocab_size) | _special(tokenizer, source)
+    pieces = kind["model"] == "llama"
+    keys = kind | _tokens(rules, pieces, source.config.vocab_size) | _special(tokenizer, source)
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | _template(tokenizer)
 
 
@@ -128,25 +127,25 @@ def _sentence_piece(model: Mapping[str, Any], merges: Sequence[tuple[str, ...]],
     return {"scores": scores}
 
 
-def _tokens(rules: Mapping[str, Any], unknown: str | None, size: int) -> dict[str, Any]:
+def _tokens(rules: Mapping[str, Any], pieces: bool, size: int) -> dict[str, Any]:
     """Tokens and their types, with a place for each row of the embedding.
 
     Args:
         rules: content of ``tokenizer.json``.
-        unknown: the token for what has no other, and a sign that bytes have tokens of their own; None where neither is.
+        pieces: whether they are SentencePiece's, some of which stand for a byte, and one for what has none.
         size: rows of the embedding.
     """
     tokens, types = [f"[PAD{number}]" for number in range(size)], [int(TokenType.UNUSED)] * size
     for token, number in rules["model"]["vocab"].items():
         tokens[number], types[number] = token, int(TokenType.NORMAL)
-        if unknown is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if pieces and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             types[number] = int(TokenType.BYTE)
     for added in rules["added_tokens"]:
         number, special = added["id"], added["special"]
         if number < size:
             tokens[number] = added["content"]
             types[number] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
-            if added["content"] == unknown:
+            if pieces and added["content"] == rules["model"]["unk_token"]:
                 types[number] = int(TokenType.UNKNOWN)
     return {"tokens": tokens, "token_type": types}
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kurtail_pl.errors import CheckFailed, reason
+from kurtail_pl.errors import CheckFailed, RuntimeUnusable, reason, shortened
 
 CONTEXT = 256
 """Tokens: llama.cpp makes a multiple of this of what is asked for."""
@@ -29,11 +29,19 @@ class Likeliest(NamedTuple):
 
 
 def import_runtime() -> ModuleType | None:
-    """The package, or None where it is not installed."""
+    """The package, or None where it is not installed.
+
+    Raises:
+        RuntimeUnusable: when it is, and its library does not load.
+    """
     try:
         import xllamacpp
     except ModuleNotFoundError:
         return None
+    except ImportError as error:
+        raise RuntimeUnusable(
+            f"xllamacpp cannot be loaded ({reason(error)}); install it anew, or export with --check false"
+        ) from error
     module: ModuleType = xllamacpp
     return module
 
@@ -69,13 +77,13 @@ class Runtime:
         """Of a text, with the special tokens that stand around it."""
         body = json.dumps({"content": text, "add_special": True}).encode()
         request = Request(f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=SECONDS) as answer:
+        # The server is in this process: no proxy leads to it.
+        with build_opener(ProxyHandler({})).open(request, timeout=SECONDS) as answer:
             return [int(token) for token in json.load(answer)["tokens"]]
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The likeliest continuation of some tokens, whatever ends a text left out."""
-        answer = self._complete(prompt, count, {"temperature": 0, "ignore_eos": True, "return_tokens": True})
-        return [int(token) for token in answer["tokens"]]
+        """The likeliest continuation of some tokens; those that are bytes of a letter are not told."""
+        return [int(step["id"]) for step in self._complete(prompt, count, {"n_probs": 1, "temperature": 0})]
 
     def likeliest(self, prompt: Sequence[int], count: int, said: int) -> Likeliest:
         """The likeliest tokens behind some others.
@@ -85,13 +93,17 @@ class Runtime:
             count: how many.
             said: a token of whole letters, which is chosen: bytes that are no letter yet are not told.
         """
-        answer = self._complete(prompt, 1, {"n_probs": count, "logit_bias": [[said, 1e3]]})
-        (step,) = answer["choices"][0]["logprobs"]["content"]
+        (step,) = self._complete(prompt, 1, {"n_probs": count, "logit_bias": [[said, 1e3]]})
         top = step["top_logprobs"]
         return Likeliest(np.array([each["id"] for each in top]), np.array([each["logprob"] for each in top]))
 
-    def _complete(self, prompt: Sequence[int], count: int, options: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = self.server.handle_completions(
+    def _complete(self, prompt: Sequence[int], count: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+        answer = self.server.handle_completions(
             {"prompt": list(prompt), "n_predict": count, "cache_prompt": True, **options}
         )
-        return answer
+        if not isinstance(answer, dict) or not answer.get("choices"):
+            raise CheckFailed(
+                f"llama.cpp does not continue a text: {shortened(str(answer), 120)}; use another xllamacpp"
+            )
+        found: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"]
+        return found

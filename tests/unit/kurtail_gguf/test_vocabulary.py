@@ -99,6 +99,14 @@ def test_special_tokens_and_template(make_artefact: MakeArtefact, tmp_path: Path
     assert special == {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True}
 
 
+def test_a_second_end_of_text(make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    """As chat models have it in their generation settings."""
+    artefact = make_artefact("mistral", changes={"eos_token_id": [0, 7]})
+    folder = export(artefact, tmp_path / "gguf", GGUF(), check=False)
+    fields = GGUFReader(folder / "model.gguf").fields
+    assert [fields[f"tokenizer.ggml.{end}_token_id"].contents() for end in ("eos", "eot")] == [0, 7]
+
+
 REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "an unknown split": (lambda: trained(pre_tokenizers.Whitespace(), PLAIN), r"prepares a text by .*Whitespace"),
     "another expression": (
@@ -109,8 +117,29 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         lambda: Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")),
         "the tokenizer's model is WordLevel",
     ),
+    "other tokens around a text": (
+        lambda: _framed(sentence_piece(prefix=True)),
+        r"puts the tokens \[1, 4, .*GGUF has BOS and EOS alone",
+    ),
+    "several ranks": (lambda: _several_ranks(), "makes 'abc' at several ranks"),
     "lower case": (lambda: _lower(trained(PLAIN)), "prepares a text by .*Lowercase"),
 }
+
+
+def _framed(core: Tokenizer) -> Tokenizer:
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> <0x01> $A", special_tokens=[("<s>", 1), ("<0x01>", 4)]
+    )
+    return core
+
+
+def _several_ranks() -> Tokenizer:
+    """What is made first depends on the letters that it is made of."""
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", *"abcd", "ab", "bc", "cd", "abc"]
+    merges = [("a", "b"), ("b", "c"), ("ab", "c"), ("c", "d"), ("a", "bc")]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "\u2581")
+    return core
 
 
 def _lower(core: Tokenizer) -> Tokenizer:
