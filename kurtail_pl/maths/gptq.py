@@ -37,6 +37,9 @@ class Levels(Protocol):
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
 
+    def storable(self, grid: Grid) -> Grid:
+        """The nearest grid whose scales can be stored."""
+
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers, and what they stand for."""
 
@@ -138,8 +141,10 @@ def gptq(
     if not settings.refine:
         return solved(grid)
     error = OutputError(weight, hessian, float(damping))
-    best = _best_rows((solved(grid._replace(scale=grid.scale * ratio)) for ratio in RATIOS), error)
-    return refine(error, best, levels.code_range, settings.refine, settings.block_size)
+    scaled = (levels.storable(grid._replace(scale=grid.scale * ratio)) for ratio in RATIOS)
+    best = _best_rows(map(solved, scaled), error)
+    refined = refine(error, best, levels.code_range, settings.refine, settings.block_size)
+    return refined._replace(grid=levels.storable(refined.grid))
 
 
 def _best_rows(found: Iterator[Quantized], error: OutputError) -> Quantized:

@@ -123,6 +123,10 @@ class Quantizer:
         """Type of codes."""
         return torch.int8 if self.symmetric else torch.uint8
 
+    def storable(self, grid: Grid) -> Grid:
+        """Any grid is."""
+        return grid
+
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers, half to even, and what they stand for; both float, all arguments broadcast."""
         code = (x / scale).round_()

@@ -47,6 +47,10 @@ class Format(Method):
     def grid(self, weight: Tensor) -> Grid:
         """Scales ``[out, groups]`` that are best for a weight ``[out, in]`` when each number is rounded by itself."""
 
+    def storable(self, grid: Grid) -> Grid:
+        """The nearest grid whose scales are stored as they are; here any is."""
+        return grid
+
     @abstractmethod
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers and what they stand for, both float; all arguments broadcast."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.methods.cache import CacheFormat
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import Method
@@ -93,6 +93,16 @@ class Reader(Protocol):
         """Its weight, ``[out, in]``."""
 
 
+class Packed(Protocol):
+    """A linear as tuners see it once its weight is codes."""
+
+    weights: Format | None
+    scale: Tensor
+
+    def quantized(self) -> Quantized:
+        """Codes and grid."""
+
+
 class States(Protocol):
     """What a layer reads or writes in some windows, each ``[1, tokens, width]``."""
 
@@ -114,7 +124,7 @@ class Block(NamedTuple):
         after: where what the layer writes there goes.
         ranks: the processes that share the windows.
         device: of the layer.
-        packed: the modules whose weights are codes, with a tensor `scale`, once they are.
+        packed: the modules whose weights are codes, each a `Packed`, once they are.
     """
 
     sites: list[Site]

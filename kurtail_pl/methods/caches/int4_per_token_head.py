@@ -46,7 +46,7 @@ class Int4PerTokenHead(TurnedCache):
         return self.key_basis(head_dim)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Halves go away from zero. The grid need not hold zero: a zero point beyond it is the nearest one that does."""
+        """Halves go away from zero. Numbers of one sign only are cut off where the grid from zero on ends."""
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         # The kernel's Hadamard has no unit rows; its smallest scale is so much smaller here.
         block = x.shape[-1] & -x.shape[-1]

@@ -1,4 +1,4 @@
-"""Caches of runtimes that turn keys and values by a fixed matrix before they round them, and turn back what they read."""
+"""Caches of runtimes that turn keys and values by a fixed matrix before they round them, and undo it afterwards."""
 
 from __future__ import annotations
 
@@ -72,4 +72,4 @@ def block_hadamard(head_dim: int, block: int, seed: int | None = None) -> Tensor
         generator = torch.Generator().manual_seed(seed)
         signs = 2.0 * torch.bernoulli(torch.full((block,), 0.5), generator=generator) - 1.0
         matrix = signs.double()[:, None] * matrix
-    return torch.block_diag(*[matrix] * (head_dim // block))
+    return torch.kron(torch.eye(head_dim // block, dtype=torch.float64), matrix)

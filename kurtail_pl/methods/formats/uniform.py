@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.half_grid import half_grid
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods.cost import Cost, Sizes
@@ -26,6 +29,8 @@ class Uniform(Format):
         bits: 2 to 8.
         symmetric: without a zero point.
         group_size: inputs that share a scale; None for all of an output channel.
+        scales: numbers that scales may be: any of ``float32``, or those of ``float16``, as files of other runtimes
+            store them; with a zero point those whose product with it float16 holds too, in up to 4 bits.
 
     Raises:
         ConfigError: naming the field, its value and what is accepted.
@@ -34,6 +39,7 @@ class Uniform(Format):
     bits: int = 4
     symmetric: bool = True
     group_size: int | None = None
+    scales: Literal["float32", "float16"] = "float32"
 
     label = ""
     learnable = True
@@ -42,6 +48,11 @@ class Uniform(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.quantizer  # Which refuses bits and groups that nothing has.
+        if self.scales == "float16" and not self.symmetric and self.bits > 4:
+            raise ConfigError(
+                f"scales is float16 and the weights are asymmetric in {self.bits} bits; float16 holds a scale and its "
+                "products with zero points of up to 4 bits: write bits: 4, symmetric: true or scales: float32"
+            )
 
     @property
     def quantizer(self) -> Quantizer:
@@ -51,7 +62,8 @@ class Uniform(Format):
     def sentence(self) -> str:
         """Bits, symmetry and groups."""
         what = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.bits}-bit integers, {what}, {self.groups}"
+        scales = "" if self.scales == "float32" else f", scales in {self.scales}"
+        return f"{self.bits}-bit integers, {what}, {self.groups}{scales}"
 
     def cost(self, sizes: Sizes) -> Cost:
         """The search of its grid."""
@@ -59,7 +71,11 @@ class Uniform(Format):
 
     def grid(self, weight: Tensor) -> Grid:
         """By the search."""
-        return search_grid(weight, self.quantizer)
+        return self.storable(search_grid(weight, self.quantizer))
+
+    def storable(self, grid: Grid) -> Grid:
+        """By `scales`."""
+        return grid if self.scales == "float32" else half_grid(grid)
 
     def nearest(self, weight: Tensor) -> Quantized:
         """On that grid."""

@@ -24,6 +24,7 @@ class FloatZero(Uniform):
         bits: 2 to 8.
         symmetric: must be false.
         group_size: inputs that share a scale and a zero point; None for all of an output channel.
+        scales: must be float32: float16 would not hold what these zero points make of them.
 
     Raises:
         ConfigError: naming the field, its value and what is accepted.
@@ -39,6 +40,11 @@ class FloatZero(Uniform):
         super().__post_init__()
         if self.symmetric:
             raise ConfigError("weights.symmetric is true; a zero point that is any number is for asymmetric weights")
+        if self.scales != "float32":
+            raise ConfigError(
+                f"weights.scales is {self.scales}, which does not hold the products of scales and zero points that are "
+                "any number; write scales: float32, or class_path: kurtail_pl.methods.Uniform"
+            )
 
     def sentence(self) -> str:
         """With its zero points."""

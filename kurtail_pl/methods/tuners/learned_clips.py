@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import LearnedClip
 from kurtail_pl.methods.cost import FLOAT32, KEPT_HIDDEN, KEPT_WIDE, Cost, Sizes
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.methods.tuner import Block, ClipTuner, Site, Tuning, in_float, relative, require_clipped
+from kurtail_pl.methods.tuner import Block, ClipTuner, Packed, Site, Tuning, in_float, relative, require_clipped
 
 Learned = Literal["activations", "keys", "values", "weights"]
 BATCH = 4
@@ -136,6 +136,9 @@ class _Training(Tuning):
             scale = module.scale
             parametrize.remove_parametrizations(module, "scale", leave_parametrized=False)
             module.scale = scale
+            packed = cast(Packed, module)
+            assert packed.weights is not None
+            packed.scale = packed.weights.storable(packed.quantized().grid).scale
         for site, clip in zip(sites, clips, strict=True):
             self.ratios |= site.clip(clip.item())
         self.block.after.fill(self.block.run(self.block.before[window]) for window in range(len(self.block.before)))

@@ -1,4 +1,4 @@
-"""Nobody but methods, the forms of ONNX and the tests names a method: a new one is a file of its own.
+"""Nobody but methods, the forms of exports and the tests names a method: a new one is a file of its own.
 
 Nobody but its package names an exporter.
 """
@@ -16,7 +16,8 @@ from kurtail_pl.methods.method import Method
 
 SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, ClipTuner, BitTuner, WeightTuner]
 ROOT = Path(__file__).resolve().parents[3]
-ALLOWED = (ROOT / "kurtail_pl" / "methods", ROOT / "export" / "kurtail_onnx" / "forms.py")
+FORMS = tuple(ROOT / "export" / package / "forms.py" for package in ("kurtail_onnx", "kurtail_gguf"))
+ALLOWED = (ROOT / "kurtail_pl" / "methods", *FORMS)
 SOURCES = [path for folder in ("kurtail_pl", "export") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES = [path for path in SOURCES if not any(path.is_relative_to(allowed) for allowed in ALLOWED)]
 
@@ -52,7 +53,7 @@ def test_no_file_names_a_method() -> None:
 
 def test_no_other_package_names_an_exporter() -> None:
     declared = exporters()
-    assert "onnx" in declared
+    assert {"gguf", "onnx"} <= set(declared)
     assert len(SOURCES) > 150
     for point in declared.values():
         package = point.module.split(".")[0]

@@ -1,5 +1,6 @@
 """Rounders: what they ask for, what they refuse, and the output error that they leave, in float64."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ NOTHING = Moments(None, None)
 SIZES = Sizes(layers=1, hidden=8, widest=8, wide=64, stack=64, layer=64, active=64, attention=8, embedding=80, stored=4)
 FORMATS: list[Format] = [
     Normal(2), Normal(3), Normal(4), Normal(4, 16), Uniform(3), Uniform(4, False, group_size=16),
-    FloatZero(3, group_size=16), MXFP4(), NVFP4(),
+    FloatZero(3, group_size=16), MXFP4(), NVFP4(), Uniform(4, False, 16, "float16"),
 ]  # fmt: skip
 
 
@@ -59,6 +60,33 @@ def test_refinement_lowers_the_error(weights: Format) -> None:
     plain, refined = (output_error(GPTQ(refine=n), weights, weight, hessian) for n in (0, 3))
     assert refined < 0.95 * plain
     GPTQ(refine=1).require(weights)
+
+
+@pytest.mark.parametrize("rounder", [RTN(), GPTQ(), GPTQ(refine=3)], ids=str)
+@pytest.mark.parametrize(
+    "weights", [Uniform(3, scales="float16"), Uniform(4, False, 16, "float16"), Uniform(8, scales="float16")], ids=str
+)
+def test_whoever_sets_scales_keeps_them_to_float16(weights: Uniform, rounder: Rounder) -> None:
+    """And loses next to nothing: a scale is off by 2^-8 at most, which is a quarter of the step of the search."""
+    weight, hessian = problem()
+    scale, zero_point = rounder.codes(weight, weights, Moments(hessian, None)).grid
+    held = [scale] if zero_point is None else [scale, scale * zero_point]
+    assert all(torch.equal(each.half().float(), each) for each in held)
+    plain = output_error(rounder, replace(weights, scales="float32"), weight, hessian)
+    assert output_error(rounder, weights, weight, hessian) < 1.1 * plain
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Uniform(5, False, scales="float16"), "scales is float16 and the weights are asymmetric in 5 bits"),
+        (lambda: FloatZero(scales="float16"), "weights.scales is float16, .*; write scales: float32"),
+        (lambda: Uniform(scales="float8"), "scales is 'float8': Input should be 'float32' or 'float16'"),  # type: ignore[arg-type]
+    ],
+)
+def test_scales_that_cannot_be_kept_so_are_refused(make: Callable[[], Format], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("weights", [Normal(), NVFP4(), MXFP4()], ids=str)

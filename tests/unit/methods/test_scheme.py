@@ -50,6 +50,7 @@ def test_defaults_are_the_papers() -> None:
         Scheme(weights=Uniform(3, group_size=16), layer_bits=[2, 8]),
         Scheme(weights=Normal(3, 16), layer_bits=[2, 8]),
         Scheme(weights=NVFP4()),
+        Scheme(weights=Uniform(4, False, 32, "float16")),
     ],
 )
 def test_round_trip_through_json(scheme: Scheme) -> None:
@@ -61,7 +62,7 @@ def test_plain_data_names_every_setting() -> None:
     assert data["cache"]["kind"] == "PerTokenHead"
     assert data["cache"]["settings"]["values"] is None
     assert Scheme(cache=None).to_dict()["cache"] is None
-    settings = {"bits": 4, "symmetric": True, "group_size": None}
+    settings = {"bits": 4, "symmetric": True, "group_size": None, "scales": "float32"}
     assert data["weights"] == {"kind": "Uniform", "settings": settings}
     assert data["activations"] == {
         "bits": 4,

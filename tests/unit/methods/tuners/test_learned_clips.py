@@ -111,7 +111,15 @@ def test_the_cache_learns_too(fused: Path, text: TextSpec, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("weights", "rounder"), [(Uniform(3), RTN()), (Uniform(3), GPTQ()), (Normal(3), RTN()), (Normal(3), GPTQ())]
+    ("weights", "rounder"),
+    [
+        (Uniform(3), RTN()),
+        (Uniform(3), GPTQ()),
+        (Normal(3), RTN()),
+        (Normal(3), GPTQ()),
+        (Uniform(3, scales="float16"), RTN()),
+        (Uniform(3, False, scales="float16"), RTN()),
+    ],
 )
 def test_scales_learn_and_codes_stay(
     fused: Path, text: TextSpec, tmp_path: Path, weights: Format, rounder: Rounder
@@ -128,6 +136,11 @@ def test_scales_learn_and_codes_stay(
         name.rpartition(".")[2] for name in one if "layers.0" in name and not torch.equal(one[name], other[name])
     }
     assert changed == {"scale"}
+    if isinstance(weights, Uniform) and weights.scales == "float16":
+        for name in (name for name in one if name.endswith(".scale")):
+            zeros = one.get(name.replace(".scale", ".zero_point"), torch.ones(1))
+            for held in (one[name], one[name] * zeros):
+                assert torch.equal(held.half().float(), held)
 
 
 def test_steps_of_no_size_change_nothing(fused: Path, text: TextSpec, tmp_path: Path) -> None:

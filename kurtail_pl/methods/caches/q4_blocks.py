@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.quantizers import split_groups
 from kurtail_pl.methods.caches.turned import TurnedCache, block_hadamard
 
 BLOCK = 32
@@ -18,7 +19,7 @@ TURNED = 64
 
 
 @dataclass(frozen=True)
-class Q4_0Cache(TurnedCache):
+class Q4Blocks(TurnedCache):
     """Codes of 4 bits in blocks of 32, whose number of largest magnitude is the code -8 exactly.
 
     Read in llama.cpp: `quantize_row_q4_0_ref` in ggml/src/ggml-quants.c, and src/llama-kv-cache.cpp.
@@ -48,9 +49,9 @@ class Q4_0Cache(TurnedCache):
 
     def rounded(self, x: Tensor) -> Tensor:
         """By blocks; the scale that is read is a float16."""
-        blocks = x.unflatten(-1, (-1, BLOCK))
+        blocks = split_groups(x, BLOCK)
         largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
         scale = largest / -8
         inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
         codes = torch.trunc(blocks * inverse + 8.5).clamp(0, 15)
-        return ((codes - 8) * scale.half().float()).flatten(-2)
+        return ((codes - 8) * scale.half().float()).reshape(x.shape)

@@ -1,0 +1,1 @@
+"""An artefact as a GGUF file for llama.cpp."""
