@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+GPUS = {4: "up to 8.9 (A100, L40S, RTX 3090 and 4090)", 8: "up to 9.0 (A100, H100, RTX 4090) and 12.0 (RTX 5090)"}
+"""vLLM takes activations of few bits on these alone (`utils/humming/schema.py`, `check_and_fallback_input_schema`)."""
+
 
 def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> list[str]:
     """Lines about what was proven, how the folder is run, and who reads it wrongly.
@@ -55,9 +58,12 @@ def _activations(description: Mapping[str, Any]) -> list[str]:
         *lines,
         "```",
         "",
-        "Without that option it chooses another kernel and leaves activations float, without a word. vLLM 0.32 "
-        "computes with 4-bit activations on GPUs of compute capability 8.0 to 8.9 (A100, L40S, RTX 3090 and 4090); on "
-        "newer ones it takes 8 bits instead, or leaves them float, and says nothing.",
+        "Without that option it chooses another kernel and leaves activations float, without a word.",
+        *(
+            f"vLLM 0.32 computes with activations of {bits} bits on GPUs of compute capability {GPUS[bits]}; on others "
+            "it takes more bits or leaves them float, and says nothing."
+            for bits in sorted({form["activations"]["bits"] for form in description["forms"]})
+        ),
         "",
     ]
 
@@ -95,4 +101,9 @@ def _others(description: Mapping[str, Any]) -> list[str]:
         ]
     if description["log_lines"]:
         return ["transformers simulates the quantized activations; SGLang and llama.cpp's converter leave them float."]
+    if not all(form["weights"]["symmetric"] for form in description["forms"]):
+        return [
+            "transformers 5.23 loads packed zero points only with "
+            "`quantization_config=CompressedTensorsConfig(dequantize=True)`."
+        ]
     return ["transformers, SGLang and llama.cpp's converter read this folder too."]

@@ -17,6 +17,7 @@ from compressed_tensors.quantization import (
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.layout import checkpoint_name
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_vllm.forms import integers_of
@@ -45,6 +46,11 @@ def linears_of(source: Source) -> Iterator[tuple[str, QuantizedLinear]]:
             yield f"{source.layer_name(index)}.{name}", cast(QuantizedLinear, layer.get_submodule(name))
 
 
+def place_of(linear: str, architecture: Architecture) -> str:
+    """Name in checkpoints of a linear that our modules call so."""
+    return checkpoint_name(f"{linear}.weight", architecture).removesuffix(".weight")
+
+
 def form_of(linear: QuantizedLinear, activations: Activations) -> Form:
     """The form of a linear whose weights have one."""
     assert linear.weights is not None
@@ -61,7 +67,7 @@ def quantization_config(source: Source, activations: Activations) -> dict[str, A
     """
     groups: dict[Form, list[str]] = {}
     for name, linear in linears_of(source):
-        groups.setdefault(form_of(linear, activations), []).append(checkpoint_name(name, source.architecture))
+        groups.setdefault(form_of(linear, activations), []).append(place_of(name, source.architecture))
     config = QuantizationConfig(
         config_groups={
             f"group_{number}": QuantizationScheme(

@@ -1,7 +1,7 @@
 """What vLLM does not compute: each subject has its function, which names the setting to change.
 
 Read in vLLM 0.32, `vllm/model_executor/layers/quantization/`: `compressed_tensors/` chooses a kernel for each layer,
-and `utils/humming/` has the rules of the only one that multiplies by quantized activations.
+and `utils/humming/` has the rules of the only one that multiplies by quantized activations, humming-kernels (0.1.19).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kurtail_pl.artefact.source import Source
-from kurtail_pl.maths.quantizers import Clip
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_vllm.cache import not_in_the_cache
 from kurtail_vllm.forms import integers_of
@@ -17,12 +16,12 @@ from kurtail_vllm.groups import Activations, Form, form_of, linears_of
 from kurtail_vllm.transforms import transforms_of
 
 BITS = (4, 8)
-INPUTS, OUTPUTS, SMALLEST_GROUP = 128, 64, 64
-"""Humming multiplies by quantized activations in steps of so many inputs and outputs, with groups no smaller."""
+INPUT_BITS, OUTPUTS, SMALLEST_GROUP = 128, 8, 64
+"""Of the inputs and outputs that the kernel fills up to whole tiles, and the inputs of a group
+(`humming/kernel/humming.py`, `humming/schema/humming.py`)."""
 WORD = 32
 NONE = "--to.activations none"
 FLOAT = f"or export with {NONE}"
-UNCLIPPED = Clip()
 
 
 def reasons(source: Source, dtype: str, activations: Activations) -> Iterator[str]:
@@ -109,14 +108,17 @@ def _quantizers(name: str, form: Form, searched: bool) -> Iterator[str]:
         yield f"activations have {activations.bits} bits; vLLM has 4 and 8: quantize with those, {FLOAT}"
     if not activations.symmetric:
         yield f"activations have zero points; vLLM has none: quantize with activations.symmetric: true, {FLOAT}"
-    if activations.clip != UNCLIPPED:
+    if activations.clip.amount != 1:
         setting = "clips: null and activations.clip.amount" if searched else "activations.clip.amount"
         yield (
             f"{name} clips activations at the {activations.clip}; vLLM's grid ends at the largest magnitude: quantize "
             f"with {setting}: 1.0, {FLOAT}"
         )
-    if not weights.symmetric:
-        yield f"weights have zero points beside quantized activations: quantize with weights.symmetric: true, {FLOAT}"
+    if not weights.symmetric and weights.bits == activations.bits:
+        yield (
+            f"weights have zero points and {weights.bits} bits, as activations have, which vLLM does not multiply: "
+            f"quantize with weights.symmetric: true, {FLOAT}"
+        )
     if weights.bits > activations.bits:
         yield (
             f"{name} has weights of {weights.bits} bits and activations of {activations.bits}, which vLLM does not "
@@ -127,23 +129,28 @@ def _quantizers(name: str, form: Form, searched: bool) -> Iterator[str]:
 def _sizes(name: str, form: Form, linear: QuantizedLinear) -> Iterator[str]:
     """Widths and groups that its kernel does not take."""
     assert form.activations is not None
-    if linear.in_features % INPUTS or linear.out_features % OUTPUTS:
+    weights, activations, bits = form.weights.group_size, form.activations.group_size, form.activations.bits
+    if linear.in_features % (INPUT_BITS // bits) or linear.out_features % OUTPUTS:
         yield (
-            f"{name} is {linear.out_features} x {linear.in_features}; vLLM's kernel for quantized activations takes "
-            f"multiples of {OUTPUTS} x {INPUTS}: export with {NONE}"
+            f"{name} is {linear.out_features} x {linear.in_features}; vLLM's kernel for activations of {bits} bits "
+            f"takes multiples of {OUTPUTS} x {INPUT_BITS // bits}: export with {NONE}"
         )
-    groups = {"weights": form.weights.group_size, "activations": form.activations.group_size}
-    sizes = {size for size in groups.values() if size is not None}
-    for part, size in groups.items():
-        if size is not None and size < SMALLEST_GROUP:
-            yield (
-                f"{name} has {part} in groups of {size}; vLLM's kernel for quantized activations takes groups of "
-                f"{SMALLEST_GROUP} and more: quantize with {part}.group_size: null and attention_output: token, {FLOAT}"
-            )
-    if len(sizes) > 1:
-        yield f"{name} has groups of {sorted(sizes)}: quantize weights and activations with one group_size, {FLOAT}"
-    if sizes and form.activations.bits == 8:
+    sizes = [size for size in (weights, activations) if size is not None]
+    if sizes and bits == 8:
         yield (
-            f"{name} has groups of {sorted(sizes)} beside activations of 8 bits, which vLLM then leaves float: "
-            f"quantize with group_size: null and attention_output: token, {FLOAT}"
+            f"{name} has groups of {sizes[0]} and activations of 8 bits, which vLLM leaves float then: quantize with "
+            f"group_size: null and attention_output: token, {FLOAT}"
+        )
+    if sizes and min(sizes) < SMALLEST_GROUP:
+        yield (
+            f"{name} has groups of {min(sizes)}; vLLM's kernel for quantized activations takes {SMALLEST_GROUP} and "
+            f"more: quantize with group_size: null and attention_output: token, {FLOAT}"
+        )
+    if weights is not None and activations != weights:
+        # It makes scales of groups whole numbers up to 1024, unless each group has a scale of the inputs beside it
+        # (`humming/transform.py`, `process_int_weight_scale`).
+        yield (
+            f"{name} has weights in groups of {weights} and activations in {activations or 'none'}, and vLLM rounds "
+            f"the weights' scales then: quantize with weights.group_size: null, or activations.group_size: {weights}, "
+            f"{FLOAT}"
         )

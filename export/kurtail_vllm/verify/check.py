@@ -11,6 +11,7 @@ import compressed_tensors
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.stages.export import small_enough
 from kurtail_vllm.exporter import VLLM
+from kurtail_vllm.groups import form_of, linears_of
 from kurtail_vllm.transforms import transforms_of
 from kurtail_vllm.verify.codes import compare_codes
 from kurtail_vllm.verify.folder import Served
@@ -37,9 +38,14 @@ def check(source: Source, spec: VLLM, folder: Path) -> dict[str, Any]:
         "codes": asdict(compare_codes(source, served, spec.torch_dtype)),
         "mirror": compare_logits(source, spec, served),
     }
-    # transformers holds experts in stacks, for which it has no packed form, and the whole model in memory.
-    mixture = any(source.architecture.has_experts(layer) for layer in source.layers)
-    floats = spec.activations == "none" or source.scheme.activations is None
-    if floats and not mixture and not transforms_of(source) and small_enough(folder):
+    if _is_for_transformers(source, spec) and small_enough(folder):  # Which takes the whole model in memory.
         checks["transformers"] = compare_tokens(source, spec, str(folder))
     return checks
+
+
+def _is_for_transformers(source: Source, spec: VLLM) -> bool:
+    """Whether transformers computes the same: it leaves transforms out, and loads no packed experts or zero points."""
+    mixture = any(source.architecture.has_experts(layer) for layer in source.layers)
+    forms = [form_of(linear, spec.activations) for _, linear in linears_of(source)]
+    plain = all(form.activations is None and form.weights.symmetric for form in forms)
+    return plain and not mixture and not transforms_of(source)

@@ -14,6 +14,7 @@ from kurtail_pl.errors import CheckFailed
 from kurtail_pl.maths.quantizers import Quantized
 from kurtail_pl.surgery.layout import checkpoint_name, module_state
 from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_vllm.groups import place_of
 from kurtail_vllm.tensors import UNUSED
 from kurtail_vllm.verify.folder import Served
 
@@ -55,7 +56,7 @@ def compare_codes(source: Source, served: Served, dtype: torch.dtype) -> Equal:
             buffers = linear.weights.buffers(linear.out_features, linear.in_features)
             stored = {key: state.pop(f"{name}.{key}") for key in buffers}
             quantized = linear.weights.unpack(stored, linear.in_features)
-            place = checkpoint_name(f"{prefix}.{name}", architecture)
+            place = place_of(f"{prefix}.{name}", architecture)
             seen |= _compare_linear(served, place, linear, quantized, equal)
         for name, tensor in state.items():
             if name.rpartition(".")[2] not in UNUSED:

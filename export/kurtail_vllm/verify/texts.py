@@ -6,6 +6,8 @@ where a value is rounded shall not depend on the order of a sum. Neither quantiz
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,10 +21,11 @@ from kurtail_pl.errors import CheckFailed
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, layers_of
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
-from kurtail_pl.surgery.layout import checkpoint_name, module_name
+from kurtail_pl.surgery.layout import module_name
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.positions import steady_positions
 from kurtail_vllm.exporter import VLLM
+from kurtail_vllm.groups import place_of
 from kurtail_vllm.transforms import Transform, transforms_of
 from kurtail_vllm.verify.folder import Served
 from kurtail_vllm.verify.mirror import MirrorLinear
@@ -75,13 +78,12 @@ def compare_logits(source: Source, spec: VLLM, served: Served) -> dict[str, Any]
         for hidden, model in ((expected, layer), (found, mirrors[index])):
             hidden[:] = [cast(Any, model)(states, **walker.positions(layer, states)) for states in hidden]
         mirrors[index] = nn.Identity()
-    norm, head = (_rounded(module, spec.torch_dtype) for module in walker.head())
+    _, head = (_rounded(module, spec.torch_dtype) for module in walker.head())
     use_exact_norm(walker.model, architecture.final_norm, eps)
-    del norm
-    last = walker.model.get_submodule(architecture.final_norm)
+    norm = walker.model.get_submodule(architecture.final_norm)
     weight = served.tensor(f"{architecture.head}.weight").double()
     gain = served.tensor(f"{architecture.final_norm}.weight").double()
-    wanted = torch.cat([cast(Tensor, head(last(states))) for states in expected])
+    wanted = torch.cat([cast(Tensor, head(norm(states))) for states in expected])
     given = torch.cat([nn.functional.rms_norm(states, gain.shape, gain, eps) @ weight.T for states in found])
     error = float((given - wanted).abs().max() / wanted.abs().max())
     if not error <= LOGITS:
@@ -129,7 +131,7 @@ def _fill(layer: nn.Module, source: Source, served: Served, index: int) -> None:
     architecture, prefix = source.architecture, source.layer_name(index)
     linears = architecture.linears(layer)
     for name in linears:
-        layer.set_submodule(name, MirrorLinear(served, checkpoint_name(f"{prefix}.{name}", architecture)))
+        layer.set_submodule(name, MirrorLinear(served, place_of(f"{prefix}.{name}", architecture)))
     names = {module_name(name, architecture): name for name in served.names if name.startswith(f"{prefix}.")}
     inner = {name.removeprefix(f"{prefix}."): place for name, place in names.items()}
     rest = {
@@ -153,9 +155,10 @@ def compare_tokens(source: Source, spec: VLLM, folder: str) -> dict[str, Any]:
     for module in reference.modules():
         if isinstance(module, QuantizedLinear):
             module.activations = None
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(source.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(1))
-    wanted, given = (_greedy(each, ids) for each in (reference, model))
+    with redirect_stderr(StringIO()):  # Progress of two libraries, while it is loaded and at its first call.
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        wanted, given = (_greedy(each, ids) for each in (reference, model))
     logits, error = reference(wanted).logits, float("inf")
     if torch.equal(wanted, given):
         error = float((model(given).logits - logits).abs().max() / logits.abs().max())
