@@ -18,10 +18,7 @@ def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> l
     """
     return [
         *([] if checks is None else [*_proof(checks), ""]),
-        "```bash",
-        " ".join(description["command"]),
-        "```",
-        "",
+        *_command(description),
         *_activations(description),
         *_cache(description),
         *_transforms(description),
@@ -44,6 +41,13 @@ def _proof(checks: Mapping[str, Any]) -> list[str]:
             "tokens.",
         ]
     return proof
+
+
+def _command(description: Mapping[str, Any]) -> list[str]:
+    command = description["command"]
+    if command is None:
+        return ["vLLM has no kernels of float32: export with `--to.dtype float16` to serve the model.", ""]
+    return ["```bash", " ".join(command), "```", ""]
 
 
 def _activations(description: Mapping[str, Any]) -> list[str]:

@@ -21,17 +21,18 @@ KERNEL = "Using HummingLinearKernel for CompressedTensorsWNA{bits}Int"
 def describe(source: Source, spec: VLLM, transforms: Sequence[Transform]) -> dict[str, Any]:
     """What is quantized, by which kernel, and what its transforms cost.
 
-    The command's folder is written FOLDER. Multiplications are those of one token, of all decoder layers.
+    The command's folder is written FOLDER; there is none for float32, of which vLLM has no kernels. Multiplications are
+    those of one token, of all decoder layers.
     """
     forms = {form_of(linear, spec.activations): None for _, linear in linears_of(source)}
     activations = sorted({form.activations.bits for form in forms if form.activations is not None})
     cache = cache_type(source.scheme)
     backend = ["--linear-backend", "humming"] if activations else []
     stored = [] if cache is None else ["--kv-cache-dtype", cache]
-    exact = ["--dtype", spec.dtype]
+    command = ["vllm", "serve", "FOLDER", "--dtype", spec.dtype, *backend, *stored]
     linears = sum(linear.in_features * linear.out_features for _, linear in linears_of(source))
     return {
-        "command": ["vllm", "serve", "FOLDER", *exact, *backend, *stored],
+        "command": None if spec.dtype == "float32" else command,
         "log_lines": [KERNEL.format(bits=bits) for bits in activations],
         "forms": [
             {"weights": _words(form.weights), "activations": None if (q := form.activations) is None else _words(q)}

@@ -23,8 +23,8 @@ class VLLM(Exporter):
     """A folder for vLLM in the layout of compressed-tensors, with the artefact's codes as they are.
 
     Args:
-        dtype: of everything that is no code, scales too: float16, bfloat16, or float32 (for transformers, and vLLM on
-            a CPU).
+        dtype: of everything that is no code, scales too: float16, bfloat16, or float32, of which vLLM has no kernels
+            and transformers has.
         activations: auto quantizes what linears read as the artefact does, none leaves it float.
     """
 
