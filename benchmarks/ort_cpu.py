@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kurtail_onnx.profiles import Profile
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.perplexity import perplexity
-from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.run.session import Device, open_session
 from kurtail_onnx.verify.kernels import time_by_part, trace
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
-from kurtail_onnx.run.profiles import PROFILES
+from kurtail_onnx.profiles import PROFILES
+from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.surgery.positions import positions_of, rotary_border
@@ -67,7 +67,7 @@ STATIC_GRIDS = {
 """How inputs of linears are quantized whose grid does not depend on the token."""
 
 
-def describe(source: Source, spec: ONNX, model: ir.Model) -> dict[str, Any]:
+def describe(source: Source, spec: Settings, model: ir.Model) -> dict[str, Any]:
     """The description of a graph.
 
     Args:
@@ -139,7 +139,7 @@ def _layout(part: CachePart) -> str:
     return f"{layout}; stored is code + {-part.quantizer.code_range[0]}" if part.quantizer.symmetric else layout
 
 
-def _quantizers(source: Source, spec: ONNX) -> dict[str, Any]:
+def _quantizers(source: Source, spec: Settings) -> dict[str, Any]:
     """Of each part of the model."""
     scheme = source.scheme
     parts = {

@@ -1,18 +1,16 @@
-"""The exporter to ONNX: precision, cache, form of the weights, and whether activations are quantized."""
+"""The exporter to ONNX: what it refuses, and where its writing and its check are found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kurtail_onnx.card import notes
 from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES
-from kurtail_onnx.graph.builder import Precision
-from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
-from kurtail_pl.artefact.exporter import Exporter
+from kurtail_onnx.graph.linear import KERNEL_BLOCK
+from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.scheme import Scheme
@@ -20,30 +18,8 @@ from kurtail_pl.methods.scheme import Scheme
 QDQ = "--to.weights qdq"
 
 
-@dataclass(frozen=True)
-class ONNX(Exporter):
-    """A graph for ONNX Runtime that says everything that the torch simulation does.
-
-    Args:
-        dtype: precision of everything that is not a code: fp32 (exact on a CPU), fp16 (for CUDA) or fp64 (equal to
-            torch over whole texts, slow, on a CPU).
-        kv: packed keeps codes in the cache, float the values they stand for (standard names and shapes, no smaller).
-        weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
-        act: qdq quantizes what linears read, none leaves it float; a centre is subtracted either way.
-    """
-
-    dtype: Precision = "fp32"
-    kv: Literal["packed", "float"] = "packed"
-    weights: WeightForm = "qdq"
-    act: Literal["qdq", "none"] = "qdq"
-
-    def activations(self, scheme: Scheme) -> Quantizer | None:
-        """Quantizer of what linears read."""
-        return scheme.activations if self.act == "qdq" else None
-
-    def output_activations(self, scheme: Scheme, head_dim: int) -> Quantizer | None:
-        """Quantizer of what the output projection reads."""
-        return scheme.output_activations(head_dim) if self.act == "qdq" else None
+class ONNX(Settings):
+    """A graph for ONNX Runtime that says everything that the torch simulation does."""
 
     def sentence(self) -> str:
         """What is written."""
@@ -56,7 +32,7 @@ class ONNX(Exporter):
         """Where a scheme cannot be said in ONNX: the quantizer, and what can."""
         return next(self._reasons(source.scheme), None)
 
-    # What writes and compares is built by these settings, and imports this file.
+    # What writes and compares needs the runtime, which help and refusals do without.
 
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         """Write ``model.onnx``, ``model.onnx.data``, the configuration and the tokenizer.

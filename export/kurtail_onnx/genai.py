@@ -6,7 +6,7 @@ from typing import Any
 
 from kurtail_onnx.describe import MODEL, eos_of
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
-from kurtail_onnx.run.profiles import PROFILES
+from kurtail_onnx.profiles import PROFILES
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.surgery.positions import steady_positions
 

@@ -9,9 +9,9 @@ from typing import Any
 import onnx_ir as ir
 
 from kurtail_onnx.describe import DATA, MODEL, describe
-from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.genai import GENAI, genai_config
 from kurtail_onnx.graph.model import build_model
+from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.stages.fusion.stage import copy_companions
 from kurtail_pl.storage.files import require_space, write_json
@@ -20,7 +20,7 @@ INLINE_BYTES = 256
 """Initializers up to this size stay in the graph's own file."""
 
 
-def write(source: Source, spec: ONNX, folder: Path) -> dict[str, Any]:
+def write(source: Source, spec: Settings, folder: Path) -> dict[str, Any]:
     """Write an ONNX model of an artefact; weights pass through memory one tensor at a time.
 
     Args:

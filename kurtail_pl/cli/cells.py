@@ -85,7 +85,7 @@ def _baseline(recipe: Recipe, hadamard: bool) -> Recipe:
         _elsewhere(settings)
         seed = settings["model"]["init_args"]["rotation_seed"]
         settings["model"] = {"class_path": FIXED, "init_args": {"hadamard": hadamard, "rotation_seed": seed}}
-        settings["fusion"] = {"scales": None, "signs": None}
+        settings["fusion"] |= {"scales": None, "signs": None}
 
     return _changed(recipe, fixed)
 

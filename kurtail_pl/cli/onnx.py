@@ -13,12 +13,12 @@ from kurtail_pl.errors import RuntimeUnusable
 from kurtail_pl.stages.text import TextSpec
 
 try:
+    from kurtail_onnx.profiles import Profile
     from kurtail_onnx.run.decoder import Decoder
     from kurtail_onnx.run.folder import Export
     from kurtail_onnx.run.generate import Sampling
     from kurtail_onnx.run.generate import generate as generate_tokens
     from kurtail_onnx.run.perplexity import perplexity
-    from kurtail_onnx.run.profiles import Profile
     from kurtail_onnx.run.session import Device, open_session
 except ModuleNotFoundError as missing:
     raise RuntimeUnusable(

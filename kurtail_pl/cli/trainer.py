@@ -53,8 +53,8 @@ SECTIONS: dict[str, type[L.Callback]] = {
 """A recipe has these sections beside model, data and trainer, here in the order in which they do their work."""
 LINKED = {
     "sizes": "data.sizes",
-    "centre": "quantization.centre",
     "scheme": "quantization.scheme",
+    "online": "fusion.online",
 }
 """These arguments of the module are never given by hand; their values come from here."""
 TEXTS = ("data.init_args.text", "fusion.scales.text", "fusion.signs.text", "quantization.text", "evaluation.text")

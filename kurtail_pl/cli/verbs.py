@@ -28,7 +28,7 @@ from kurtail_pl.storage.rotation_file import read_rotations, require_rotations_o
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
 from kurtail_pl.surgery.positions import require_positions
-from kurtail_pl.surgery.rotations import Rotations, random_rotations
+from kurtail_pl.surgery.rotations import Online, Rotations, random_rotations
 
 
 def capture(spec: capture_stage.CaptureSpec, out: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
@@ -53,6 +53,7 @@ def fuse(
     device: Device = "auto",
     scales: ScaleSpec | None = None,
     signs: SignSpec | None = None,
+    online: list[Online] | None = None,
 ) -> None:
     """Fuse rotations, learned or random, into a model's weights.
 
@@ -66,6 +67,8 @@ def fuse(
         device: auto, cpu or cuda; float64 on either.
         scales: channels to scale; null for none.
         signs: of R4 and R5, chosen among several draws; null takes them as they are.
+        online: the rotations that act at run time, of query_key (R3), attention_output (R4) and mlp_hidden (R5); null
+            for all that there are.
     """
     if (rotations is None) == (method is None):
         raise ConfigError(
@@ -81,7 +84,7 @@ def fuse(
     else:
         chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
         chosen = replace(chosen, origin={**chosen.origin, "method": method})
-    fuse_stage.fuse(checkpoint, chosen, chosen.origin["method"], out, overwrite, device, scales, signs)
+    fuse_stage.fuse(checkpoint, chosen.keeping(online), chosen.origin["method"], out, overwrite, device, scales, signs)
 
 
 def quantize(

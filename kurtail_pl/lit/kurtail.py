@@ -17,6 +17,7 @@ from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.kurtosis import Mean, distance_to_uniform, kurtosis, rms_norm
 from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.objectives import OBJECTIVES
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture.effects import block_effects
 from kurtail_pl.stages.capture.weight_rows import weight_rows
@@ -72,8 +73,8 @@ class KurTailModule(RotationModule):
         rotation_seed: see `RotationModule`.
         value_per_head: see `RotationModule`.
         objective: what R1 makes small, and how much each part of it counts.
-        centre: learn for inputs whose channel means, over the tokens that are not massive, are subtracted before they
-            are quantized (`Scheme.centre`).
+        scheme: what the artefact will have quantized; null for the default. Where it centres the inputs of linears,
+            R1 is learned for rows whose channel means, over the tokens that are not massive, are subtracted.
         method: name in artefacts and tables.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
@@ -85,13 +86,14 @@ class KurTailModule(RotationModule):
         rotation_seed: int = 0,
         value_per_head: bool = False,
         objective: Objective = PAPER,
-        centre: bool = False,
+        scheme: Scheme | None = None,
         method: str = "kurtail",
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(sizes, rotation_seed, value_per_head, optimizer, scheduler)
-        self.objective, self.method, self.centre = objective, method, centre
+        self.objective, self.method = objective, method
+        self.centre = scheme is not None and scheme.centre
         self.counts: Tensor
         self.weights: Tensor
         self.register_buffer("counts", torch.ones(2 * sizes["layers"]), persistent=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from kurtail_pl.errors import CheckpointError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.families import mlp_widths
+
+Online = Literal["query_key", "attention_output", "mlp_hidden"]
+"""R3, R4 and R5, which act at run time."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,19 @@ class Rotations:
                 f"{width} channels; give the rotations of this model"
             )
         return fits
+
+    def keeping(self, online: Collection[Online] | None) -> Rotations:
+        """These without the online rotations that are not named, R5 for MLPs of every width; None names them all."""
+        if online is None:
+            return self
+        hidden = "mlp_hidden" in online
+        return replace(
+            self,
+            query_key=self.query_key if "query_key" in online else None,
+            attention_output=self.attention_output if "attention_output" in online else None,
+            mlp_hidden=self.mlp_hidden if hidden else None,
+            dense_hidden=self.dense_hidden if hidden else None,
+        )
 
     @property
     def any_online(self) -> bool:

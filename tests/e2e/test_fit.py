@@ -17,6 +17,7 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, RotationWriter, WeightQuantization
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.surgery.rotations import OnlineHadamard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
@@ -272,3 +273,22 @@ def test_fuse_keeps_the_name_of_the_method(kurtail: Kurtail, recipe: Path) -> No
     kurtail(recipe.parent, "fuse", "--model", model, "--rotations", rotations, "--out", "alone")
     card = json.loads((recipe.parent / "alone" / "kurtail.json").read_text())
     assert card["method"] == "mine"
+
+
+def test_rotations_at_run_time_can_be_left_out(
+    kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = recipe.parent
+    kurtail(place, "fit", "--config", recipe, "--fusion.online", "[query_key]")
+    model = yaml.safe_load(recipe.read_text())["data"]["init_args"]["capture"]["model"]
+    rotations = place / "runs" / "rotations.safetensors"
+    kurtail(place, "fuse", "--model", model, "--rotations", rotations, "--online", "[query_key]", "--out", "alone")
+    (artefact,) = (place / "artifacts").glob("tied-kurtail-w4a4kv4*")
+    for folder in (artefact, place / "alone"):
+        names = {name.partition(".")[0] for name in load_file(folder / "rotations.safetensors")}
+        assert names == {"residual", "value", "query_key"}
+    loaded = kurtail_pl.load(artefact)
+    hadamards = {name.rpartition(".")[2] for name, each in loaded.named_modules() if isinstance(each, OnlineHadamard)}
+    assert hadamards == {"query_key_rotation"}
+    line = refused(kurtail, capsys, recipe, "--fusion.online", "[]", "--fusion.signs", "{candidates: 2}")
+    assert "fusion.online is []; write fusion.signs: null" in line

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from kurtail_onnx.settings import Precision
+
 OPSET, IR_VERSION = 23, 10
-Precision = Literal["fp32", "fp16", "fp64"]
 FLOATS: dict[Precision, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,

@@ -7,8 +7,6 @@ In double the first form is arithmetic: DequantizeLinear gives none.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -19,12 +17,12 @@ from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, values_of
 from kurtail_onnx.graph.weights import float_weight, initializer
+from kurtail_onnx.settings import WeightForm
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.packing import unpack_codes
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.surgery.linear import QuantizedLinear
 
-WeightForm = Literal["qdq", "matmulnbits", "integer"]
 KERNEL_DOMAIN = "com.microsoft"
 KERNEL_BLOCK = 32
 """Block of the MatMulNBits kernel; the scale of a longer run is repeated for each of its blocks."""

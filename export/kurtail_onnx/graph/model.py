@@ -7,7 +7,6 @@ from typing import cast
 import onnx_ir as ir
 from torch import Tensor
 
-from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.attention import attention
 from kurtail_onnx.graph.builder import FLOATS, GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
@@ -17,13 +16,14 @@ from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import rotary_tables
 from kurtail_onnx.graph.step import Step
 from kurtail_onnx.graph.weights import float_weight, stored_dtype, stored_weight, widened
+from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 
 
-def build_model(source: Source, spec: ONNX) -> ir.Model:
+def build_model(source: Source, spec: Settings) -> ir.Model:
     """Graph of an artefact; its weights are read when the model is saved.
 
     One graph serves prefill, chunked prefill and decoding: batch, new tokens and past tokens are dynamic.
@@ -62,7 +62,7 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
         return g.op("Add", hidden, block(step, index, normed), name="mlp_residual")
 
 
-def cache_parts(source: Source, spec: ONNX) -> tuple[CachePart, CachePart]:
+def cache_parts(source: Source, spec: Settings) -> tuple[CachePart, CachePart]:
     """How keys and values are kept."""
     packed, dtype = spec.kv == "packed", FLOATS[spec.dtype]
     quantizers = {"key": source.scheme.keys, "value": source.scheme.values}
@@ -70,7 +70,7 @@ def cache_parts(source: Source, spec: ONNX) -> tuple[CachePart, CachePart]:
     return keys, values
 
 
-def _step(g: GraphBuilder, source: Source, spec: ONNX, input_ids: ir.Value) -> Step:
+def _step(g: GraphBuilder, source: Source, spec: Settings, input_ids: ir.Value) -> Step:
     attention_mask = g.input(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total"])
     position_ids = g.input(POSITION_IDS, ir.DataType.INT64, ["batch", "tokens"])
     with g.root_scope("model"):

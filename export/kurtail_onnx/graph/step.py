@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from torch import Tensor
 
-from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows, fake_quantized, fake_quantized_on, integer_rows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.grids import GridNodes
 from kurtail_onnx.graph.linear import linear
 from kurtail_onnx.graph.weights import float_weight, initializer
+from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
 
@@ -37,7 +37,7 @@ class Step:
 
     g: GraphBuilder
     source: Source
-    spec: ONNX
+    spec: Settings
     keys: CachePart
     values: CachePart
     position_ids: ir.Value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kurtail_onnx.profiles import Profile
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
-from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.run.session import Device, open_session
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.progress import track

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from kurtail_onnx.run.profiles import PROFILES, Profile
+from kurtail_onnx.profiles import PROFILES, Profile
 from kurtail_pl.errors import RuntimeUnusable, reason
 
 Device = Literal["cpu", "cuda"]

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kurtail_onnx.exporter import ONNX
-from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.run.folder import Export
 from kurtail_onnx.run.session import import_runtime
+from kurtail_onnx.settings import Precision, Settings
 from kurtail_onnx.verify.kernels import fused_linears, placement, trace
 from kurtail_onnx.verify.layers import LayerAgreement, compare_layers
 from kurtail_onnx.verify.structure import check_structure
@@ -48,7 +47,7 @@ LOGITS, PERPLEXITY = 1e-5, 1e-4
 """What whole texts may be off by in fp64, where no value falls on the other side: logits, and perplexity relative."""
 
 
-def check(folder: Path, source: Source, spec: ONNX) -> dict[str, Any]:
+def check(folder: Path, source: Source, spec: Settings) -> dict[str, Any]:
     """Check an export: layer by layer, or in double over whole texts.
 
     Args:

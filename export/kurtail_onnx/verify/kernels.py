@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kurtail_onnx.profiles import Profile
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
-from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.run.session import Device, open_session
 
 FUSED = ("MatMulNBits", "MatMulInteger")

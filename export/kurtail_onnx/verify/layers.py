@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from kurtail_onnx.exporter import ONNX
-from kurtail_onnx.graph.builder import FLOATS, Precision
+from kurtail_onnx.graph.builder import FLOATS
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, cache_parts, hidden_name
-from kurtail_onnx.run.profiles import Profile
+from kurtail_onnx.profiles import Profile
+from kurtail_onnx.settings import Precision, Settings
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
@@ -63,7 +63,7 @@ class LayerAgreement:
 
 @torch.no_grad()
 def compare_layers(
-    folder: Path, source: Source, spec: ONNX, profile: Profile = "exact"
+    folder: Path, source: Source, spec: Settings, profile: Profile = "exact"
 ) -> tuple[list[LayerAgreement], float]:
     """Compare all decoder layers, one in memory at a time, and the head.
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from kurtail_onnx.describe import MODEL
 from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, hidden_name
+from kurtail_onnx.profiles import Profile
 from kurtail_onnx.run.folder import present_of
-from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.run.session import open_session
 
 STEP_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)

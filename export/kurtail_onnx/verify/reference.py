@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kurtail_onnx.exporter import ONNX
+from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer, quantize
@@ -20,7 +20,7 @@ from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 
-def empty_reference(source: Source, spec: ONNX) -> PreTrainedModel:
+def empty_reference(source: Source, spec: Settings) -> PreTrainedModel:
     """Modules of the artefact without weights; activations stay float where the export leaves them."""
     model = skeleton(source.checkpoint)
     for module in model.modules():
@@ -29,7 +29,7 @@ def empty_reference(source: Source, spec: ONNX) -> PreTrainedModel:
     return model
 
 
-def whole_reference(source: Source, spec: ONNX) -> PreTrainedModel:
+def whole_reference(source: Source, spec: Settings) -> PreTrainedModel:
     """The artefact's model, float32, or float64 for an export in double, all of it in memory."""
     model = empty_reference(source, spec)
     checkpoint, dtype = source.checkpoint, torch.float64 if spec.dtype == "fp64" else torch.float32

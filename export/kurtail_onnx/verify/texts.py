@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
+from kurtail_onnx.profiles import Profile
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
-from kurtail_onnx.run.profiles import Profile
 from kurtail_onnx.run.session import open_session
+from kurtail_onnx.settings import Settings
 from kurtail_onnx.verify.codes import codes_in
 from kurtail_onnx.verify.reference import cached_codes, whole_reference
 from kurtail_pl.artefact.source import Source
@@ -107,7 +107,7 @@ def windows(export: Export, source: Source) -> dict[str, Scenario]:
 
 
 def compare_texts(
-    export: Export, source: Source, spec: ONNX, todo: Mapping[str, Scenario], profile: Profile = "exact"
+    export: Export, source: Source, spec: Settings, todo: Mapping[str, Scenario], profile: Profile = "exact"
 ) -> dict[str, TextAgreement]:
     """Compare every scenario; the whole model is in memory, first torch's and then the export's."""
     expected = _by_torch(source, spec, todo)
@@ -123,7 +123,7 @@ def compare_texts(
     return agreements
 
 
-def _packed(source: Source, spec: ONNX) -> dict[str, CachePart]:
+def _packed(source: Source, spec: Settings) -> dict[str, CachePart]:
     """The cache inputs that hold codes."""
     parts = [part for part in cache_parts(source, spec) if part.packed and part.quantizer is not None]
     return {part.arrays[0].past(layer): part for layer in range(len(source.layers)) for part in parts}
@@ -131,7 +131,7 @@ def _packed(source: Source, spec: ONNX) -> dict[str, CachePart]:
 
 @torch.no_grad()
 def _by_torch(
-    source: Source, spec: ONNX, todo: Mapping[str, Scenario]
+    source: Source, spec: Settings, todo: Mapping[str, Scenario]
 ) -> dict[str, tuple[NDArray[Any], dict[str, NDArray[Any]]]]:
     """Logits of each scenario, and its codes by the names of the cache inputs."""
     model = whole_reference(source, spec)

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
@@ -14,6 +15,7 @@ from kurtail_pl.stages.fusion.scales import ScaleSpec, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_windows
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
+from kurtail_pl.surgery.rotations import Online
 
 FUSED = "fused"
 
@@ -24,10 +26,22 @@ class Fusion(CheckedCallback):
     Args:
         scales: channels that are scaled; null for none.
         signs: of R4 and R5, chosen among several draws; null takes those of the module's seed.
+        online: the rotations that act at run time, of query_key (R3), attention_output (R4) and mlp_hidden (R5); null
+            for all three. Leave out those that the runtime cannot do.
+
+    Raises:
+        ConfigError: when signs are to be chosen of rotations that are left out.
     """
 
-    def __init__(self, scales: ScaleSpec | None = None, signs: SignSpec | None = None) -> None:
-        self.scales, self.signs = scales, signs
+    def __init__(
+        self, scales: ScaleSpec | None = None, signs: SignSpec | None = None, online: list[Online] | None = None
+    ) -> None:
+        if signs is not None and online is not None and not {"attention_output", "mlp_hidden"} & set(online):
+            raise ConfigError(
+                f"fusion.signs chooses signs of R4 and R5, and fusion.online is {online}; write fusion.signs: "
+                "null, or keep attention_output or mlp_hidden"
+            )
+        self.scales, self.signs, self.online = scales, signs, online
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse scales that the model cannot have, and texts too short."""
@@ -42,7 +56,7 @@ class Fusion(CheckedCallback):
         root = Path(trainer.default_root_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, RotationModule)
-        rotations = read_rotations(root / FILE)
+        rotations = read_rotations(root / FILE).keeping(self.online)
         fuse(
             data.checkpoint,
             rotations,

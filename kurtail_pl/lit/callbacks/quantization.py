@@ -44,13 +44,8 @@ class WeightQuantization(CheckedCallback):
 
     @property
     def scheme(self) -> Scheme:
-        """What is quantized; linked to modules that learn through a quantized model."""
+        """What is quantized; linked to the module, which learns for it."""
         return self.spec.scheme
-
-    @property
-    def centre(self) -> bool:
-        """Whether inputs are centred; linked to the module, which then learns for centred inputs."""
-        return self.spec.scheme.centre
 
     def folder(self, module: RotationModule, data: StoredModel) -> Path:
         """Where the artefact of a module's method goes."""

@@ -85,7 +85,7 @@ def test_defaults_in_code_are_those_of_base() -> None:
     model = dict(SETTINGS["model"]["init_args"])
     optimizer = model.pop("optimizer")
     code = defaults_of(KurTailModule)
-    assert (code.pop("optimizer"), code.pop("centre")) == (CayleyAdam, False)
+    assert (code.pop("optimizer"), code.pop("scheme")) == (CayleyAdam, None)
     assert model == code
     assert optimizer["init_args"] == defaults_of(CayleyAdam)
     data = defaults_of(ActivationDataModule)
@@ -150,6 +150,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.scheme.prefix": ("[1]", [1]),
         "quantization.scheme.layer_bits": ("[3]", [3]),
         "figures.layers": ("[1]", [1]),
+        "fusion.online": ("[mlp_hidden]", ["mlp_hidden"]),
         "model.init_args.optimizer.init_args.betas": ("[0.5, 0.5]", [0.5, 0.5]),
     }
     if path in words:
@@ -259,7 +260,7 @@ SIZES = '{"layers": 3, "hidden_size": 48, "head_dim": 16, "kv_heads": 2, "rms_no
 
 
 @pytest.mark.parametrize(
-    ("verb", "size", "value"), [("fit", "sizes", SIZES), ("compare", "sizes", SIZES), ("fit", "centre", "true")]
+    ("verb", "size", "value"), [("fit", "sizes", SIZES), ("compare", "sizes", SIZES), ("fit", "scheme", "{}")]
 )
 def test_a_size_given_by_hand_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, size: str, value: str

@@ -17,6 +17,7 @@ from kurtail_pl.lit import ActivationDataModule, KurTailModule
 from kurtail_pl.lit.kurtail import Objective
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.lit.sizes import ModelSizes
+from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleyAdam, CayleySGD
 from kurtail_pl.stages.capture.effects import block_effects
 from kurtail_pl.stages.capture.stage import CaptureSpec
@@ -143,7 +144,7 @@ def weighted_kurtosis(rows: np.ndarray, weights: np.ndarray) -> float:
 def test_the_loss_of_r1_is_its_objective_written_out(
     known: Any, objective: str, centre: bool, massive_weight: int
 ) -> None:
-    module = module_of(objective=Objective(objective, massive_weight), centre=centre)
+    module = module_of(objective=Objective(objective, massive_weight), scheme=Scheme(centre=centre))
     batch = massive(loader_of(known).batch(0))
     r1, rows = module.residual.detach().double().numpy(), batch["residual"].double().numpy()
     norms = np.linalg.norm(rows, axis=-1)

@@ -20,6 +20,7 @@ from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.surgery.rotations import OnlineHadamard
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
@@ -47,7 +48,7 @@ SIZES = ModelSizes(layers=4, hidden_size=48, head_dim=16, kv_heads=2, rms_norm_e
 
 def module(scheme: Scheme = A4, lr: float = 0.2, steps: int = 8, seed: int = 0) -> SpinQuantModule:
     return SpinQuantModule(
-        SIZES, scheme, seed,
+        SIZES, scheme, rotation_seed=seed,
         optimizer=lambda parameters: CayleySGD(parameters, lr=lr, momentum=0.0),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
     )  # fmt: skip
@@ -73,6 +74,24 @@ def test_the_loss_without_quantizers_is_transformers_own(
         ids = data.train_dataloader().batch(step)
         with torch.no_grad():
             assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+
+
+def test_it_learns_without_the_rotations_that_the_runtime_has_not(
+    windows: Callable[..., WindowDataModule], make_trainer: MakeTrainer
+) -> None:
+    """A quantizer rounds otherwise behind R4 and R5 than without them."""
+    losses = []
+    for online in (None, ["query_key", "attention_output", "mlp_hidden"], ["query_key"], []):
+        record = Record()
+        learner = SpinQuantModule(SIZES, A4, online, optimizer=lambda parameters: CayleySGD(parameters, lr=0.1))
+        make_trainer(callbacks=[record]).fit(learner, windows(steps=1))
+        turned = [name for name, each in learner.network.named_modules() if isinstance(each, OnlineHadamard)]
+        kept = {"query_key": "query_key_rotation", "attention_output": "o_proj", "mlp_hidden": "down_proj"}
+        for name, place in kept.items():
+            assert any(place in path for path in turned) == (online is None or name in online)
+        losses.append(record.losses[0])
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
 
 
 def test_the_loss_falls_on_a_window_seen_again_and_again(
