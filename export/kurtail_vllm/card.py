@@ -101,7 +101,7 @@ def _others(description: Mapping[str, Any]) -> list[str]:
     if description["transforms"]:
         return [
             "**transformers, SGLang and llama.cpp's converter do not read `transform_config`: with them this folder "
-            "prints garbage, without a warning.** Use vLLM, or export a model that was fused without online rotations.",
+            "prints garbage, without a warning.** Use vLLM, or export a model that was fused with `online: []`.",
         ]
     if description["log_lines"]:
         return ["transformers simulates the quantized activations; SGLang and llama.cpp's converter leave them float."]
@@ -110,4 +110,7 @@ def _others(description: Mapping[str, Any]) -> list[str]:
             "transformers 5.23 loads packed zero points only with "
             "`quantization_config=CompressedTensorsConfig(dequantize=True)`."
         ]
-    return ["transformers, SGLang and llama.cpp's converter read this folder too."]
+    return [
+        "transformers and SGLang read this folder too, and llama.cpp's converter where all weights have groups of one "
+        "size."
+    ]

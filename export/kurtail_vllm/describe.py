@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_vllm.cache import cache_type
 from kurtail_vllm.groups import form_of, linears_of
+from kurtail_vllm.settings import Settings
 from kurtail_vllm.transforms import Transform, tensor_name
-
-if TYPE_CHECKING:
-    from kurtail_vllm.exporter import VLLM
 
 KERNEL = "Using HummingLinearKernel for CompressedTensorsWNA{bits}Int"
 """vLLM logs this line when the layers really read activations of few bits."""
 
 
-def describe(source: Source, spec: VLLM, transforms: Sequence[Transform]) -> dict[str, Any]:
+def describe(source: Source, spec: Settings, transforms: Sequence[Transform]) -> dict[str, Any]:
     """What is quantized, by which kernel, and what its transforms cost.
 
     The command's folder is written FOLDER; there is none for float32, of which vLLM has no kernels. Multiplications are

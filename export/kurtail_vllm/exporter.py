@@ -1,41 +1,19 @@
-"""The exporter to vLLM: the type of its floats, and whether linears quantize what they read."""
+"""The exporter to vLLM: what it refuses, and where its writing and its check are found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from kurtail_pl.artefact.exporter import Exporter
 from kurtail_pl.artefact.source import Source
 from kurtail_vllm.card import notes
-from kurtail_vllm.groups import Activations
 from kurtail_vllm.refusals import reasons
+from kurtail_vllm.settings import Settings
 
-Float = Literal["float16", "bfloat16", "float32"]
 
-
-@dataclass(frozen=True)
-class VLLM(Exporter):
-    """A folder for vLLM in the layout of compressed-tensors, with the artefact's codes as they are.
-
-    Args:
-        dtype: of everything that is no code, scales too: float16, bfloat16, or float32, of which vLLM has no kernels
-            and transformers has.
-        activations: auto quantizes what linears read as the artefact does, none leaves it float.
-    """
-
-    dtype: Float = "float16"
-    activations: Activations = "auto"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The type of everything that is no code."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+class VLLM(Settings):
+    """A folder for vLLM in the layout of compressed-tensors, with the artefact's codes as they are."""
 
     def sentence(self) -> str:
         """What is written."""
@@ -46,7 +24,7 @@ class VLLM(Exporter):
         """What vLLM does not compute: the setting, and what it takes instead."""
         return next(reasons(source, self.dtype, self.activations), None)
 
-    # What writes and compares is built by these settings, and imports this file.
+    # What compares needs transformers' models, which help and refusals do without.
 
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         """Write the weights, ``config.json`` and the tokenizer.

@@ -21,9 +21,9 @@ from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.layout import checkpoint_name
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_vllm.forms import integers_of
+from kurtail_vllm.settings import Activations
 
 PACKED: Literal["pack-quantized"] = "pack-quantized"
-Activations = Literal["auto", "none"]
 
 
 @dataclass(frozen=True)

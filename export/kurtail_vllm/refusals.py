@@ -12,7 +12,8 @@ from kurtail_pl.artefact.source import Source
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_vllm.cache import not_in_the_cache
 from kurtail_vllm.forms import integers_of
-from kurtail_vllm.groups import Activations, Form, form_of, linears_of
+from kurtail_vllm.groups import Form, form_of, linears_of
+from kurtail_vllm.settings import Activations
 from kurtail_vllm.transforms import transforms_of
 
 BITS = (4, 8)
@@ -74,7 +75,7 @@ def _transforms(source: Source) -> Iterator[str]:
     """Linears that cannot have a transform (`compressed_tensors/transform/linear.py`)."""
     architecture = source.architecture
     for transform in transforms_of(source):
-        fuse = f"fuse with rotations whose {transform.name} is None"
+        fuse = f"leave {transform.name} out of fusion.online"
         for index, layer in enumerate(source.layers):
             if transform.linear != architecture.output and architecture.has_experts(layer):
                 yield f"{transform.name} rotates what experts read, where vLLM has no transforms: {fuse}"

@@ -15,6 +15,8 @@ from kurtail_pl.maths.quantizers import Quantized
 from kurtail_pl.surgery.layout import checkpoint_state, module_state
 from kurtail_pl.surgery.linear import QuantizedLinear
 
+ROWS = 2048
+"""Of a weight, packed at a time: the library takes twelve bytes for each code meanwhile."""
 UNUSED = ("input_scale", "input_zero_point")
 """Of the quantizer of a linear's inputs: what is left out where these stay float."""
 
@@ -64,7 +66,7 @@ def packed(name: str, quantized: Quantized, linear: QuantizedLinear, dtype: torc
     assert linear.weights is not None
     (codes, (scale, zero_point)), bits = quantized, linear.weights.bits
     tensors = {
-        "weight_packed": pack_to_int32(signed(codes, bits), bits),
+        "weight_packed": torch.cat([pack_to_int32(signed(rows, bits), bits) for rows in torch.split(codes, ROWS)]),
         "weight_scale": exactly(f"{name}.scale", scale, dtype),
         "weight_shape": torch.tensor(codes.shape),
     }
@@ -85,8 +87,8 @@ def exactly(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
         share = (rounded.to(scale.dtype) != scale).float().mean().item()
         raise ConfigError(
             f"{share:.0%} of the numbers of {name} would be rounded in {_name(dtype)}, the type in which vLLM reads "
-            "scales, and the weights would be others: quantize with scales of that type, or export with "
-            "--to.dtype float32"
+            "scales, and the weights would be others: quantize with weights.scales: float16 and export with --to.dtype "
+            "float16, or export with --to.dtype float32"
         )
     return rounded
 

@@ -13,15 +13,15 @@ from kurtail_pl.artefact.source import Source
 from kurtail_pl.stages.fusion.stage import copy_companions
 from kurtail_pl.storage.files import require_space, write_json
 from kurtail_vllm.describe import describe
-from kurtail_vllm.exporter import VLLM
 from kurtail_vllm.groups import quantization_config
+from kurtail_vllm.settings import Settings
 from kurtail_vllm.tensors import parts
 from kurtail_vllm.transforms import transform_config, transform_tensors, transforms_of
 
 CONFIG = "config.json"
 
 
-def write(source: Source, spec: VLLM, folder: Path) -> dict[str, Any]:
+def write(source: Source, spec: Settings, folder: Path) -> dict[str, Any]:
     """Write weights, configuration and tokenizer; one decoder layer is in memory at a time.
 
     Args:
@@ -48,7 +48,7 @@ def write(source: Source, spec: VLLM, folder: Path) -> dict[str, Any]:
     return describe(source, spec, transforms)
 
 
-def _write_config(source: Source, spec: VLLM, folder: Path) -> None:
+def _write_config(source: Source, spec: Settings, folder: Path) -> None:
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings, config.dtype = False, spec.torch_dtype
     config.save_pretrained(folder)

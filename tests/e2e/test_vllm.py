@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,6 @@ from folders import with_half_scales
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kurtail_pl
-from kurtail_pl.stages.fusion.stage import fuse
-from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.surgery.rotations import random_rotations
 
 pytest.importorskip("compressed_tensors")
 
@@ -25,9 +21,8 @@ FLOAT = ("--spec.scheme.activations", "null", "--spec.scheme.keys", "null", "--s
 @pytest.fixture(scope="module")
 def place(stories: Path, kurtail: Kurtail, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``story``, of weights alone and fused rotations, and ``clipped``, as the paper has it."""
-    place, checkpoint = tmp_path_factory.mktemp("vllm"), Checkpoint(stories)
-    rotations = replace(random_rotations(checkpoint.config, 0), query_key=None, attention_output=None, mlp_hidden=None)
-    fuse(checkpoint, rotations, "quarot", place / "fused")
+    place = tmp_path_factory.mktemp("vllm")
+    kurtail(place, "fuse", "--model", stories, "--method", "quarot", "--online", "[]", "--out", "fused")
     rounded = ("quantize", "--artefact", "fused", "--spec.rounder", "RTN")
     kurtail(place, *rounded, "--out", "clipped")
     kurtail(place, *rounded, *FLOAT, "--out", "story")

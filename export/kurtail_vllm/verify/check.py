@@ -10,15 +10,15 @@ import compressed_tensors
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.stages.export import small_enough
-from kurtail_vllm.exporter import VLLM
 from kurtail_vllm.groups import form_of, linears_of
+from kurtail_vllm.settings import Settings
 from kurtail_vllm.transforms import transforms_of
 from kurtail_vllm.verify.codes import compare_codes
 from kurtail_vllm.verify.folder import Served
 from kurtail_vllm.verify.texts import compare_logits, compare_tokens
 
 
-def check(source: Source, spec: VLLM, folder: Path) -> dict[str, Any]:
+def check(source: Source, spec: Settings, folder: Path) -> dict[str, Any]:
     """Read an export back, and compare codes, logits and, where transformers reads it rightly, greedy tokens.
 
     Args:
@@ -43,7 +43,7 @@ def check(source: Source, spec: VLLM, folder: Path) -> dict[str, Any]:
     return checks
 
 
-def _is_for_transformers(source: Source, spec: VLLM) -> bool:
+def _is_for_transformers(source: Source, spec: Settings) -> bool:
     """Whether transformers computes the same: it leaves transforms out, and loads no packed experts or zero points."""
     mixture = any(source.architecture.has_experts(layer) for layer in source.layers)
     forms = [form_of(linear, spec.activations) for _, linear in linears_of(source)]

@@ -24,8 +24,8 @@ from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_name
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.positions import steady_positions
-from kurtail_vllm.exporter import VLLM
 from kurtail_vllm.groups import place_of
+from kurtail_vllm.settings import Settings
 from kurtail_vllm.transforms import Transform, transforms_of
 from kurtail_vllm.verify.folder import Served
 from kurtail_vllm.verify.mirror import MirrorLinear
@@ -56,7 +56,7 @@ class Turned(nn.Module):
 
 
 @torch.no_grad()
-def compare_logits(source: Source, spec: VLLM, served: Served) -> dict[str, Any]:
+def compare_logits(source: Source, spec: Settings, served: Served) -> dict[str, Any]:
     """Compare logits of two texts, one decoder layer of each model in memory at a time.
 
     Raises:
@@ -94,7 +94,7 @@ def compare_logits(source: Source, spec: VLLM, served: Served) -> dict[str, Any]
     return {"tokens": ids.numel(), "logits_error": error, "cache": "float"}
 
 
-def _reference(source: Source, spec: VLLM) -> PreTrainedModel:
+def _reference(source: Source, spec: Settings) -> PreTrainedModel:
     """The artefact's modules, without weights, R3 and cache quantizers."""
     model = skeleton(source.checkpoint)
     model.set_attn_implementation("sdpa")
@@ -144,7 +144,7 @@ def _fill(layer: nn.Module, source: Source, served: Served, index: int) -> None:
 
 
 @torch.no_grad()
-def compare_tokens(source: Source, spec: VLLM, folder: str) -> dict[str, Any]:
+def compare_tokens(source: Source, spec: Settings, folder: str) -> dict[str, Any]:
     """Compare greedy tokens, and logits, of transformers' model of the folder with the artefact's in float32.
 
     Raises:

@@ -59,11 +59,7 @@ def make_artefact(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> 
     def rotated(model: Path, online: bool) -> Path:
         if (model, online) not in fused:
             checkpoint = Checkpoint(model)
-            rotations = random_rotations(checkpoint.config, 0)
-            if not online:
-                rotations = replace(
-                    rotations, query_key=None, attention_output=None, mlp_hidden=None, dense_hidden=None
-                )
+            rotations = random_rotations(checkpoint.config, 0).keeping(None if online else [])
             fused[model, online] = fuse(checkpoint, rotations, "quarot", tmp_path_factory.mktemp("fused") / "fused")
         return fused[model, online]
 

@@ -91,7 +91,7 @@ def test_the_folder_is_one_that_anybody_reads(fused_only: Path, tmp_path: Path) 
     assert "transform_config" not in quantization
     readme = (folder / "README.md").read_text()
     assert "vllm serve FOLDER --dtype float16\n" in readme
-    assert "transformers, SGLang and llama.cpp's converter read this folder too." in readme
+    assert "transformers and SGLang read this folder too" in readme
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(fused_only).get_vocab()
     floats = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "proj" not in name}
     assert {tensor.dtype for tensor in floats.values()} == {torch.float16}
@@ -161,6 +161,17 @@ def test_scales_that_would_be_rounded_are_refused(
     with pytest.raises(ConfigError, match=rf"q_proj\.scale would be rounded in {dtype}.*--to.dtype float32"):
         export(artefact, tmp_path / "vllm", VLLM(dtype))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_is_as_good_where_it_holds_the_scales(
+    llama: Path, make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    def shorter(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.bfloat16().float() if name.endswith(".scale") else tensor
+
+    folder = export(with_tensors(make_artefact(llama), shorter), tmp_path / "vllm", VLLM("bfloat16"))
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    assert described(folder, "checks.json")["transformers"]["tokens"] == 12
 
 
 def test_values_beyond_float16_are_refused(llama: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:

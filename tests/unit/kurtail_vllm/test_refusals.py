@@ -62,8 +62,13 @@ def test_schemes(llama: Path, make_artefact: MakeArtefact, tmp_path: Path, parts
 @pytest.mark.parametrize(
     ("changes", "online", "parts", "message"),
     [
-        ({}, True, {}, "o_proj has a bias and an online rotation, attention_output; .*whose attention_output is None"),
-        ({"attention_bias": False}, True, {}, "down_proj has a bias .*fuse with rotations whose mlp_hidden is None"),
+        (
+            {},
+            True,
+            {},
+            r"o_proj has a bias and an online rotation, .*leave attention_output out of fusion\.online",
+        ),
+        ({"attention_bias": False}, True, {}, r"down_proj has a bias .*leave mlp_hidden out of fusion\.online"),
         ({}, False, {"activations": A4}, "q_proj is 96 x 48; .*takes multiples of 8 x 32: .*--to.activations none"),
         ({}, False, {"weights": Uniform(4, False)}, r"gate_proj has 172 outputs .*weights\.symmetric: true"),
     ],

@@ -81,7 +81,7 @@ def test_the_card_says_how_it_is_served_and_who_prints_garbage(folder: Path) -> 
 
 
 @torch.no_grad()
-def test_the_mirror_is_integers_in_a_loop(online: Path, folder: Path) -> None:
+def test_the_mirror_is_products_of_integers(online: Path, folder: Path) -> None:
     """Codes of the artefact, those of each token by hand, and the product of integers times both scales."""
     name, source = "model.layers.1.mlp.down_proj", Source(online)
     linear = source.linear(name)
@@ -92,7 +92,7 @@ def test_the_mirror_is_integers_in_a_loop(online: Path, folder: Path) -> None:
     x = torch.randn(7, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = MirrorLinear(Served(folder), name)(x)
     for token, row in zip(x, found, strict=True):
-        turned = [sum(token[i] * column[i] for i in range(384)) for column in factors.dense().T]
+        turned = token @ factors.dense()
         step = max(abs(value) for value in turned) / 7
         inputs = torch.tensor([max(-8, min(7, round(float(value / step)))) for value in turned])
         product = codes.long() @ inputs.long()
