@@ -97,7 +97,7 @@ def test_an_exporter_is_one_file(place: Path, kurtail: Kurtail, capsys: pytest.C
     with pytest.raises(SystemExit, match="0"):
         kurtail(place, "export", "--to", "toy", "--help")
     help_ = capsys.readouterr().out
-    assert "--to NAME: broken, gguf, onnx (by default), toy" in " ".join(help_.split())
+    assert "--to NAME: broken, gguf, onnx (by default), toy, vllm" in " ".join(help_.split())
     assert "--to.order" in help_
     assert "--to.dtype" not in help_
 
@@ -119,7 +119,11 @@ def test_settings_may_stand_in_a_file(place: Path, kurtail: Kurtail) -> None:
         (("--artefact", "story", "--to", "toy", "--to.order", "onward"), "order is onward, expected one of", "2"),
         (("--artefact", "story", "--to", "toy", "--to.dtype", "fp16"), "no setting to.dtype", "2"),
         (("--artefact", ".", "--to", "toy"), "kurtail.json", "1"),
-        (("--artefact", "story", "--to", "toi"), "expected one of broken, gguf, onnx, toy; did you mean toy?", "2"),
+        (
+            ("--artefact", "story", "--to", "toi"),
+            "expected one of broken, gguf, onnx, toy, vllm; did you mean toy?",
+            "2",
+        ),
         (("--artefact", "story", "--to", "broken"), "a_runtime_that_nobody_has; run: pip install 'toys[broken]'", "1"),
         (("--artefact", "story", "--to"), "--to: expected one argument", "2"),
     ],

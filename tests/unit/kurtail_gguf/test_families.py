@@ -19,7 +19,7 @@ from kurtail_gguf.verify.mirror import float_model
 import kurtail_pl
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import MXFP4, NVFP4, Format, Uniform
+from kurtail_pl.methods import MXFP4, NVFP4, Format, PerTokenHead, Uniform
 from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
@@ -121,8 +121,7 @@ def test_a_centre_is_in_the_biases(make_artefact: MakeArtefact, tmp_path: Path) 
 
 
 def test_what_llama_cpp_does_itself_is_left_out_in_words(make_artefact: MakeArtefact, tmp_path: Path) -> None:
-    cache = Quantizer(4, False)
-    artefact = make_artefact("qwen3", activations=Quantizer(4), keys=cache, values=cache, centre_keys=True)
+    artefact = make_artefact("qwen3", activations=Quantizer(4), cache=PerTokenHead(centre_keys=True))
     checked(artefact, tmp_path / "gguf")
     left = " ".join(json.loads((tmp_path / "gguf" / "kurtail_export.json").read_text())["left_out"])
     assert all(part in left for part in ("R3", "activations in 4 bits", "the cache, keys", "mean subtracted from keys"))

@@ -1,0 +1,1 @@
+"""Export to vLLM: a folder in the layout of compressed-tensors."""
