@@ -119,7 +119,7 @@ def test_settings_may_stand_in_a_file(place: Path, kurtail: Kurtail) -> None:
         (("--artefact", "story", "--to", "toy", "--to.order", "onward"), "order is onward, expected one of", "2"),
         (("--artefact", "story", "--to", "toy", "--to.dtype", "fp16"), "no setting to.dtype", "2"),
         (("--artefact", ".", "--to", "toy"), "kurtail.json", "1"),
-        (
+        (("--artefact", "story", "--to", "toi"), "one of broken, gguf, onnx, toy, vllm; did you mean toy?", "2"),
             ("--artefact", "story", "--to", "toi"),
             "expected one of broken, gguf, onnx, toy, vllm; did you mean toy?",
             "2",
