@@ -111,9 +111,7 @@ def left_out(source: Source) -> list[str]:
     if scheme.activations is not None:
         found.append(f"activations in {scheme.activations.bits} bits; llama.cpp has int8 in blocks of 32")
     if scheme.cache is not None:
-        found.append(
-            f"the artefact's cache ({scheme.cache.sentence()}); llama.cpp's is the one that it is started with"
-        )
+        found.append(f"the cache, {scheme.cache.sentence()}; llama.cpp has the one that it is started with")
     return found
 
 
