@@ -23,6 +23,7 @@ from kurtail_pl.cli.recipes import recipe_file
 MODEL, STEPS = "model.init_args", "data.init_args.steps"
 FUSION, QUANTIZE = "fusion", "quantization"
 SCHEME = f"{QUANTIZE}.scheme"
+CACHE = f"{SCHEME}.cache.init_args"
 PERIOD = f"{MODEL}.scheduler.init_args.T_max"
 PLAIN = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
 COSINE = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 100}}
@@ -73,7 +74,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "an R2 for each KV head": {f"{MODEL}.value_per_head": True},
     "R2 from attended values": {"data.init_args.capture.values": "attended"},
     "inputs not centred": {f"{SCHEME}.centre": False},
-    "keys not centred": {f"{SCHEME}.centre_keys": False},
+    "keys not centred": {f"{CACHE}.centre_keys": False},
     "weights not matched": {f"{QUANTIZE}.matching": None},
     "tokens count alike for values": {f"{QUANTIZE}.by_attention": False},
     "symmetric activations": {f"{SCHEME}.activations.symmetric": True},
@@ -89,9 +90,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "a cache clip for each layer": {f"{QUANTIZE}.clips": searched("keys", "values")},
     "clips learned": {f"{QUANTIZE}.clips": learned("activations", "keys", "values")},
     "activation clips learned": {f"{QUANTIZE}.clips": learned("activations")},
-    "cache clip 0.95": {f"{SCHEME}.{part}.clip": {"kind": "ratio", "amount": 0.95} for part in ("keys", "values")},
-    "first token in 16 bits": {f"{SCHEME}.sinks": {"tokens": 1, "bits": 16}},
-    "4 first tokens in 8 bits": {f"{SCHEME}.sinks": {"tokens": 4, "bits": 8}},
+    "cache clip 0.95": {f"{CACHE}.{part}.clip": {"kind": "ratio", "amount": 0.95} for part in ("keys", "values")},
+    "first token in 16 bits": {f"{CACHE}.sinks": {"tokens": 1, "bits": 16}},
+    "4 first tokens in 8 bits": {f"{CACHE}.sinks": {"tokens": 4, "bits": 8}},
     "a prefix": {f"{SCHEME}.prefix": [1]},
     "static activation scales": {f"{SCHEME}.activation_scales": "static"},
     "static activation scales, a prefix": {f"{SCHEME}.activation_scales": "static", f"{SCHEME}.prefix": [1]},

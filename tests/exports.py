@@ -16,14 +16,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.methods import PerTokenHead
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 CENTRED: dict[str, Any] = {
     "activations": Quantizer(4, False, Clip(amount=0.85)),
-    "keys": Quantizer(4, False, Clip()),
-    "values": Quantizer(4, False, Clip()),
+    "cache": PerTokenHead(Quantizer(4, False), Quantizer(4, False), centre_keys=True),
     "centre": True,
-    "centre_keys": True,
 }
 """A scheme that subtracts means, of inputs and of keys, before it quantizes, and needs a zero point still."""
 TEXTS, TOKENS = 5, 40

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from kurtail_onnx.exporter import ONNX
-from kurtail_onnx.forms import integers_of
+from kurtail_onnx.forms import cache_integers_of, integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
@@ -142,12 +142,13 @@ def _layout(part: CachePart) -> str:
 def _quantizers(source: Source, spec: ONNX) -> dict[str, Any]:
     """Of each part of the model."""
     scheme = source.scheme
+    cache = cache_integers_of(scheme.cache)
+    assert cache is not None
     parts = {
         "weights": None if scheme.weights is None else integers_of(scheme.weights),
         "activations": spec.activations(scheme),
         "attention_output": spec.output_activations(scheme, source.head_dim),
-        "keys": scheme.keys,
-        "values": scheme.values,
+        **cache._asdict(),
     }
     stored = {"weights", "activations", "attention_output"} if scheme.static else {"weights"}
     return {name: _quantizer(quantizer, name not in stored) for name, quantizer in parts.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kurtail_onnx.card import notes
-from kurtail_onnx.forms import integers_of
+from kurtail_onnx.forms import CacheIntegers, cache_integers_of, integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES
 from kurtail_onnx.graph.builder import Precision
 from kurtail_onnx.graph.linear import KERNEL_BLOCK, WeightForm
@@ -82,9 +82,10 @@ class ONNX(Exporter):
 
     def _reasons(self, scheme: Scheme) -> Iterator[str]:
         weights = None if scheme.weights is None else integers_of(scheme.weights)
+        cache = cache_integers_of(scheme.cache)
         parts = {"weights": weights, "activations": self.activations(scheme)}
-        yield from _not_in_a_graph(scheme, weights)
-        yield from _no_codes({**parts, "keys": scheme.keys, "values": scheme.values})
+        yield from _not_in_a_graph(scheme, weights, cache)
+        yield from _no_codes({**parts, **({} if cache is None else cache._asdict())})
         if self.dtype == "fp64" and self.weights != "qdq":
             yield f"the kernel of --to.weights {self.weights} has no doubles; with --to.dtype fp64 use {QDQ}"
         if self.weights == "integer":
@@ -97,12 +98,13 @@ class ONNX(Exporter):
             )
 
 
-def _not_in_a_graph(scheme: Scheme, weights: Quantizer | None) -> Iterator[str]:
+def _not_in_a_graph(scheme: Scheme, weights: Quantizer | None, cache: CacheIntegers | None) -> Iterator[str]:
     """What there are no nodes for."""
-    if scheme.sinks is not None:
+    if scheme.cache is not None and cache is None:
         yield (
-            f"sinks keep the first {scheme.sinks.tokens} tokens in {scheme.sinks.bits} bits; the graph caches all "
-            "tokens alike: quantize with sinks: null to export, or use the artefact with kurtail_pl.load"
+            f"the cache keeps {scheme.cache.sentence()}, and a graph keeps all tokens alike, in integers with a scale "
+            "for each token and head: quantize to those (sinks: null) to export, or use the artefact with "
+            "kurtail_pl.load"
         )
     if scheme.weights is not None and weights is None:
         yield (
@@ -117,7 +119,7 @@ def _no_codes(parts: Mapping[str, Quantizer | None]) -> Iterator[str]:
         if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
             yield f"{name} have {quantizer.bits} bits; ONNX has integer types of 4 and 8 bits: quantize with those"
     for name in ("keys", "values"):
-        quantizer = parts[name]
+        quantizer = parts.get(name)
         if quantizer is not None and quantizer.group_size is not None:
             yield f"{name} have groups of {quantizer.group_size}; the cache has one scale a head"
 

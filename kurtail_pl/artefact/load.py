@@ -139,7 +139,7 @@ def _changed(model: Loaded) -> str | None:
 
 def _settings(module: nn.Module) -> list[object]:
     """What modules of ours have beside tensors."""
-    return [getattr(module, name, None) for name in ("activations", "weights", "keys", "values", "sinks")]
+    return [getattr(module, name, None) for name in ("activations", "weights", "cache")]
 
 
 def _equal(stored: Tensor, loaded: Tensor) -> bool:

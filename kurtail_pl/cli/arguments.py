@@ -153,10 +153,25 @@ MOVED = {
 """Callbacks that earlier recipes listed, and the section of the recipe that has their settings now."""
 
 
+CACHE = ("keys", "values", "sinks", "centre_keys")
+"""Settings of the cache that earlier recipes had in the scheme itself."""
+
+
 def _refuse_old_form(recipe: yaml.MappingNode) -> None:
+    """Raise Unreadable when a recipe has settings where they were in earlier versions."""
+    _refuse_listed(recipe)
+    scheme = _section(recipe, "quantization", "scheme")
+    for name, (key, _) in scheme.items():
+        if name in CACHE:
+            raise Unreadable(
+                f"has {name} in quantization.scheme{_at(key)}: move it to quantization.scheme.cache.init_args, as in "
+                "configs/base.yaml"
+            )
+
+
+def _refuse_listed(recipe: yaml.MappingNode) -> None:
     """Raise Unreadable when a recipe lists the callbacks of the pipeline, which have sections of their own."""
-    trainer = _named_nodes(recipe).get("trainer")
-    callbacks = None if trainer is None else _named_nodes(trainer[1]).get("callbacks")  # type: ignore[arg-type]
+    callbacks = _section(recipe, "trainer").get("callbacks")
     listed = callbacks[1].value if callbacks is not None and isinstance(callbacks[1], yaml.SequenceNode) else []
     for node in listed:
         named = _named_nodes(node).get("class_path") if isinstance(node, yaml.MappingNode) else None
@@ -166,6 +181,16 @@ def _refuse_old_form(recipe: yaml.MappingNode) -> None:
         section = MOVED[name]
         remedy = f"move its settings to the section {section} at the top" if section else "leave it out"
         raise Unreadable(f"lists {name} in trainer.callbacks{_at(node)}: {remedy}, as in configs/base.yaml")
+
+
+def _section(recipe: yaml.Node, *names: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """The settings of a section by name; none where there is no such section."""
+    for name in names:
+        found = _named_nodes(recipe).get(name) if isinstance(recipe, yaml.MappingNode) else None
+        if found is None:
+            return {}
+        recipe = found[1]
+    return _named_nodes(recipe) if isinstance(recipe, yaml.MappingNode) else {}
 
 
 def _named_nodes(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:

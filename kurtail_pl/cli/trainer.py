@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
+from jsonargparse._common import parser_context
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -70,6 +71,16 @@ TRAINER_DEFAULTS = {
 
 class RecipeParser(OneLine, LightningArgumentParser):
     """Understands recipes."""
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The settings of base.yaml, in the form that values have while they are parsed.
+
+        jsonargparse merges those of a verb into what is parsed so far, where a dataclass that may be null, in a class's
+        settings, still has its class_path; by itself it would give them without, and the two do not merge.
+        """
+        with parser_context(lenient_check=True):
+            defaults: Namespace = super().get_defaults(*args, **kwargs)
+            return defaults
 
 
 class KurtailCLI(LightningCLI):

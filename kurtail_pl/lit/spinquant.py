@@ -68,8 +68,8 @@ class SpinQuantModule(RotationModule):
         if scheme.calibrated or scheme.prefix is not None:
             raise ConfigError(
                 "the scheme of quantization centres, has static scales or a prefix, which are made after the rotations "
-                "are learned, and SpinQuant learns through the scheme: leave centre, centre_keys, activation_scales "
-                "and prefix as they are in base.yaml"
+                "are learned, and SpinQuant learns through the scheme: leave centre, cache.centre_keys, "
+                "activation_scales and prefix as they are in base.yaml"
             )
         self.scheme = scheme if quantized_weights else replace(scheme, weights=None, layer_bits=None)
         # The vanilla weights are not what is learned: checkpoints leave them out.

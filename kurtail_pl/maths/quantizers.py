@@ -102,6 +102,11 @@ class Quantizer:
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group_size is {self.group_size}; give a positive number of channels or null")
 
+    def __str__(self) -> str:
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        groups = "" if self.group_size is None else f", groups of {self.group_size}"
+        return f"{self.bits} bits, {symmetry}, clip {self.clip}{groups}"
+
     def clipped(self, ratio: float) -> Quantizer:
         """The same with a ratio as its clip."""
         return replace(self, clip=Clip(amount=ratio))

@@ -3,7 +3,9 @@
 A new one is a frozen dataclass in a file of its own, under the seam that it belongs to, imported here.
 """
 
-from kurtail_pl.methods.defaults import default_format, default_rounder
+from kurtail_pl.methods.cache import CacheFormat
+from kurtail_pl.methods.caches.per_token_head import PerTokenHead, Sinks
+from kurtail_pl.methods.defaults import default_cache, default_format, default_rounder
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
 from kurtail_pl.methods.formats.normal import Normal
@@ -25,6 +27,7 @@ __all__ = [
     "NVFP4",
     "RTN",
     "BitTuner",
+    "CacheFormat",
     "ClipTuner",
     "FloatZero",
     "Format",
@@ -33,12 +36,15 @@ __all__ = [
     "Moments",
     "Needs",
     "Normal",
+    "PerTokenHead",
     "Rounder",
     "SearchedClips",
     "SensitiveBits",
+    "Sinks",
     "Tuner",
     "Uniform",
     "WeightTuner",
+    "default_cache",
     "default_format",
     "default_rounder",
 ]

@@ -1,4 +1,4 @@
-"""Which bits go where: the quantizers of weights, activations, keys and values."""
+"""Which bits go where: how weights, activations, keys and values are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods.defaults import default_format
+from kurtail_pl.methods.cache import CacheFormat
+from kurtail_pl.methods.defaults import default_cache, default_format
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import plain, validated
 
@@ -17,55 +18,21 @@ def _activations() -> Quantizer:
     return Quantizer(bits=4, symmetric=True, clip=Clip(amount=0.9))
 
 
-def _cache() -> Quantizer:
-    return Quantizer(bits=4, symmetric=False, clip=Clip(amount=0.95))
-
-
-@dataclass(frozen=True)
-class Sinks:
-    """The first tokens of a text, kept better than the others: those that attention rests on when it goes nowhere.
-
-    Args:
-        tokens: how many, by position; padding has no position.
-        bits: of their keys and values: 16 leaves them float, 8 rounds them to a grid of 8 bits without clip.
-
-    Raises:
-        ConfigError: for no tokens, or other bits.
-    """
-
-    tokens: int = 1
-    bits: Literal[8, 16] = 16
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ConfigError(f"sinks.tokens is {self.tokens}; give 1 or more, or write sinks: null")
-        if self.bits not in (8, 16):
-            raise ConfigError(f"sinks.bits is {self.bits}; the first tokens are kept in 8 or 16 bits")
-
-    def quantizer(self, others: Quantizer) -> Quantizer | None:
-        """Quantizer of the first tokens' keys or values, given that of the others'; None leaves them float."""
-        return None if self.bits == 16 else Quantizer(self.bits, others.symmetric, Clip(), others.group_size)
-
-
 @dataclass(frozen=True)
 class Scheme:
-    """Quantizers of one model; None leaves that part in floating point.
+    """What is quantized of one model, and how; None leaves that part in floating point.
 
     Args:
-        weights: of the decoder's linears, per output channel or group; embeddings and `lm_head` stay float.
-        activations: of the inputs of those linears.
-        keys: of the cached keys after RoPE and rotation, per token and head.
-        values: of the cached values, per token and head.
+        weights: format of the decoder's linears, per output channel or group; embeddings and `lm_head` stay float.
+        activations: quantizer of the inputs of those linears.
+        cache: how keys and values are kept.
         attention_output: the scales of the input of `o_proj`: those of `activations` (``token``), or one for each
             head of each token (``head``), as SpinQuant's code has it.
         centre: subtract each channel's mean over the calibration text from those inputs before they are quantized; a
             bias of the linear adds its product with the weight.
-        centre_keys: subtract each channel's mean over that text from the rotated keys before they are quantized; the
-            softmax takes no notice.
         activation_scales: those of `activations`: each token's own, from its values (``token``), or one for all tokens
             that a linear reads, the best for those of the calibration text that are not massive, with `clip` where the
             search begins (``static``).
-        sinks: the first tokens, whose keys and values are kept in more bits; null for none.
         prefix: tokens that stand before every text, with keys and values of their own that are never quantized
             (PrefixQuant, arXiv 2410.05265): they take the attention that goes nowhere else, so that no token of the
             text needs massive activations for it; null for none.
@@ -78,13 +45,10 @@ class Scheme:
 
     weights: Format | None = field(default_factory=default_format)
     activations: Quantizer | None = field(default_factory=_activations)
-    keys: Quantizer | None = field(default_factory=_cache)
-    values: Quantizer | None = field(default_factory=_cache)
+    cache: CacheFormat | None = field(default_factory=default_cache)
     attention_output: Literal["token", "head"] = "token"
     centre: bool = False
-    centre_keys: bool = False
     activation_scales: Literal["token", "static"] = "token"
-    sinks: Sinks | None = None
     prefix: list[int] | None = None
     layer_bits: list[int] | None = None
 
@@ -95,10 +59,6 @@ class Scheme:
             raise ConfigError(f"attention_output is {self.attention_output!r}; write token or head")
         if self.centre and self.activations is None:
             raise ConfigError("centre is true and activations is null; inputs are centred for their quantizer alone")
-        if self.centre_keys and self.keys is None:
-            raise ConfigError("centre_keys is true and keys is null; keys are centred for their quantizer alone")
-        if self.sinks is not None and self.keys is None and self.values is None:
-            raise ConfigError("sinks are given and keys and values are null; sinks are exceptions to their quantizers")
         if self.activation_scales not in ("token", "static"):
             raise ConfigError(f"activation_scales is {self.activation_scales!r}; write token or static")
         if self.static:
@@ -141,7 +101,12 @@ class Scheme:
     @property
     def calibrated(self) -> bool:
         """Whether a calibration text decides a part of it, whatever the method of the weights."""
-        return self.centre or self.centre_keys or self.static
+        return self.centre or self.static or (self.cache is not None and self.cache.calibrated)
+
+    @property
+    def centre_keys(self) -> bool:
+        """Whether rotated keys are centred before the cache keeps them."""
+        return self.cache is not None and self.cache.centre_keys
 
     def output_activations(self, head_dim: int) -> Quantizer | None:
         """Quantizer of the input of `o_proj`."""
@@ -162,10 +127,8 @@ class Scheme:
 
     def name_with(self, average: float | None) -> str:
         """The name, given the average bits of weights; None where all layers have the same."""
-        weights, activations, keys, values = (
-            16 if q is None else q.bits for q in (self.weights, self.activations, self.keys, self.values)
-        )
-        cache = f"kv{keys}" if keys == values else f"k{keys}v{values}"
+        weights, activations = (16 if part is None else part.bits for part in (self.weights, self.activations))
+        cache = "kv16" if self.cache is None else self.cache.name
         return f"w{weights if average is None else average:.3g}a{activations}{cache}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,5 +151,5 @@ def with_bits(weights: Format, bits: int) -> Format:
         raise ConfigError(f"layers have bits of their own, and {kind} has no setting bits; leave them out") from error
 
 
-FLOAT = Scheme(weights=None, activations=None, keys=None, values=None)
+FLOAT = Scheme(weights=None, activations=None, cache=None)
 """Nothing quantized."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods.cache import CacheFormat
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import Method
 from kurtail_pl.methods.rounder import Moments, Rounder
@@ -27,7 +29,7 @@ class Site:
     """What shares one quantizer in a decoder layer: linears that read the same inputs, the keys, or the values.
 
     Args:
-        part: what it is of, and the attribute of the modules that holds the quantizer.
+        part: what it is of.
         modules: by their names in the layer.
     """
 
@@ -36,20 +38,49 @@ class Site:
 
     @property
     def quantizer(self) -> Quantizer | None:
-        """The quantizer of all of them."""
-        found: Quantizer | None = getattr(next(iter(self.modules.values())), self.part)
-        return found
+        """The quantizer of all of them; None where there is none."""
+        held = self.held
+        return held.quantizer(self.part) if isinstance(held, CacheFormat) else held
 
     @quantizer.setter
-    def quantizer(self, quantizer: Quantizer | None) -> None:
+    def quantizer(self, quantizer: Quantizer) -> None:
+        held = self.held
+        self.held = held.with_quantizer(self.part, quantizer) if isinstance(held, CacheFormat) else quantizer
+
+    @property
+    def held(self) -> Quantizer | CacheFormat | None:
+        """What the modules hold: the quantizer, or the format of keys and values."""
+        found: Quantizer | CacheFormat | None = getattr(next(iter(self.modules.values())), self._attribute, None)
+        return found
+
+    @held.setter
+    def held(self, held: Quantizer | CacheFormat | None) -> None:
         for module in self.modules.values():
-            setattr(module, self.part, quantizer)
+            setattr(module, self._attribute, held)
+
+    @property
+    def _attribute(self) -> str:
+        return "activations" if self.part == "activations" else "cache"
 
     def clip(self, ratio: float) -> dict[str, float]:
         """Give the quantizer a clip ratio; returns it by the quantizer's places in the layer, as cards have it."""
         assert self.quantizer is not None
         self.quantizer = self.quantizer.clipped(ratio)
         return {f"{name}.{self.part}": ratio for name in self.modules}
+
+
+@contextmanager
+def in_float(sites: Iterable[Site]) -> Iterator[None]:
+    """Leave what sites are of in floating point for a while."""
+    kept = [(site, site.held) for site in sites]
+    for site, _ in kept:
+        held = site.held
+        site.held = held.without(site.part) if isinstance(held, CacheFormat) else None
+    try:
+        yield
+    finally:
+        for site, held in kept:
+            site.held = held
 
 
 class Reader(Protocol):
@@ -185,15 +216,17 @@ class WeightTuner(Method):
 def require_clipped(scheme: Scheme, parts: Sequence[str], quantized_activations: bool, setting: str) -> None:
     """Raise ConfigError unless parts of a scheme have quantizers whose clips are ratios of each token's own."""
     for part in parts:
-        quantizer: Quantizer | None = getattr(scheme, part)
+        place, quantizer = f"scheme.{part}", scheme.activations
+        if part != "activations":
+            place, quantizer = f"scheme.cache.{part}", scheme.cache.quantizer(part) if scheme.cache else None
         if quantizer is None or not quantized_activations:
             raise ConfigError(
-                f"{setting} names {part}; only what is quantized has a clip: give scheme.{part}, and set "
+                f"{setting} names {part}; only what is quantized has a clip: give {place}, and set "
                 "quantized_activations: true"
             )
         if quantizer.clip.kind != "ratio":
             raise ConfigError(
-                f"{setting} names {part} and scheme.{part}.clip is a {quantizer.clip.kind}; clips are sought among "
+                f"{setting} names {part} and {place}.clip is a {quantizer.clip.kind}; clips are sought among "
                 "ratios: write clip.kind: ratio"
             )
     if "activations" in parts and scheme.static:

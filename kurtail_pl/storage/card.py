@@ -23,7 +23,7 @@ from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.surgery.rotations import Rotations
 
-FORMAT = 2
+FORMAT = 3
 AGAIN = "copy the folder again or make it again"
 
 

@@ -1,9 +1,9 @@
 """Attention with rotated, quantized keys and values, through `transformers`' attention interface.
 
 One function serves every family: it receives queries, keys and values after RoPE, rotates queries and keys (R3),
-centres the keys, quantizes keys and values per token and head, the first tokens finer when asked, puts those of a
-prefix before them, and calls the stock attention. The cache itself holds float keys and values, of the text alone: a
-per-token quantizer gives the same numbers whenever it is applied.
+centres the keys, asks the cache's format what it keeps of keys and values, puts a prefix before them, and calls
+the stock attention. The cache itself holds float keys and values, of the text alone: a format gives the same numbers
+whenever it is applied.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.methods.scheme import Sinks
+from kurtail_pl.methods import CacheFormat
 from kurtail_pl.surgery.rotations import OnlineHadamard
 
 ATTENTION = "kurtail"
@@ -44,8 +43,8 @@ def kurtail_attention(
 
     A module that `equip_attention` has not seen attends as usual.
     """
-    rotation, keys, values = (getattr(module, name, None) for name in ("query_key_rotation", "keys", "values"))
-    centre, see = (getattr(module, name, None) for name in ("key_centre", "see_scored"))
+    rotation, centre, see = (getattr(module, name, None) for name in ("query_key_rotation", "key_centre", "see_scored"))
+    cache: CacheFormat | None = getattr(module, "cache", None)
     if rotation is not None:
         query, key = rotation(query), rotation(key)
     if see is not None:
@@ -53,15 +52,9 @@ def kurtail_attention(
     if centre is not None:
         # The same for all keys, it moves all scores of a query alike, and the softmax takes no notice.
         key = key - centre
-    sinks: Sinks | None = getattr(module, "sinks", None)
-    first = None
-    if sinks is not None:
-        positions = key_positions(query, key, attention_mask, kwargs.get("position_ids"))
-        first = positions[:, None, :, None] < sinks.tokens
-    if keys is not None:
-        key = _cached(key, keys, sinks, first)
-    if values is not None:
-        value = _cached(value, values, sinks, first)
+    if cache is not None:
+        first = _first(cache.first_tokens, query, key, attention_mask, kwargs.get("position_ids"))
+        key, value = cache.kept_keys(key, first), cache.kept_values(value, first)
     if getattr(module, "prefix_key", None) is not None:
         key, attention_mask = behind_prefix(module, query, key, attention_mask)
         value = _behind(module.prefix_value, value)  # type: ignore[arg-type]
@@ -69,13 +62,9 @@ def kurtail_attention(
     return output
 
 
-def _cached(x: Tensor, quantizer: Quantizer, sinks: Sinks | None, first: Tensor | None) -> Tensor:
-    """What the cache keeps of keys or values; `first`, ``[batch, 1, tokens, 1]``, says which tokens are the sinks."""
-    quantized = fake_quantize(x, quantizer)
-    if sinks is None or first is None:
-        return quantized
-    finer = sinks.quantizer(quantizer)
-    return torch.where(first, x if finer is None else fake_quantize(x, finer), quantized)
+def _first(tokens: int, query: Tensor, key: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """Which keys are of the first so many tokens of their text, ``[batch, 1, keys, 1]``; None for no tokens."""
+    return key_positions(query, key, mask, position_ids)[:, None, :, None] < tokens if tokens else None
 
 
 def key_positions(query: Tensor, key: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
@@ -104,22 +93,16 @@ def key_positions(query: Tensor, key: Tensor, mask: Tensor | None, position_ids:
     return last - after
 
 
-def equip_attention(
-    attention: nn.Module,
-    rotation: HadamardFactors | None,
-    keys: Quantizer | None,
-    values: Quantizer | None,
-    sinks: Sinks | None = None,
-) -> None:
+def equip_attention(attention: nn.Module, rotation: HadamardFactors | None, cache: CacheFormat | None) -> None:
     """Give an attention module what `kurtail_attention` reads from it."""
     attention.register_module("query_key_rotation", None if rotation is None else OnlineHadamard(rotation))
-    attention.keys, attention.values, attention.sinks = keys, values, sinks  # type: ignore[assignment]
+    attention.cache = cache  # type: ignore[assignment]
 
 
 def subtract_from_keys(attention: nn.Module, centre: Tensor) -> None:
-    """Let an attention module subtract a constant ``[kv_heads, 1, head_dim]`` from rotated keys before their quantizer.
+    """Let an attention module subtract a constant ``[kv_heads, 1, head_dim]`` from rotated keys before they are kept.
 
-    Without the quantizer its output stays what it is. Keys of a prefix, which has to be there before, move alike.
+    In a float cache its output stays what it is. Keys of a prefix, which has to be there before, move alike.
     """
     attention.register_buffer("key_centre", centre)
     if getattr(attention, "prefix_key", None) is not None:

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kurtail_pl.errors import CheckpointError, ConfigError, KurtailError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Grid, Quantizer, require_groups
+from kurtail_pl.maths.quantizers import Grid, require_groups
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.tuner import Part, Site
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
 from kurtail_pl.surgery.exact import exact_class
@@ -79,11 +80,10 @@ def require_scheme_fits(config: PretrainedConfig, scheme: Scheme) -> None:
     inputs = (config.hidden_size, config.num_attention_heads * head_dim, *mlp_widths(config))
     if scheme.weights is not None:
         scheme.weights.require("weights", inputs)
-    widths = {"activations": inputs, "keys": (head_dim,), "values": (head_dim,)}
-    for name, sizes in widths.items():
-        quantizer: Quantizer | None = getattr(scheme, name)
-        if quantizer is not None:
-            require_groups(name, quantizer.group_size, sizes)
+    if scheme.activations is not None:
+        require_groups("activations", scheme.activations.group_size, inputs)
+    if scheme.cache is not None:
+        scheme.cache.require(head_dim)
 
 
 def equip_model(model: PreTrainedModel, scheme: Scheme, rotations: Rotations) -> None:
@@ -105,7 +105,7 @@ def equip_layer(
         assert isinstance(linear, nn.Linear)
         layer.set_submodule(name, QuantizedLinear(linear, online.get(name), special.get(name, scheme.activations)))
     attention = layer.get_submodule(architecture.attention)
-    equip_attention(attention, rotations.query_key, scheme.keys, scheme.values, scheme.sinks)
+    equip_attention(attention, rotations.query_key, scheme.cache)
 
 
 def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> dict[str, HadamardFactors]:
@@ -161,12 +161,14 @@ def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
         ConfigError: when there is no quantizer at a place.
     """
     modules = dict(layer.named_modules())
-    for site, ratio in ratios.items():
-        name, _, part = site.rpartition(".")
-        quantizer = getattr(modules.get(name), part, None)
-        if not isinstance(quantizer, Quantizer):
-            raise ConfigError(f"clips name {shortened(repr(site), 60)}, where no quantizer is; make the artefact again")
-        setattr(modules[name], part, quantizer.clipped(ratio))
+    for place, ratio in ratios.items():
+        name, _, part = place.rpartition(".")
+        site = Site(cast(Part, part), {name: modules[name]}) if name in modules else None
+        if site is None or site.quantizer is None:
+            raise ConfigError(
+                f"clips name {shortened(repr(place), 60)}, where no quantizer is; make the artefact again"
+            )
+        site.clip(ratio)
 
 
 def unpacked_bytes(model: PreTrainedModel) -> int:

@@ -148,7 +148,7 @@ def test_scales_signs_searched_clips_and_sinks_together(kurtail: Kurtail, recipe
         fuse_with(settings, "signs", 4)
         quantization = settings["quantization"]
         quantization |= {"quantized_activations": True, "clips": {"class_path": "kurtail_pl.methods.SearchedClips"}}
-        quantization["scheme"]["sinks"] = {"tokens": 2, "bits": 8}
+        quantization["scheme"]["cache"] = {"init_args": {"sinks": {"tokens": 2, "bits": 8}}}
 
     edit(recipe, switch)
     kurtail(recipe.parent, "fit", "--config", recipe)
@@ -159,7 +159,7 @@ def test_scales_signs_searched_clips_and_sinks_together(kurtail: Kurtail, recipe
     )
     assert fused["recipe"]["scales"]["parts"] == ["values", "mlp_hidden", "keys", "mlp_input"]
     assert [len(errors) for errors in card["rotations"]["signs"]["errors"].values()] == [3, 3]
-    assert card["scheme"]["sinks"] == {"tokens": 2, "bits": 8}
+    assert card["scheme"]["cache"]["settings"]["sinks"] == {"tokens": 2, "bits": 8}
     assert [len(clips) for clips in card["clips"]] == [9, 9, 9, 9]
     evaluation = results["evaluation"]
     text, windows, length = Path(evaluation["source"]), evaluation["windows"], evaluation["seqlen"]

@@ -8,13 +8,14 @@ from typing import cast
 
 import onnx_ir as ir
 
+from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.cache import append
 from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import mask, rope, window_of
 from kurtail_onnx.graph.step import Step
 from kurtail_onnx.graph.weights import float_weight
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import CacheFormat
 
 
 def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
@@ -31,7 +32,8 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         query, key, value = _projections(step, index, x)
         query, key = _rotated(step, index, query, key)
         # Layers differ by their clips where these were searched.
-        own = cast(Sequence[Quantizer | None], (module.keys, module.values))
+        own = cache_integers_of(cast(CacheFormat | None, module.cache))
+        assert own is not None
         parts = [replace(part, quantizer=q) for part, q in zip((step.keys, step.values), own, strict=True)]
         keys, values = append(g, _centred(step, index, key), value, index, *parts)
         if source.scheme.prefix is not None:

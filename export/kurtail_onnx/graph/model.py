@@ -8,6 +8,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from kurtail_onnx.exporter import ONNX
+from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.attention import attention
 from kurtail_onnx.graph.builder import FLOATS, GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
@@ -65,7 +66,9 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
 def cache_parts(source: Source, spec: ONNX) -> tuple[CachePart, CachePart]:
     """How keys and values are kept."""
     packed, dtype = spec.kv == "packed", FLOATS[spec.dtype]
-    quantizers = {"key": source.scheme.keys, "value": source.scheme.values}
+    cache = cache_integers_of(source.scheme.cache)
+    assert cache is not None
+    quantizers = {"key": cache.keys, "value": cache.values}
     keys, values = (CachePart(n, q, packed, source.kv_heads, source.head_dim, dtype) for n, q in quantizers.items())
     return keys, values
 

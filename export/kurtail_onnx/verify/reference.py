@@ -10,9 +10,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kurtail_onnx.exporter import ONNX
+from kurtail_onnx.forms import cache_integers_of
 from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.artefact.source import Source
-from kurtail_pl.maths.quantizers import Quantizer, quantize
+from kurtail_pl.maths.quantizers import quantize
+from kurtail_pl.methods import CacheFormat
 from kurtail_pl.storage.checkpoint import to_float
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
@@ -54,8 +56,7 @@ def cached_codes(attention: nn.Module, cache: DynamicCache, layer: int) -> dict[
         keys = rotation(keys)  # type: ignore[operator]
     if centre is not None:
         keys = keys - centre
-    states: dict[str, tuple[Tensor, Quantizer | None]] = {
-        "key": (keys, attention.keys),  # type: ignore[dict-item]
-        "value": (values, attention.values),  # type: ignore[dict-item]
-    }
+    kept = cache_integers_of(cast(CacheFormat | None, attention.cache))
+    assert kept is not None
+    states = {"key": (keys, kept.keys), "value": (values, kept.values)}
     return {name: quantize(x, q).codes for name, (x, q) in states.items() if q is not None}

@@ -22,7 +22,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import LearnedClip
 from kurtail_pl.methods.cost import FLOAT32, KEPT_HIDDEN, KEPT_WIDE, Cost, Sizes
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.methods.tuner import Block, ClipTuner, Site, Tuning, relative, require_clipped
+from kurtail_pl.methods.tuner import Block, ClipTuner, Site, Tuning, in_float, relative, require_clipped
 
 Learned = Literal["activations", "keys", "values", "weights"]
 BATCH = 4
@@ -123,17 +123,12 @@ class _Training(Tuning):
     def __init__(self, block: Block, settings: LearnedClips) -> None:
         super().__init__(block)
         self.settings = settings
-        quantizers = [site.quantizer for site in block.sites]
-        for site in block.sites:
-            site.quantizer = None
-        self._wanted = [block.run(block.before[window]) for window in range(len(block.before))]
-        for site, quantizer in zip(block.sites, quantizers, strict=True):
-            site.quantizer = quantizer
+        with in_float(block.sites):
+            self._wanted = [block.run(block.before[window]) for window in range(len(block.before))]
 
     def solved(self) -> None:
         """Learn the clips and scales of the quantized layer, in place, and take the tuner's windows past it."""
         sites = self._learning_sites()
-        quantizers = [site.quantizer for site in sites]
         clips = [self._learning_clip(site) for site in sites]
         scaled = self._learning_scales() if "weights" in self.settings.parts else {}
         self._train(clips, [module.ratio for module in scaled.values()])
@@ -141,8 +136,7 @@ class _Training(Tuning):
             scale = module.scale
             parametrize.remove_parametrizations(module, "scale", leave_parametrized=False)
             module.scale = scale
-        for site, quantizer, clip in zip(sites, quantizers, clips, strict=True):
-            site.quantizer = quantizer
+        for site, clip in zip(sites, clips, strict=True):
             self.ratios |= site.clip(clip.item())
         self.block.after.fill(self.block.run(self.block.before[window]) for window in range(len(self.block.before)))
 

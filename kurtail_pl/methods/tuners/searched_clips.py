@@ -15,9 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import fake_quantize
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.methods.tuner import Block, ClipTuner, Part, Reader, Site, States, Tuning, relative, require_clipped
+from kurtail_pl.methods.tuner import (
+    Block,
+    ClipTuner,
+    Part,
+    Reader,
+    Site,
+    States,
+    Tuning,
+    in_float,
+    relative,
+    require_clipped,
+)
 
 T = TypeVar("T")
 RATIOS = tuple(number / 20 for number in range(20, 12, -1))
@@ -84,24 +95,18 @@ class _Search(Tuning):
         sites = [site for site in self.block.sites if site.part != "activations"]
         if not any(site.part in self.parts for site in sites):
             return
-        kept = [(site, site.quantizer) for site in sites]
 
         def written() -> Iterable[Tensor]:
             windows = attended(states[window] for window in some(range(len(states))))
             return (F.linear(output.turn(x), output.dense_weight()) for x in windows)
 
+        with in_float(sites):
+            exact = list(written())
         for site in sites:
-            site.quantizer = None
-        exact = list(written())
-        best = {
-            site.part: self._best(_errors(site, quantizer, written, exact))
-            for site, quantizer in kept
-            if site.part in self.parts and quantizer is not None
-        }
-        for site, quantizer in kept:
-            site.quantizer = quantizer
-            if site.part in best:
-                self.ratios |= site.clip(best[site.part])
+            if site.part in self.parts:
+                with in_float(other for other in sites if other is not site):
+                    errors = _errors(site, written, exact)
+                self.ratios |= site.clip(self._best(errors))
 
     def _best(self, errors: Tensor) -> float:
         return RATIOS[int(self.block.ranks.sum(errors).argmin())]
@@ -112,13 +117,10 @@ def some(windows: Iterable[T]) -> Iterator[T]:
     return islice(windows, 0, None, WINDOW_STEP)
 
 
-def _errors(
-    site: Site, quantizer: Quantizer, written: Callable[[], Iterable[Tensor]], exact: Sequence[Tensor]
-) -> Tensor:
-    """How far what is written is from the exact, for each ratio of a site that is float before and after."""
+def _errors(site: Site, written: Callable[[], Iterable[Tensor]], exact: Sequence[Tensor]) -> Tensor:
+    """How far what is written is from the exact, for each ratio of a site."""
     errors = torch.zeros(len(RATIOS), dtype=torch.float64)
     for number, ratio in enumerate(RATIOS):
-        site.quantizer = quantizer.clipped(ratio)
+        site.clip(ratio)
         errors[number] = sum(relative(y - e, e).item() for y, e in zip(written(), exact, strict=True))
-    site.quantizer = None
     return errors

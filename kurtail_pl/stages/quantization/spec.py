@@ -97,9 +97,10 @@ class QuantizeSpec:
 
     @property
     def methods(self) -> list[Method]:
-        """What works on weights and clips."""
+        """What works on weights, cache and clips."""
         weights = [] if self.scheme.weights is None else [self.scheme.weights, self.rounder]
-        return [method for method in (*weights, self.matching, self.clips, self.bits) if method is not None]
+        others = (self.scheme.cache, self.matching, self.clips, self.bits)
+        return [*weights, *(method for method in others if method is not None)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, methods by their kinds."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import ClipTuner, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.text import title_of
@@ -73,13 +72,10 @@ def _parts(scheme: Scheme, quantize: dict[str, Any]) -> dict[str, str]:
     parts = {
         "weights": _weights(scheme, quantize),
         "activations": _activations(scheme),
-        "keys": _integers(scheme.keys),
-        "values": _integers(scheme.values),
+        "cache": "float" if scheme.cache is None else scheme.cache.sentence(),
     }
     if clips := quantize.get("clips"):
         parts["clips"] = ClipTuner.from_dict(clips).sentence()
-    if scheme.sinks is not None:
-        parts[f"keys and values of the first tokens ({scheme.sinks.tokens})"] = f"{scheme.sinks.bits} bits"
     if scheme.prefix is not None:
         parts["before every text"] = f"float keys and values of the tokens {scheme.prefix}"
     return parts
@@ -98,19 +94,14 @@ def _weights(scheme: Scheme, quantize: dict[str, Any]) -> str:
 
 
 def _activations(scheme: Scheme) -> str:
-    said = _integers(scheme.activations)
-    if scheme.activations is not None and scheme.attention_output == "head":
+    if scheme.activations is None:
+        return "float"
+    said = str(scheme.activations)
+    if scheme.attention_output == "head":
         said += "; one scale a head in the input of the output projection"
     if scheme.static:
         said += "; one calibrated scale for all tokens of each input"
     return said
-
-
-def _integers(quantizer: Quantizer | None) -> str:
-    if quantizer is None:
-        return "float"
-    symmetry = "symmetric" if quantizer.symmetric else "asymmetric"
-    return f"{quantizer.bits} bits, {symmetry}, clip {quantizer.clip}"
 
 
 def _bits(layers: list[int]) -> str:

@@ -16,7 +16,7 @@ import kurtail_pl
 from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.errors import ArtefactError, ConfigError, KurtailError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import RTN, Uniform
+from kurtail_pl.methods import RTN, PerTokenHead, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -79,7 +79,7 @@ def test_quantizing_changes_the_logits_but_not_beyond_recognition(
         plain = AutoModelForCausalLM.from_pretrained(tiny)(windows).logits
         four = kurtail_pl.load(artefact)(windows).logits
         eight_bits = Quantizer(8, False)
-        scheme = Scheme(Uniform(8), Quantizer(8), eight_bits, eight_bits)
+        scheme = Scheme(Uniform(8), Quantizer(8), PerTokenHead(eight_bits, eight_bits))
         eight = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "w8"))(windows).logits
     error = {n: ((v - plain).norm() / plain.norm()).item() for n, v in (("four", four), ("eight", eight))}
     assert 0 < error["eight"] < 0.1

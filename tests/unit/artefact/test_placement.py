@@ -187,7 +187,7 @@ def test_a_saved_model_is_its_folder(folder: Path, dtype: str, copied: bool, tmp
 
 
 def wider_clip(model: PreTrainedModel) -> None:
-    model.model.layers[1].self_attn.keys = None
+    model.model.layers[1].self_attn.cache = None
 
 
 def other_scale(model: PreTrainedModel) -> None:

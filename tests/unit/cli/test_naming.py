@@ -48,7 +48,7 @@ def test_the_default_has_plain_names() -> None:
         ("seed_everything", 1, (False, True, True)),
         ("fusion.scales", {"parts": ["values"]}, (False, False, True)),
         (f"{QUANTIZATION}.rounder.init_args.percdamp", 0.05, (False, False, True)),
-        (f"{QUANTIZATION}.scheme.keys.clip.amount", 1.0, (False, False, True)),
+        (f"{QUANTIZATION}.scheme.cache.init_args.keys.clip.amount", 1.0, (False, False, True)),
         (f"{QUANTIZATION}.out", "elsewhere", (False, False, False)),
         (f"{DATA}.store", "elsewhere", (False, False, False)),
         (f"{DATA}.compute.device", "cpu", (False, False, False)),

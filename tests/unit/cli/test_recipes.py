@@ -93,7 +93,8 @@ def test_defaults_in_code_are_those_of_base() -> None:
     assert SETTINGS["data"]["init_args"] == data
     quantization = {name: value for name, value in SETTINGS["quantization"].items() if name != "out"}
     quantization["rounder"] = quantization["rounder"]["init_args"]
-    quantization["scheme"] = quantization["scheme"] | {"weights": quantization["scheme"]["weights"]["init_args"]}
+    classes = {name: quantization["scheme"][name]["init_args"] for name in ("weights", "cache")}
+    quantization["scheme"] = quantization["scheme"] | classes
     spec = {
         each.name: plain(each.default if each.default_factory is MISSING else each.default_factory())
         for each in fields(QuantizeSpec)
@@ -139,6 +140,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.scheme.activation_scales": "static",
         "quantization.rounder.class_path": "kurtail_pl.methods.RTN",
         "quantization.scheme.weights.class_path": "kurtail_pl.methods.MXFP4",
+        "quantization.scheme.cache.class_path": "kurtail_pl.methods.PerTokenHead",
         "quantization.rounder.init_args.correction": "foem",
         "quantization.clips": "kurtail_pl.methods.SearchedClips",
         "quantization.matching": "kurtail_pl.methods.Matching",
@@ -173,7 +175,7 @@ CLASSES = ("model.init_args.scheduler", "quantization.matching", "quantization.c
 """Settings that are null, and may be an object of a class."""
 OPTIONAL = {
     "fusion.scales": "seed", "fusion.signs": "candidates", 
-    "quantization.scheme.sinks": "tokens", "evaluation.tasks": "limit",
+    "quantization.scheme.cache.init_args.sinks": "tokens", "evaluation.tasks": "limit",
 }  # fmt: skip
 """Settings that are null, and one of those that they may have."""
 
@@ -252,7 +254,33 @@ def test_the_old_form_is_refused_with_where_its_settings_went(
     assert f"lists {callback.rpartition('.')[2]} in trainer.callbacks in line 3: {remedy}" in line
 
 
-SIZES = '{"layers": 3, "hidden_size": 48, "head_dim": 16, "kv_heads": 2, "rms_norm_eps": 0.1}'
+@pytest.mark.parametrize("name", ["keys", "values", "sinks", "centre_keys"])
+def test_settings_of_the_cache_in_the_scheme_are_refused_with_where_they_went(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text(f"quantization:\n  scheme: {{centre: true, {name}: null}}\n")
+    assert exit_code("fit", "--config", old) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"has {name} in quantization.scheme in line 2: move it to quantization.scheme.cache.init_args" in line
+
+
+def test_a_quantizer_of_the_cache_changes_key_by_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It may be null, and stands in a class's settings: what a file leaves out stays as it is in the one before."""
+    later = tmp_path / "later.yaml"
+    later.write_text("quantization: {scheme: {cache: {init_args: {keys: {bits: 3}, values: {clip: {amount: 0.5}}}}}}")
+    flags = ("--quantization.scheme.cache.keys.symmetric", "true", "--quantization.scheme.cache.values.bits", "8")
+    printed = yaml.safe_load(printed_config(capsys, "--config", later, *flags))
+    cache = SETTINGS["quantization"]["scheme"]["cache"]["init_args"]
+    assert printed["quantization"]["scheme"]["cache"]["init_args"] == {
+        **cache,
+        "keys": {**cache["keys"], "bits": 3, "symmetric": True},
+        "values": {**cache["values"], "bits": 8, "clip": {"kind": "ratio", "amount": 0.5}},
+    }
+    printed = yaml.safe_load(printed_config(capsys, "--quantization.scheme.cache.keys", "null"))
+    assert printed["quantization"]["scheme"]["cache"]["init_args"] == {**cache, "keys": None}
+    printed = yaml.safe_load(printed_config(capsys, "--quantization.scheme.cache", "null"))
+    assert printed["quantization"]["scheme"]["cache"] is None
 
 
 SIZES = '{"layers": 3, "hidden_size": 48, "head_dim": 16, "kv_heads": 2, "rms_norm_eps": 0.1}'

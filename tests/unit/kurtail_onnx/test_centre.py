@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.methods import Uniform
+from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.stages.evaluation import perplexity as evaluate
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec
@@ -30,7 +31,7 @@ from kurtail_pl.surgery.attention import Scored, watched_scores
 
 MakeArtefact = Callable[..., Path]
 MakeFamily = Callable[[str], Path]
-SYMMETRIC = {"centre": True, "centre_keys": True}
+SYMMETRIC = {"centre": True, "cache": PerTokenHead(centre_keys=True)}
 
 
 def torchs(artefact: Path, act: str = "qdq") -> PreTrainedModel:
@@ -64,8 +65,8 @@ FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
     "float-weights": (ONNX(), {**CENTRED, "weights": None}),
     "groups": (ONNX(), {**CENTRED, "weights": Uniform(4, False, group_size=16)}),
     "scale-a-head": (ONNX(), {**CENTRED, "attention_output": "head"}),
-    "keys-unlike-values": (ONNX(), {**CENTRED, "keys": Quantizer(4, True)}),
-    "keys-alone": (ONNX(), {"values": None, "centre_keys": True}),
+    "keys-unlike-values": (ONNX(), {**CENTRED, "cache": replace(CENTRED["cache"], keys=Quantizer(4, True))}),
+    "keys-alone": (ONNX(), {"cache": PerTokenHead(values=None, centre_keys=True)}),
 }
 
 
@@ -113,7 +114,7 @@ def test_a_float_cache_holds_centred_keys(centred_stories: Path, tmp_path: Path)
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     for index, (_, keys, _, _) in enumerate(seen):
         centre = checkpoint.tensor(f"model.layers.{index}.self_attn.key_centre").float()
-        expected = fake_quantize(keys - centre, CENTRED["keys"]).numpy()
+        expected = fake_quantize(keys - centre, CENTRED["cache"].keys).numpy()
         found = decoder.cache()[f"past_key_values.{index}.key"]
         np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(found[1, :, 5:], expected[1, :, 5:], rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -20,11 +20,12 @@ from kurtail_onnx.verify.structure import check_structure
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import Uniform
+from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.storage.sources import open_model
 
 MakeArtefact = Callable[..., Path]
+EIGHT = Quantizer(8)
 DOUBLE = ONNX("fp64")
 ROUNDING = 1e-12
 """Of the logits, relative to the largest: a thousand roundings to 53 bits. Another code moves them by a thousandth."""
@@ -54,7 +55,7 @@ def test_every_family(
 VARIANTS: dict[str, tuple[ONNX, dict[str, Any]]] = {
     "groups": (DOUBLE, {"weights": Uniform(4, False, group_size=16), "activations": Quantizer(group_size=16)}),
     "quantile": (DOUBLE, {"weights": Uniform(4, False), "activations": Quantizer(4, False, Clip("quantile", 0.98))}),
-    "eight-bits": (DOUBLE, {"weights": Uniform(8), **dict.fromkeys(("activations", "keys", "values"), Quantizer(8))}),
+    "eight-bits": (DOUBLE, {"weights": Uniform(8), "activations": EIGHT, "cache": PerTokenHead(EIGHT, EIGHT)}),
     "static": (DOUBLE, {**CENTRED, "activation_scales": "static", "prefix": [1]}),
     "static-symmetric": (DOUBLE, {"activation_scales": "static"}),
     "float-cache": (ONNX("fp64", kv="float"), {}),
@@ -97,7 +98,7 @@ def test_weights_stay_in_four_bits_on_disk(story_artefact: Path, tmp_path: Path)
 
 def test_another_artefact_fails(artefact: Path, make_artefact: MakeArtefact, tiny: Path, tmp_path: Path) -> None:
     """One that differs by the last step of one quantizer only."""
-    other = make_artefact(tiny, values=Quantizer(4, False, Clip(amount=0.999)))
+    other = make_artefact(tiny, cache=PerTokenHead(values=Quantizer(4, False, Clip(amount=0.999))))
     folder = export(other, tmp_path / "onnx", DOUBLE, check=False)
     with pytest.raises(CheckFailed, match="does not compute the artefact's model: prefill"):
         checks.check(folder, Source(artefact), DOUBLE)

@@ -26,8 +26,7 @@ from kurtail_pl.errors import (
     UnsupportedArchitecture,
 )
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import FloatZero, Normal, Uniform
-from kurtail_pl.methods.scheme import Sinks
+from kurtail_pl.methods import FloatZero, Normal, PerTokenHead, Sinks, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -156,13 +155,17 @@ def test_damaged_artefacts_are_refused(damage: str, artefact: Path, tmp_path: Pa
 REFUSED: dict[str, tuple[ONNX, dict[str, Any], str]] = {
     "3-bit-weights": (ONNX(), {"weights": Uniform(3)}, "weights have 3 bits"),
     "6-bit-activations": (ONNX(), {"activations": Quantizer(6)}, "activations have 6 bits"),
-    "2-bit-keys": (ONNX(), {"keys": Quantizer(2, False)}, "keys have 2 bits"),
-    "cache-groups": (ONNX(), {"values": Quantizer(4, False, group_size=8)}, "values have groups of 8"),
+    "2-bit-keys": (ONNX(), {"cache": PerTokenHead(Quantizer(2, False))}, "keys have 2 bits"),
+    "cache-groups": (
+        ONNX(),
+        {"cache": PerTokenHead(values=Quantizer(4, False, group_size=8))},
+        "values have groups of 8",
+    ),
     "kernel-groups": (ONNX(weights="matmulnbits"), {"weights": Uniform(group_size=4)}, "groups of 4"),
     "integer-groups": (ONNX(weights="integer"), {"weights": Uniform(group_size=4)}, "--to.weights integer"),
     "integer-asymmetric": (ONNX(weights="integer"), {"activations": Quantizer(4, False)}, "--to.weights integer"),
     "integer-heads": (ONNX(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
-    "sinks": (ONNX(), {"sinks": Sinks(2, 8)}, "sinks keep the first 2 tokens in 8 bits.* sinks: null"),
+    "sinks": (ONNX(), {"cache": PerTokenHead(sinks=Sinks(2, 8))}, "the first 2 tokens in 8 bits, and a .*all.* alike"),
     "uneven-levels": (
         ONNX(),
         {"weights": Normal()},
@@ -199,7 +202,7 @@ def test_what_float16_does_not_hold_is_exported_in_float32_alone(
     tensors = load_file(model / "model.safetensors")
     tensors[f"{name}.weight"] *= factor
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    artefact = make_artefact(model, activations=None, keys=None, values=None)
+    artefact = make_artefact(model, activations=None, cache=None)
     with pytest.raises(ConfigError, match=rf"{name}\.(weight|scale) has values of .* --to.dtype fp32"):
         export(artefact, tmp_path / "half", ONNX("fp16"))
     assert not (tmp_path / "half").exists()
@@ -234,7 +237,7 @@ def test_values_that_grow_beyond_float16_fail(tiny: Path, make_artefact: MakeArt
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 3e4
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    artefact = make_artefact(model, weights=None, activations=None, keys=None, values=None)
+    artefact = make_artefact(model, weights=None, activations=None, cache=None)
     with pytest.raises(CheckFailed, match=r"decoder layer 1 .* in fp16.*--to.dtype fp32"):
         export(artefact, tmp_path / "half", ONNX("fp16"), check=True)
     assert not (tmp_path / "half").exists()

@@ -22,7 +22,7 @@ from kurtail_pl.errors import InputError
 from kurtail_pl.stages.export import export
 
 BORDER, END = 32, 48
-FLOAT: dict[str, Any] = dict.fromkeys(("weights", "activations", "keys", "values"))
+FLOAT: dict[str, Any] = dict.fromkeys(("weights", "activations", "cache"))
 """A code on a border would change all that follows; angles are the same for every scheme."""
 IDS = np.random.default_rng(0).integers(2, 300, size=(2, END))
 Opened = tuple[PreTrainedModel, Export, Any]

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import Uniform
+from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -79,7 +79,7 @@ VARIANTS: dict[str, tuple[ONNX, dict[str, Quantizer | str | None]]] = {
     "activation-groups": (ONNX(), {"activations": Quantizer(group_size=16)}),
     "quantile": (ONNX(), {"activations": Quantizer(clip=Clip("quantile", 0.98))}),
     "scale-a-head": (ONNX(), {"activations": ASYMMETRIC, "attention_output": "head"}),
-    "float-values": (ONNX(), {"values": None}),
+    "float-values": (ONNX(), {"cache": PerTokenHead(values=None)}),
     "float-activations": (ONNX(), {"activations": None}),
     "float-weights": (ONNX(), {"weights": None}),
     "kernel": (ONNX(weights="matmulnbits"), {}),
@@ -107,7 +107,7 @@ def test_eight_bits(
 ) -> None:
     """Sixteen times as many borders, and codes that matter sixteen times less."""
     artefact = make_artefact(
-        grouped, **{"weights": Uniform(8), **dict.fromkeys(("activations", "keys", "values"), Quantizer(8))}
+        grouped, weights=Uniform(8), activations=Quantizer(8), cache=PerTokenHead(Quantizer(8), Quantizer(8))
     )
     folder = export(artefact, tmp_path / "onnx", ONNX(weights=weights), check=True)
     assert has_torchs_logits(kurtail_pl.load(artefact), folder, tolerance=0.02)
@@ -127,7 +127,7 @@ def test_float_activations_on_request(artefact: Path, make_artefact: MakeArtefac
 
 
 def test_half_precision_of_a_float_model(stories: Path, make_artefact: MakeArtefact, tmp_path: Path) -> None:
-    floats = make_artefact(stories, weights=None, activations=None, keys=None, values=None)
+    floats = make_artefact(stories, weights=None, activations=None, cache=None)
     text = TextSpec(windows=4, seqlen=128)
     single, half = (
         perplexity(Export(export(floats, tmp_path / dtype, ONNX(dtype), check=True)), text)

@@ -14,6 +14,7 @@ from kurtail_onnx.exporter import ONNX
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import PerTokenHead
 from kurtail_pl.stages.export import export
 from kurtail_pl.storage.checkpoint import Checkpoint
 
@@ -23,8 +24,8 @@ PREFIXED: dict[str, Any] = {"prefix": [1, 17]}
 FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
     "centred-static": (ONNX(), {**CENTRED, **PREFIXED, "activation_scales": "static"}),
     "float-cache": (ONNX(kv="float"), {**CENTRED, **PREFIXED}),
-    "never-quantized-cache": (ONNX(), {**PREFIXED, "keys": None, "values": None}),
-    "keys-unlike-values": (ONNX(), {**PREFIXED, "keys": Quantizer(4)}),
+    "never-quantized-cache": (ONNX(), {**PREFIXED, "cache": None}),
+    "keys-unlike-values": (ONNX(), {**PREFIXED, "cache": PerTokenHead(Quantizer(4))}),
 }
 
 

@@ -180,7 +180,7 @@ def test_perplexity_is_the_stages(
     opened: Export, tiny: Path, make_artefact: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     """Of weights alone: there is no border on the way of which a float rounding could decide the side."""
-    artefact = make_artefact(tiny, activations=None, keys=None, values=None)
+    artefact = make_artefact(tiny, activations=None, cache=None)
     exact = Export(export(artefact, tmp_path / "onnx", ONNX(), check=False))
     text = TextSpec(str(text_file), windows=3, seqlen=48)
     expected = evaluate.perplexity(Checkpoint(artefact), text)["perplexity"]

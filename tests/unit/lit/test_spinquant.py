@@ -16,6 +16,7 @@ from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.methods import PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture.stage import CaptureSpec
@@ -83,7 +84,7 @@ def test_the_loss_falls_on_a_window_seen_again_and_again(
     A step of 2^-7 of the largest moves logits, and so the loss of 7, by about a hundredth; with four bits the loss
     goes up and down by 0.1 from step to step.
     """
-    clipping = Scheme(None, Quantizer(8, clip=Clip(amount=0.6)), Quantizer(8, False), Quantizer(8, False))
+    clipping = Scheme(None, Quantizer(8, clip=Clip(amount=0.6)), PerTokenHead(Quantizer(8, False), Quantizer(8, False)))
     record, learner = Record(), module(clipping, steps=40)
     make_trainer(callbacks=[record]).fit(learner, windows(steps=40, count=2))
     assert max(record.losses[-5:]) < record.losses[0] - 0.1
@@ -105,7 +106,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(
     make_trainer().fit(resumed, windows(), ckpt_path=checkpoint, weights_only=True)
     assert torch.equal(resumed.residual, whole.residual)
     assert torch.equal(resumed.value, whole.value)
-    for other in (module(lr=0.3), module(replace(A4, keys=None)), module(steps=9), module(seed=1)):
+    for other in (module(lr=0.3), module(replace(A4, cache=None)), module(steps=9), module(seed=1)):
         with pytest.raises(ResumeMismatch):
             make_trainer().fit(other, windows(), ckpt_path=checkpoint, weights_only=True)
     with pytest.raises(ResumeMismatch, match="batch_windows"):
@@ -140,8 +141,10 @@ def test_bits_by_layer_are_nothing_to_learn_through() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"centre": True}, {"centre_keys": True}, {"activation_scales": "static"}, {"prefix": [1]}], ids=str
+    "change",
+    [{"centre": True}, {"cache": PerTokenHead(centre_keys=True)}, {"activation_scales": "static"}, {"prefix": [1]}],
+    ids=str,
 )
 def test_a_scheme_that_a_text_decides_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="leave centre, centre_keys, activation_scales and prefix"):
+    with pytest.raises(ConfigError, match=r"leave centre, cache\.centre_keys, activation_scales and prefix"):
         module(replace(A4, **change))

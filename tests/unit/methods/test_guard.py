@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from kurtail_pl.cli.export import exporters
-from kurtail_pl.methods import BitTuner, ClipTuner, Format, Rounder, WeightTuner
+from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, WeightTuner
 from kurtail_pl.methods.method import Method
 
-SEAMS: list[type[Method]] = [Format, Rounder, ClipTuner, BitTuner, WeightTuner]
+SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, ClipTuner, BitTuner, WeightTuner]
 ROOT = Path(__file__).resolve().parents[3]
 ALLOWED = (ROOT / "kurtail_pl" / "methods", ROOT / "export" / "kurtail_onnx" / "forms.py")
 SOURCES = [path for folder in ("kurtail_pl", "export") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -34,7 +34,17 @@ def names_in(path: Path) -> Iterator[str]:
 
 def test_no_file_names_a_method() -> None:
     methods = {name for seam in SEAMS for name in seam.kinds()}
-    assert methods >= {"Uniform", "NVFP4", "RTN", "GPTQ", "HQQ", "SearchedClips", "SensitiveBits", "Matching"}
+    assert methods >= {
+        "Uniform",
+        "NVFP4",
+        "RTN",
+        "GPTQ",
+        "HQQ",
+        "PerTokenHead",
+        "SearchedClips",
+        "SensitiveBits",
+        "Matching",
+    }
     assert len(FILES) > 150
     found = {str(path.relative_to(ROOT)): both for path in FILES if (both := methods & set(names_in(path)))}
     assert found == {}
@@ -54,7 +64,7 @@ def test_no_other_package_names_an_exporter() -> None:
 @pytest.mark.parametrize("seam", SEAMS)
 def test_every_method_has_a_file_and_a_sentence(seam: type[Method]) -> None:
     for kind in seam.kinds().values():
-        assert re.fullmatch(r"kurtail_pl\.methods\.(formats|rounders|tuners)\.\w+", kind.__module__)
+        assert re.fullmatch(r"kurtail_pl\.methods\.(formats|caches|rounders|tuners)\.\w+", kind.__module__)
         sentence = kind().sentence()
         assert sentence
         assert not sentence.endswith(".")

@@ -7,8 +7,8 @@ import pytest
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import NVFP4, Format, Normal, Uniform
-from kurtail_pl.methods.scheme import FLOAT, Scheme, Sinks
+from kurtail_pl.methods import NVFP4, Format, Normal, PerTokenHead, Sinks, Uniform
+from kurtail_pl.methods.scheme import FLOAT, Scheme
 
 CACHE2 = Quantizer(2, symmetric=False)
 
@@ -18,10 +18,10 @@ CACHE2 = Quantizer(2, symmetric=False)
     [
         (Scheme(), "w4a4kv4"),
         (FLOAT, "w16a16kv16"),
-        (Scheme(weights=None, values=CACHE2), "w16a4k4v2"),
-        (Scheme(activations=Quantizer(8), keys=None, values=None), "w4a8kv16"),
-        (Scheme(keys=None), "w4a4k16v4"),
-        (Scheme(weights=Uniform(3), keys=CACHE2, values=CACHE2), "w3a4kv2"),
+        (Scheme(weights=None, cache=PerTokenHead(values=CACHE2)), "w16a4k4v2"),
+        (Scheme(activations=Quantizer(8), cache=None), "w4a8kv16"),
+        (Scheme(cache=PerTokenHead(None)), "w4a4k16v4"),
+        (Scheme(weights=Uniform(3), cache=PerTokenHead(CACHE2, CACHE2)), "w3a4kv2"),
         (Scheme(layer_bits=[3, 3]), "w3a4kv4"),
         (Scheme(layer_bits=[3, 4, 3, 2, 3, 4]), "w3.17a4kv4"),
     ],
@@ -34,7 +34,8 @@ def test_defaults_are_the_papers() -> None:
     scheme = Scheme()
     assert scheme.weights == Uniform(4, symmetric=True)
     assert scheme.activations == Quantizer(4, symmetric=True, clip=Clip(amount=0.9))
-    assert scheme.keys == scheme.values == Quantizer(4, symmetric=False, clip=Clip(amount=0.95))
+    quantizer = Quantizer(4, symmetric=False, clip=Clip(amount=0.95))
+    assert scheme.cache == PerTokenHead(quantizer, quantizer)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,8 @@ def test_defaults_are_the_papers() -> None:
     [
         Scheme(),
         FLOAT,
-        Scheme(weights=Uniform(3, False, 16), activations=None, values=CACHE2),
-        Scheme(attention_output="head", sinks=Sinks(4, 8)),
+        Scheme(weights=Uniform(3, False, 16), activations=None, cache=PerTokenHead(values=CACHE2)),
+        Scheme(attention_output="head", cache=PerTokenHead(sinks=Sinks(4, 8))),
         Scheme(centre=True, activation_scales="static"),
         Scheme(prefix=[1, 17]),
         Scheme(weights=Uniform(3, group_size=16), layer_bits=[2, 8]),
@@ -56,8 +57,10 @@ def test_round_trip_through_json(scheme: Scheme) -> None:
 
 
 def test_plain_data_names_every_setting() -> None:
-    data = Scheme(values=None).to_dict()
-    assert data["values"] is None
+    data = Scheme(cache=PerTokenHead(values=None)).to_dict()
+    assert data["cache"]["kind"] == "PerTokenHead"
+    assert data["cache"]["settings"]["values"] is None
+    assert Scheme(cache=None).to_dict()["cache"] is None
     settings = {"bits": 4, "symmetric": True, "group_size": None}
     assert data["weights"] == {"kind": "Uniform", "settings": settings}
     assert data["activations"] == {
@@ -69,10 +72,10 @@ def test_plain_data_names_every_setting() -> None:
 
 
 def test_cards_of_before_there_were_other_scales_are_read() -> None:
-    data = Scheme(values=None).to_dict()
-    for key in ("attention_output", "layer_bits", "sinks", "activation_scales", "prefix"):
+    data = Scheme(cache=None).to_dict()
+    for key in ("attention_output", "layer_bits", "activation_scales", "prefix"):
         del data[key]
-    assert Scheme.from_dict(data) == Scheme(values=None)
+    assert Scheme.from_dict(data) == Scheme(cache=None)
 
 
 def test_what_the_output_projection_reads() -> None:
@@ -111,6 +114,10 @@ def weights_of(**settings: Any) -> dict[str, Any]:
     return {"weights": {"kind": "Uniform", "settings": settings}}
 
 
+def cache_of(**settings: Any) -> dict[str, Any]:
+    return {"cache": {"kind": "PerTokenHead", "settings": settings}}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -122,11 +129,13 @@ def weights_of(**settings: Any) -> dict[str, Any]:
         ({"weights": {"bits": 4}}, "None is no format of this version"),
         ({"weights": {"kind": "Kind", "settings": {}}}, "'Kind' is no format of this version; use the one that made"),
         ({"weights": {"kind": "GPTQ", "settings": {}}}, "'GPTQ' is no format"),
-        ({"keys": {"clip": {"amount": 2}}}, "clip.amount is 2"),
-        ({"keys": {"clip": {"kind": "share"}}}, "clip.kind is 'share'"),
-        ({"keys": {"clip": "ratio:0.9"}}, "Scheme.keys.clip is 'ratio:0.9'"),
-        ({"keys": {"bits": "4"}}, "Scheme.keys.bits is '4': Input should be a valid integer"),
-        ({"sinks": {"tokens": "1"}}, "Scheme.sinks.tokens is '1'"),
+        (cache_of(keys={"clip": {"amount": 2}}), "clip.amount is 2"),
+        (cache_of(keys={"clip": {"kind": "share"}}), "clip.kind is 'share'"),
+        (cache_of(keys={"clip": "ratio:0.9"}), "PerTokenHead.keys.clip is 'ratio:0.9'"),
+        (cache_of(keys={"bits": "4"}), "PerTokenHead.keys.bits is '4': Input should be a valid integer"),
+        (cache_of(sinks={"tokens": "1"}), "PerTokenHead.sinks.tokens is '1'"),
+        ({"cache": {"kind": "Uniform", "settings": {}}}, "'Uniform' is no cache format of this version"),
+        ({"keys": None}, "Scheme.keys is None: Unexpected"),
         ({"prefix": ["a"]}, "Scheme.prefix.0 is 'a'"),
         ({"centre": "yes"}, "Scheme.centre is 'yes'"),
         ({"layer_bits": [4.5]}, "Scheme.layer_bits.0 is 4.5"),
@@ -141,8 +150,6 @@ def test_unusable_data_raises(data: dict[str, Any], message: str) -> None:
 def test_centring_what_is_not_quantized_is_refused() -> None:
     with pytest.raises(ConfigError, match="centre is true and activations is null"):
         Scheme(activations=None, centre=True)
-    with pytest.raises(ConfigError, match="centre_keys is true and keys is null"):
-        Scheme(keys=None, centre_keys=True)
 
 
 @pytest.mark.parametrize(
@@ -165,5 +172,7 @@ def test_static_scales_of_what_has_several(change: dict[str, Any], message: str)
 
 def test_what_a_text_decides() -> None:
     assert not Scheme().calibrated
-    assert all(Scheme(**{part: True}).calibrated for part in ("centre", "centre_keys"))
+    assert Scheme(centre=True).calibrated
+    assert Scheme(cache=PerTokenHead(centre_keys=True)).calibrated
+    assert not Scheme(cache=None).calibrated
     assert Scheme(activation_scales="static").calibrated

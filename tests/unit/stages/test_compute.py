@@ -105,7 +105,7 @@ def test_a_loaded_model_follows_to_a_device(artefact: Path) -> None:
 @torch.no_grad()
 def test_a_loaded_model_follows_to_a_type(fused: Path, tmp_path: Path) -> None:
     """In float64 it writes what it writes in float32."""
-    weights = Scheme(activations=None, keys=None, values=None)
+    weights = Scheme(activations=None, cache=None)
     folder = quantize(fused, QuantizeSpec(weights, RTN()), tmp_path / "rtn")
     ids = torch.arange(40)[None]
     expected = kurtail_pl.load(folder)(ids).logits

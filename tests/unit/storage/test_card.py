@@ -79,7 +79,7 @@ def test_a_card_that_was_half_written_is_not_vouched_for(carded: Path) -> None:
 def test_card_round_trip(carded: Path) -> None:
     card = ours.read_card(carded)
     assert card["method"] == "test"
-    assert card["format"] == 2
+    assert card["format"] == 3
     assert set(card["sha256"]) == {"a.txt", "b.bin"}
     ours.require_intact(carded)
     (carded / "results.json").write_text("{}")  # written later, and no part of the model
@@ -106,7 +106,7 @@ def test_missing_damaged_or_foreign_card(carded: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"kurtail.json is not JSON"):
         ours.read_card(carded)
     (carded / ours.CARD).write_text('{"format": 7}')
-    with pytest.raises(ArtefactError, match="format 7, expected 2"):
+    with pytest.raises(ArtefactError, match="format 7, expected 3"):
         ours.read_card(carded)
 
 
@@ -124,7 +124,7 @@ def uniform(**settings: Any) -> dict[str, Any]:
             "scheme.weights .*Uniform.bits is '4': Input should be a valid int",
         ),
         ({"scheme": {"weights": {"kind": "os.system"}}}, "'os.system' is no format of this version"),
-        ({"scheme": {"keys": {"bits": "4"}}}, "scheme.keys.bits is '4': Input should be a valid integer"),
+        ({"scheme": {"activations": {"bits": "4"}}}, "scheme.activations.bits is '4': Input should be a valid integer"),
         ({"scheme": {"colour": 1}}, "scheme.colour is 1: Unexpected"),
         ({"scheme": {"prefix": ["a"]}}, "scheme.prefix.0 is 'a': Input should be a valid integer"),
         ({"clips": [{"self_attn.keys": "x"}]}, "clips.0.self_attn.keys is 'x'"),

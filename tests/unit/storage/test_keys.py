@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Normal, Uniform
+from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Normal, PerTokenHead, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
 from kurtail_pl.stages.fusion.stage import fuse
@@ -70,7 +70,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         fused = fuse(Checkpoint(tiny), rotations, "quarot", place / f"{name}-fused")
         return quantize(fused, QuantizeSpec(scheme=scheme, rounder=RTN()), place / name)
 
-    four, sixteen = Scheme(), Scheme(activations=None, keys=None, values=None)
+    four, sixteen = Scheme(), Scheme(activations=None, cache=None)
     return {
         "one": folder("one", 1.0, 0, four),
         "again": folder("again", 2.0, 0, four),
@@ -121,7 +121,7 @@ def test_settings_count_and_the_names_of_files_do_not() -> None:
         replace(spec, seed=1),
         replace(spec, rounder=RTN()),
         replace(spec, text=replace(spec.text, seqlen=9)),
-        replace(spec, scheme=Scheme(keys=None)),
+        replace(spec, scheme=Scheme(cache=PerTokenHead(None))),
     ]
     assert len({json.dumps(settings_key(each)) for each in [spec, *others]}) == 5
     assert settings_key(TaskSpec(folder="a")) == settings_key(TaskSpec(folder="b"))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kurtail_pl.maths.hadamard import random_hadamard_factors
 from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.methods import PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, subtract_from_keys
 from kurtail_pl.surgery.equip import equip_model
@@ -88,7 +89,10 @@ def test_centred_keys_alone_change_nothing(tiny: Path, padding: int) -> None:
 @pytest.mark.parametrize("prefix", [1, 9])
 def test_cached_decoding_equals_prefill_with_quantized_cache(tiny: Path, padding: int, prefix: int) -> None:
     kv4 = Quantizer(4, symmetric=False, clip=Clip(amount=0.95))
-    model, attention_mask = rotated(tiny, Scheme(None, None, kv4, Quantizer(3, symmetric=False))), mask(padding)
+    model, attention_mask = (
+        rotated(tiny, Scheme(None, None, PerTokenHead(kv4, Quantizer(3, symmetric=False)))),
+        mask(padding),
+    )
     whole = prefill(model, attention_mask)
     assert_close_where_real(decode(model, attention_mask, prefix), whole, attention_mask, 1e-6)
     # The quantizers do something.
@@ -155,7 +159,7 @@ def test_quantized_keys_and_values_equal_attention_by_hand(
     attention = model.model.layers[1].self_attn
     factors = random_hadamard_factors(HEAD_DIM, torch.Generator().manual_seed(4)) if with_r3 else None
     keys, values = (Quantizer(b, symmetric=False, clip=Clip(amount=0.95)) for b in bits)
-    equip_attention(attention, factors, keys, values)
+    equip_attention(attention, factors, PerTokenHead(keys, values))
     centre = None
     if centred:
         centre = torch.randn(KV_HEADS, 1, HEAD_DIM, generator=torch.Generator().manual_seed(6), dtype=torch.float64)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
-from kurtail_pl.methods.scheme import Scheme, Sinks
+from kurtail_pl.methods import PerTokenHead, Sinks
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention
 
 TOKENS, PADDING = WINDOW + 12, 5
@@ -51,7 +51,7 @@ def equipped(family: str, sinks: Sinks | None) -> PreTrainedModel:
     model = tiny_family(family).double()
     model.set_attn_implementation(ATTENTION)
     for layer in model.model.layers:
-        equip_attention(layer.self_attn, None, CACHE, CACHE, sinks)
+        equip_attention(layer.self_attn, None, PerTokenHead(CACHE, CACHE, sinks))
     return model
 
 
@@ -132,7 +132,6 @@ def test_generation_of_a_padded_batch() -> None:
     [
         (lambda: Sinks(tokens=0), "sinks.tokens is 0; give 1 or more"),
         (lambda: Sinks(bits=4), "sinks.bits is 4; .* 8 or 16"),  # type: ignore[arg-type]
-        (lambda: Scheme(keys=None, values=None, sinks=Sinks()), "sinks are given and keys and values are null"),
     ],
 )
 def test_what_is_refused(make: Callable[[], object], message: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, LearnedClips, Matching, Normal, Rounder, Uniform
+from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, LearnedClips, Matching, Normal, PerTokenHead, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -24,10 +24,10 @@ from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
 
-ACTIVATIONS = Scheme(weights=None, activations=Quantizer(3, False), keys=None, values=None)
-CACHE = Scheme(weights=None, activations=None, keys=Quantizer(2, False), values=Quantizer(2))
-WEIGHTS = Scheme(weights=Uniform(3), activations=None, keys=None, values=None)
-ALL = Scheme(Uniform(), Quantizer(4, False), Quantizer(4, False), Quantizer(4, False))
+ACTIVATIONS = Scheme(weights=None, activations=Quantizer(3, False), cache=None)
+CACHE = Scheme(weights=None, activations=None, cache=PerTokenHead(Quantizer(2, False), Quantizer(2)))
+WEIGHTS = Scheme(weights=Uniform(3), activations=None, cache=None)
+ALL = Scheme(Uniform(), Quantizer(4, False), PerTokenHead(Quantizer(4, False), Quantizer(4, False)))
 SITES = [
     [f"self_attn.{name}_proj.activations" for name in "qkv"],
     ["self_attn.o_proj.activations"],
@@ -50,7 +50,12 @@ def clips_of(folder: Path) -> list[dict[str, float]]:
 def put(layer: nn.Module, clips: dict[str, float], scheme: Scheme) -> None:
     for place, ratio in clips.items():
         name, _, part = place.rpartition(".")
-        setattr(layer.get_submodule(name), part, replace(getattr(scheme, part), clip=Clip(amount=ratio)))
+        module, clip = layer.get_submodule(name), Clip(amount=ratio)
+        if part == "activations":
+            module.activations = replace(scheme.activations, clip=clip)
+        else:
+            quantizer = replace(getattr(scheme.cache, part), clip=clip)
+            module.cache = replace(module.cache or scheme.cache, **{part: quantizer})
 
 
 class FirstLayer:
@@ -127,7 +132,7 @@ def test_scales_learn_and_codes_stay(
 
 def test_steps_of_no_size_change_nothing(fused: Path, text: TextSpec, tmp_path: Path) -> None:
     """Learning itself leaves no trace in the layer: every tensor is that of an artefact without it."""
-    scheme = replace(ALL, centre=True, centre_keys=True, prefix=[7])
+    scheme = replace(ALL, cache=replace(ALL.cache, centre_keys=True), centre=True, prefix=[7])
     spec = learning(text, scheme, "activations", "keys", "values", "weights", steps=2, lr=1e-30)
     spec = replace(spec, matching=Matching())
     learned = tensors_of(quantize(fused, spec, tmp_path / "learned"))
@@ -180,7 +185,7 @@ def test_experts_learn(tied: Path, text: TextSpec, tmp_path: Path) -> None:
         ),
         (
             lambda: QuantizeSpec(WEIGHTS, quantized_activations=True, clips=LearnedClips(["values"])),
-            "parts names values; .* give scheme.values",
+            "parts names values; .* give scheme.cache.values",
         ),
         (
             lambda: QuantizeSpec(CACHE, clips=LearnedClips(["weights"])),

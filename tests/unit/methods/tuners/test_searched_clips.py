@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
-from kurtail_pl.methods import SearchedClips
+from kurtail_pl.methods import PerTokenHead, SearchedClips
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -23,7 +23,8 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
 
 RATIOS = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65]
-QUANTIZED = Scheme(weights=None, activations=Quantizer(3, False), keys=Quantizer(2, False), values=Quantizer(2))
+PARTS = {"activations": Quantizer(3, False), "keys": Quantizer(2, False), "values": Quantizer(2)}
+QUANTIZED = Scheme(None, PARTS["activations"], PerTokenHead(PARTS["keys"], PARTS["values"]))
 ATTENTION = {f"self_attn.{name}_proj.activations" for name in "qkvo"}
 MLP = {f"mlp.{name}_proj.activations" for name in ("gate", "up", "down")}
 
@@ -97,7 +98,8 @@ def test_the_cache_has_the_ratio_of_the_least_output_error(
     _, exact = outputs(model, windows, "self_attn.o_proj")
     errors = {}
     for ratio in RATIOS:
-        setattr(model.model.layers[0].self_attn, part, replace(getattr(QUANTIZED, part), clip=Clip(amount=ratio)))
+        alone = {"keys": None, "values": None} | {part: replace(PARTS[part], clip=Clip(amount=ratio))}
+        model.model.layers[0].self_attn.cache = PerTokenHead(**alone)
         errors[ratio] = relative(outputs(model, windows, "self_attn.o_proj")[1], exact)
     assert [set(layer) for layer in clips] == 4 * [{f"self_attn.{part}"}]
     assert clips[0][f"self_attn.{part}"] == best(errors)
@@ -112,8 +114,9 @@ def test_a_loaded_artefact_quantizes_with_the_ratios_that_were_found(
     for layer, ratios in zip(model.model.layers, clips, strict=True):
         for site, ratio in ratios.items():
             name, _, part = site.rpartition(".")
-            expected = replace(getattr(QUANTIZED, part), clip=Clip(amount=ratio))
-            assert getattr(layer.get_submodule(name), part) == expected, site
+            module = layer.get_submodule(name)
+            found = module.activations if part == "activations" else getattr(module.cache, part)
+            assert found == replace(PARTS[part], clip=Clip(amount=ratio)), site
 
 
 def test_every_expert_has_its_own_ratios(tied: Path, text: TextSpec, tmp_path: Path) -> None:
@@ -134,16 +137,18 @@ def test_every_expert_has_its_own_ratios(tied: Path, text: TextSpec, tmp_path: P
         (lambda: SearchedClips(["queries"]), "parts is .*queries.*: Input should be"),  # type: ignore[list-item]
         (lambda: QuantizeSpec(clips=SearchedClips(["keys"])), "names keys; .* quantized_activations: true"),
         (
-            lambda: QuantizeSpec(replace(QUANTIZED, keys=None), quantized_activations=True, clips=SearchedClips()),
-            "names keys; .* scheme.keys",
+            lambda: QuantizeSpec(
+                replace(QUANTIZED, cache=PerTokenHead(None)), quantized_activations=True, clips=SearchedClips()
+            ),
+            "names keys; .* scheme.cache.keys",
         ),
         (
             lambda: QuantizeSpec(
-                replace(QUANTIZED, values=Quantizer(4, clip=Clip("quantile", 0.98))),
+                replace(QUANTIZED, cache=PerTokenHead(values=Quantizer(4, clip=Clip("quantile", 0.98)))),
                 quantized_activations=True,
                 clips=SearchedClips(["values"]),
             ),
-            "scheme.values.clip is a quantile; .* write clip.kind: ratio",
+            "scheme.cache.values.clip is a quantile; .* write clip.kind: ratio",
         ),
         (
             lambda: QuantizeSpec(

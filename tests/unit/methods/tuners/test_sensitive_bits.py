@@ -18,7 +18,7 @@ from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 
 pytestmark = pytest.mark.usefixtures("cache")
-WEIGHTS_ONLY = Scheme(Normal(), activations=None, keys=None, values=None)
+WEIGHTS_ONLY = Scheme(Normal(), activations=None, cache=None)
 
 
 def test_bits_are_the_best_of_all_assignments() -> None:

@@ -24,7 +24,7 @@ from kurtail_pl.streaming.walker import Walker
 def test_another_artefact_of_equal_weights_does_not_go_on(
     fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schemes = {"a4": Scheme(), "a16": Scheme(activations=None, keys=None, values=None)}
+    schemes = {"a4": Scheme(), "a16": Scheme(activations=None, cache=None)}
     made = {
         name: Checkpoint(quantize(fused, QuantizeSpec(scheme=scheme, rounder=RTN()), tmp_path / name))
         for name, scheme in schemes.items()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import Uniform
+from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -25,7 +25,7 @@ from kurtail_pl.surgery.attention import put_prefix
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import random_rotations
 
-WEIGHTS = Scheme(Uniform(4), activations=None, keys=None, values=None)
+WEIGHTS = Scheme(Uniform(4), activations=None, cache=None)
 PREFIX = [7, 31, 5]
 
 
@@ -47,7 +47,7 @@ def test_counts_of_a_text(family: str, prefix: list[int], tied: Path, tmp_path: 
     rotations = random_rotations(checkpoint.config, 0)
     fused = Checkpoint(fuse(checkpoint, rotations, "quarot", tmp_path / "fused"))
     equipped = empty_model(checkpoint.config)
-    equip_model(equipped, Scheme(None, None, Quantizer(2), None), rotations)
+    equip_model(equipped, Scheme(None, None, PerTokenHead(Quantizer(2), None)), rotations)
     walker = Walker(fused, equipped)
     with resumable_folder(tmp_path / "work", False, {}) as work:
         hidden = walker.hidden_states(window[None], work)

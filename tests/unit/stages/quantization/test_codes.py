@@ -20,7 +20,7 @@ from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
 
-WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+WEIGHTS_ONLY = Scheme(activations=None, cache=None)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.methods import GPTQ, RTN, Matching, Rounder, Uniform
+from kurtail_pl.methods import GPTQ, RTN, Matching, PerTokenHead, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.layer import LayerSolver
@@ -24,7 +24,7 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.equip import empty_model, equip_model
 from kurtail_pl.surgery.rotations import Rotations
 
-WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+WEIGHTS_ONLY = Scheme(activations=None, cache=None)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 
@@ -165,7 +165,7 @@ def test_static_grids_are_the_best_for_what_each_linear_reads(
 ) -> None:
     """Against many scales, and all zero points, tried on the hooked inputs; those that share inputs share the grid."""
     quantizer = Quantizer(4, symmetric)
-    scheme = Scheme(None, quantizer, None, None, activation_scales="static")
+    scheme = Scheme(None, quantizer, None, activation_scales="static")
     spec = QuantizeSpec(scheme, text=text, quantized_activations=quantized_activations)
     folder = quantize(fused, spec, tmp_path / "static")
     names = [f"model.layers.{i}.{name}" for i in (0, 3) for name in LINEARS]
@@ -194,7 +194,7 @@ def test_static_grids_are_the_best_for_what_each_linear_reads(
 
 @torch.no_grad()
 def test_key_centres_are_the_means_of_rotated_keys(fused: Path, text: TextSpec, tmp_path: Path) -> None:
-    spec = QuantizeSpec(replace(Scheme(), weights=None, centre_keys=True), text=text)
+    spec = QuantizeSpec(replace(Scheme(), weights=None, cache=PerTokenHead(centre_keys=True)), text=text)
     stored, windows = tensors_of(quantize(fused, spec, tmp_path / "centred")), calibration(fused, text)
     names = [f"model.layers.{i}.self_attn.k_proj" for i in range(4)]
     inputs, model = inputs_of(fused, windows, names), kurtail_pl.load(fused)
@@ -212,12 +212,12 @@ def test_key_centres_are_the_means_of_rotated_keys(fused: Path, text: TextSpec, 
 
 @torch.no_grad()
 def test_a_centred_artefact_is_the_model_when_nothing_is_rounded(fused: Path, text: TextSpec, tmp_path: Path) -> None:
-    scheme = replace(Scheme(), weights=None, centre=True, centre_keys=True)
+    scheme = replace(Scheme(), weights=None, centre=True, cache=PerTokenHead(centre_keys=True))
     model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, text=text), tmp_path / "centred"))
     for name in LINEARS:
         for layer in model.model.layers:
             layer.get_submodule(name).activations = None
-            layer.self_attn.keys = layer.self_attn.values = None
+            layer.self_attn.cache = None
     windows = calibration(fused, text)
     expected = kurtail_pl.load(fused)(windows).logits
     assert (model(windows).logits - expected).norm() < 5e-3 * expected.norm()  # float16
@@ -226,7 +226,7 @@ def test_a_centred_artefact_is_the_model_when_nothing_is_rounded(fused: Path, te
 @torch.no_grad()
 def test_gptaq_brings_the_outputs_nearer(fused: Path, text: TextSpec, tmp_path: Path) -> None:
     """On the calibration text, and in the first layer: 3 bits err enough to see."""
-    scheme = replace(Scheme(), activations=Quantizer(3), keys=None, values=None)
+    scheme = replace(Scheme(), activations=Quantizer(3), cache=None)
     text = replace(text, windows=12)
     windows = calibration(fused, text)
     expected, errors = outputs_of(fused, windows), {}
@@ -245,7 +245,7 @@ def test_matched_weights_bring_the_outputs_nearer(
     fused: Path, text: TextSpec, weights: Uniform | None, centre: bool, tmp_path: Path
 ) -> None:
     """On the calibration text, and in the first layer, whose inputs are the float model's: 3 bits err enough to see."""
-    scheme = replace(Scheme(), weights=weights, activations=Quantizer(3), keys=None, values=None, centre=centre)
+    scheme = replace(Scheme(), weights=weights, activations=Quantizer(3), cache=None, centre=centre)
     text = replace(text, windows=12)
     windows = calibration(fused, text)
     expected = outputs_of(fused, windows)

@@ -12,7 +12,7 @@ import kurtail_pl
 from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import RTN
+from kurtail_pl.methods import RTN, PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -66,12 +66,12 @@ def test_a_stored_prefix_is_tokens_in_front(family: str, tied: Path, tmp_path: P
 def test_an_artefact_holds_it(fused: Path, text: TextSpec, centre_keys: bool, tmp_path: Path) -> None:
     """Stored in float16, without quantizers; keys of prefix and text are centred alike."""
     eight = Quantizer(8, False)
-    scheme = Scheme(None, None, eight, eight, centre_keys=centre_keys, prefix=PREFIX)
+    scheme = Scheme(None, None, PerTokenHead(eight, eight, centre_keys=centre_keys), prefix=PREFIX)
     folder = quantize(fused, QuantizeSpec(scheme, RTN(), text=text), tmp_path / "prefixed")
     model, plain = kurtail_pl.load(folder), kurtail_pl.load(fused)
     for layer in model.model.layers:
         assert layer.self_attn.prefix_key.shape == layer.self_attn.prefix_value.shape == (2, len(PREFIX), 16)
-        layer.self_attn.keys = layer.self_attn.values = None
+        layer.self_attn.cache = None
     expected = plain(in_front(IDS)).logits[:, len(PREFIX) :]
     assert (model(IDS).logits - expected).norm() < 3e-3 * expected.norm()
     assert (plain(IDS).logits - expected).norm() > 0.1 * expected.norm()
@@ -79,17 +79,17 @@ def test_an_artefact_holds_it(fused: Path, text: TextSpec, centre_keys: bool, tm
 
 def test_the_prefix_is_not_quantized_and_the_text_is(fused: Path, tmp_path: Path) -> None:
     two = Quantizer(2, False)
-    scheme = Scheme(None, None, two, two, prefix=PREFIX)
+    scheme = Scheme(None, None, PerTokenHead(two, two), prefix=PREFIX)
     model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "prefixed"))
     states = list(prefix_states(Checkpoint(fused), PREFIX, torch.float32, CPU))
     for layer, (keys, values) in zip(model.model.layers, states, strict=True):
         torch.testing.assert_close(layer.self_attn.prefix_key, keys.half().float(), rtol=0, atol=0)
         torch.testing.assert_close(layer.self_attn.prefix_value, values.half().float(), rtol=0, atol=0)
-        assert layer.self_attn.keys == two
+        assert layer.self_attn.cache == PerTokenHead(two, two)
 
 
 def test_generation_is_that_behind_the_tokens(fused: Path, tmp_path: Path) -> None:
-    scheme = Scheme(None, None, None, None, prefix=PREFIX)
+    scheme = Scheme(None, None, None, prefix=PREFIX)
     model = kurtail_pl.load(quantize(fused, QuantizeSpec(scheme, RTN()), tmp_path / "prefixed"))
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     ids = IDS[:1]

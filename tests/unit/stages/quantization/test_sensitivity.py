@@ -28,7 +28,7 @@ from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import random_rotations
 
 pytestmark = pytest.mark.usefixtures("cache")
-WEIGHTS_ONLY = Scheme(Normal(), activations=None, keys=None, values=None)
+WEIGHTS_ONLY = Scheme(Normal(), activations=None, cache=None)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, TextError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import GPTQ, RTN, Format, Matching, Normal, Rounder, Uniform
+from kurtail_pl.methods import GPTQ, RTN, Format, Matching, Normal, PerTokenHead, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import UNROTATED, fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -24,7 +24,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.surgery.rotations import Rotations
 
-WEIGHTS_ONLY = Scheme(activations=None, keys=None, values=None)
+WEIGHTS_ONLY = Scheme(activations=None, cache=None)
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 
@@ -198,7 +198,7 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
     [
         (Scheme(weights=Uniform(group_size=16)), "weights.group_size is 16 and this model has 172"),
         (Scheme(activations=Quantizer(group_size=5)), "activations.group_size is 5 and this model has 48"),
-        (Scheme(keys=Quantizer(group_size=12)), "keys.group_size is 12 and this model has 16"),
+        (Scheme(cache=PerTokenHead(Quantizer(group_size=12))), "keys.group_size is 12 and this model has 16"),
     ],
 )
 def test_groups_that_fill_no_width_are_refused_at_once(

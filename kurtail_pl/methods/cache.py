@@ -1,0 +1,72 @@
+"""Formats of caches: how keys and values are kept, said by what attention reads of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Self
+
+from torch import Tensor
+
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods.method import Method
+
+
+class CacheFormat(Method):
+    """How the keys and values of a text are kept.
+
+    Both are ``[batch, kv_heads, tokens, head_dim]``, keys as they are behind RoPE and R3. What is kept of a token
+    depends on that token alone, so that it does not matter when it is written.
+
+    Attributes:
+        centre_keys: whether each channel's mean over the calibration text is subtracted from keys before.
+    """
+
+    centre_keys: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its bits, as part of a scheme's name: ``kv4``, or ``k4v2`` where keys and values differ."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a calibration text decides a part of it."""
+        return self.centre_keys
+
+    @property
+    def first_tokens(self) -> int:
+        """So many tokens at the beginning of a text are kept otherwise than the rest."""
+        return 0
+
+    def require(self, head_dim: int) -> None:
+        """Raise ConfigError, naming the setting, when it cannot keep heads of this width."""
+
+    @abstractmethod
+    def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
+        """What attention reads of keys, in their type.
+
+        Args:
+            keys: centred, where that is asked for.
+            first: ``[batch, 1, tokens, 1]``, true for the first tokens; None where these are nothing special.
+        """
+
+    @abstractmethod
+    def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
+        """What attention reads of values, in their type."""
+
+    def quantizer(self, part: str) -> Quantizer | None:
+        """Quantizer of ``keys`` or ``values`` whose clip may be set for each layer; None where there is none."""
+        return None
+
+    def with_quantizer(self, part: str, quantizer: Quantizer) -> Self:
+        """The same with another one of those."""
+        raise NotImplementedError(f"{type(self).__name__} has no quantizer of {part}")
+
+    @abstractmethod
+    def without(self, part: str) -> CacheFormat | None:
+        """The same with ``keys`` or ``values`` in floating point; None where nothing else is left."""
+
+
+def bits_name(keys: int, values: int) -> str:
+    """Bits of keys and values as a scheme's name has them."""
+    return f"kv{keys}" if keys == values else f"k{keys}v{values}"
