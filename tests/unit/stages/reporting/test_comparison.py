@@ -34,7 +34,7 @@ def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", 
     (folder / "results.json").write_text(json.dumps(results))
     if method != "float":
         source = {"model": "m", "sha256": "1"}
-        card = {"format": 2, "method": method, "scheme": scheme.to_dict(), "source": source, "cost": {}, "sha256": {}}
+        card = {"format": 3, "method": method, "scheme": scheme.to_dict(), "source": source, "cost": {}, "sha256": {}}
         card |= {"rounding": rounding, "quantize": {"rounder": {"kind": rounding.upper(), "settings": {}}}}
         (folder / "kurtail.json").write_text(json.dumps(card))
     return folder

@@ -90,7 +90,7 @@ def test_report_of_an_artefact(store: ActivationStore, artefact: Path, text: Tex
     assert "tales.txt: 6 windows of 48 tokens, 282 predicted" in page
     card = (folder / "README.md").read_text()
     weights = "- weights: 4-bit integers, symmetric, per output channel, rounded by GPTQ\n"
-    for part in (weights, "keys: 4 bits, asymmetric, clip ratio 0.95", "by quarot."):
+    for part in (weights, "cache: keys and values in 4 bits, asymmetric, clip ratio 0.95", "by quarot."):
         assert part in card
     assert f"{results['evaluation']['perplexity']:.3f}" in card
     # Results and pages are no part of the model: it still loads.
