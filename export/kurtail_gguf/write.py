@@ -58,7 +58,7 @@ def require_runnable(source: Source) -> None:
     if turned:
         raise ConfigError(
             f"the artefact turns the inputs of {' and '.join(turned)} at run time, and llama.cpp has no such step; "
-            "fuse the model with rotations that have no attention_output, mlp_hidden and dense_hidden"
+            "fuse the model with online: [query_key] (fusion.online in a recipe)"
         )
     if source.scheme.prefix is not None:
         raise ConfigError(
