@@ -18,7 +18,10 @@ SMALLEST_GROUP = 64
 
 
 class VLLM(Target):
-    """Folders of compressed-tensors on a GPU of compute capability 8.0 or newer, started as their README says."""
+    """Folders of compressed-tensors, on a GPU of compute capability 8.0 to 8.9, started as their README says.
+
+    Newer GPUs take 8 bits for 4-bit inputs, or leave them float, and say nothing (vLLM 0.32, `utils/humming/schema.py`).
+    """
 
     name = "vllm"
     recipe = "vllm"
@@ -76,11 +79,19 @@ def _inputs(scheme: Scheme, activations: Quantizer) -> Iterator[str]:
         yield f"vLLM clips no activations: write {SCHEME}.activations.clip.amount: 1.0, and kind: ratio"
     if scheme.attention_output != "token":
         yield f"o_proj reads tokens with one scale, too: write {SCHEME}.attention_output: token"
-    if scheme.weights is not None and not getattr(scheme.weights, "symmetric", True):
+    if isinstance(scheme.weights, Uniform):
+        yield from _together(scheme.weights, activations)
+
+
+def _together(weights: Uniform, activations: Quantizer) -> Iterator[str]:
+    """What its kernel does not multiply, or multiplies after rounding scales again (`humming/transform.py`)."""
+    if not weights.symmetric:
         yield f"vLLM multiplies weights without zero points: write {SCHEME}.weights.symmetric: true"
-    for name, size in {
-        "weights": getattr(scheme.weights, "group_size", None),
-        "activations": activations.group_size,
-    }.items():
+    if weights.group_size != activations.group_size and weights.group_size is not None:
+        yield f"vLLM rounds scales of groups again unless inputs have the same: write {SCHEME}.weights.group_size: null"
+    sizes = {"weights": weights.group_size, "activations": activations.group_size}
+    for name, size in sizes.items():
+        if size is not None and activations.bits == 8:
+            yield f"vLLM leaves 8-bit inputs float beside groups: write {SCHEME}.{name}.group_size: null"
         if size is not None and size < SMALLEST_GROUP:
             yield f"vLLM has groups of {SMALLEST_GROUP} and more: write {SCHEME}.{name}.group_size: 128, or null"

@@ -116,7 +116,8 @@ def _vllm(facts: Facts) -> Iterator[Verdict]:
     )  # fmt: skip
     yield Verdict(
         "vLLM --linear-backend humming", "exact",
-        "its log says HummingLinearKernel; --kv-cache-dtype int4_per_token_head for a 4-bit cache",
+        "on GPUs of compute capability 8.0 to 8.9; its log says HummingLinearKernel; --kv-cache-dtype "
+        "int4_per_token_head for a 4-bit cache",
         facts.weights, facts.activations, AS_ASKED, rotations,
     )  # fmt: skip
 

@@ -99,6 +99,7 @@ def test_defaults_in_code_are_those_of_base() -> None:
         each.name: plain(each.default if each.default_factory is MISSING else each.default_factory())
         for each in fields(QuantizeSpec)
     }
+    assert spec.pop("target") == SETTINGS["target"]
     assert quantization == spec
     kinds = {"checkpoints": Checkpoints, "fusion": Fusion, "figures": Figures, "evaluation": Evaluation}
     assert {name: SETTINGS[name] for name in kinds} == {name: defaults_of(kind) for name, kind in kinds.items()}
@@ -128,6 +129,7 @@ def test_a_recipe_changes_its_own_settings_and_its_print_runs_again(
 def another(path: str, value: Any) -> tuple[str, Any]:
     """A flag's value for a setting that is not its own, as written and as read."""
     words = {
+        "target": "vllm",
         "model.class_path": "kurtail_pl.lit.FixedRotations",
         "data.class_path": "kurtail_pl.lit.WindowDataModule",
         "model.init_args.optimizer.class_path": "kurtail_pl.optim.CayleySGD",

@@ -204,7 +204,7 @@ def test_attended_heads_share_the_r2_of_their_group(known: Any) -> None:
         groups = [[scipy_kurtosis(torch.stack(heads[k : k + 3]).numpy()) for k in (0, 3)] for heads in turned]
         whole = [scipy_kurtosis(torch.stack(heads).numpy()) for heads in turned]
         _, _, found = module({**batch, "value": attended})
-        np.testing.assert_allclose(found.detach(), groups if per_head else whole, rtol=1e-4)
+        np.testing.assert_allclose(found[0].detach(), groups if per_head else whole, rtol=1e-4)
 
 
 def test_loss_is_equation_4_for_r1_plus_the_sum_over_r2(known: Any, make_trainer: MakeTrainer) -> None:
