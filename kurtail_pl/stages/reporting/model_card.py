@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from kurtail_pl.methods import ClipTuner, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.targets import TARGETS
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.storage.statement import LICENSE
@@ -30,6 +31,7 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
         f"{card['method']}.\n\n"
         + "\n".join(f"- {part}: {said}" for part, said in _parts(scheme, card.get("quantize") or {}).items())
+        + _target(card.get("quantize") or {})
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
         f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{tasks}\n"
@@ -79,6 +81,15 @@ def _parts(scheme: Scheme, quantize: dict[str, Any]) -> dict[str, str]:
     if scheme.prefix is not None:
         parts["before every text"] = f"float keys and values of the tokens {scheme.prefix}"
     return parts
+
+
+def _target(quantize: dict[str, Any]) -> str:
+    """By whose rules the model was rounded and evaluated; nothing where they are torch's."""
+    target = TARGETS[quantize.get("target", "torch")]
+    if not target.rules:
+        return ""
+    rules = [f"- {rule.step}: {rule.rule} ({rule.source})" for rule in target.rules]
+    return "\n".join([f"\n\nMade for {target.name}: rounded and evaluated by its rules.\n", *rules])
 
 
 def _weights(scheme: Scheme, quantize: dict[str, Any]) -> str:
