@@ -4,6 +4,7 @@ A new one is a frozen dataclass in a file of its own, under the seam that it bel
 """
 
 from kurtail_pl.methods.cache import CacheFormat
+from kurtail_pl.methods.caches.int4_per_token_head import Int4PerTokenHead
 from kurtail_pl.methods.caches.per_token_head import PerTokenHead, Sinks
 from kurtail_pl.methods.defaults import default_cache, default_format, default_rounder
 from kurtail_pl.methods.format import Format
@@ -31,6 +32,7 @@ __all__ = [
     "ClipTuner",
     "FloatZero",
     "Format",
+    "Int4PerTokenHead",
     "LearnedClips",
     "Matching",
     "Moments",
