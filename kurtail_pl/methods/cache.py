@@ -69,11 +69,18 @@ class CacheFormat(Method):
         """The same with another one of those."""
         raise NotImplementedError(f"{type(self).__name__} has no quantizer of {part}")
 
+    def value_basis(self, head_dim: int) -> Tensor | None:
+        """The fixed orthogonal matrix ``[head_dim, head_dim]``, float64, that rows of values are multiplied by before.
+
+        They are rounded in that basis, behind R2. None where there is none.
+        """
+        return None
+
     @abstractmethod
     def without(self, part: str) -> CacheFormat | None:
         """The same with ``keys`` or ``values`` in floating point; None where nothing else is left."""
 
 
-def bits_name(keys: int, values: int) -> str:
-    """Bits of keys and values as a scheme's name has them."""
-    return f"kv{keys}" if keys == values else f"k{keys}v{values}"
+def bits_name(keys: int | None, values: int | None) -> str:
+    """Bits of keys and values as a scheme's name has them; None is floating point."""
+    return f"kv{keys or 16}" if keys == values else f"k{keys or 16}v{values or 16}"

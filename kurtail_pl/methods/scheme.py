@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods.cache import CacheFormat
+from kurtail_pl.methods.cache import CacheFormat, bits_name
 from kurtail_pl.methods.defaults import default_cache, default_format
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import plain, validated
@@ -128,7 +128,7 @@ class Scheme:
     def name_with(self, average: float | None) -> str:
         """The name, given the average bits of weights; None where all layers have the same."""
         weights, activations = (16 if part is None else part.bits for part in (self.weights, self.activations))
-        cache = "kv16" if self.cache is None else self.cache.name
+        cache = bits_name(None, None) if self.cache is None else self.cache.name
         return f"w{weights if average is None else average:.3g}a{activations}{cache}"
 
     def to_dict(self) -> dict[str, Any]:

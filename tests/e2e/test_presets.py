@@ -157,7 +157,7 @@ def test_a_recipe_runs(
     quantize["text"]["source"] = "wikitext"
     for slot in ("rounder", "matching", "clips", "bits"):
         quantize[slot] = None if quantize[slot] is None else by_kind(quantize[slot])
-    quantize["scheme"] = quantize["scheme"] | {"weights": by_kind(quantize["scheme"]["weights"])}
+    quantize["scheme"] |= {part: by_kind(quantize["scheme"][part]) for part in ("weights", "cache")}
     (folder,) = (tmp_path / "artifacts").iterdir()
     assert folder.name.startswith(f"{model.name}-{RUN[recipes]}-w4a4kv4-")
     assert scheme_of(folder) == Scheme.from_dict(quantize["scheme"])

@@ -48,8 +48,8 @@ class Road:
     def in_cards(self) -> dict[str, Any]:
         """The recipe's quantization as an artefact's card says it."""
         settings, scheme = self.settings, self.settings["scheme"]
-        weights = {"weights": by_kind(scheme["weights"])}
-        return settings | {"rounder": by_kind(settings["rounder"]), "scheme": scheme | weights}
+        formats = {part: by_kind(scheme[part]) for part in ("weights", "cache")}
+        return settings | {"rounder": by_kind(settings["rounder"]), "scheme": scheme | formats}
 
 
 @pytest.fixture(scope="module", params=["tied", "stories"])

@@ -12,9 +12,6 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize, require_groups
 from kurtail_pl.methods.cache import CacheFormat, bits_name
 
-FLOAT_BITS = 16
-"""What a name says of a part in floating point."""
-
 
 def _quantizer() -> Quantizer:
     return Quantizer(bits=4, symmetric=False, clip=Clip(amount=0.95))
@@ -92,7 +89,7 @@ class PerTokenHead(CacheFormat):
     @property
     def name(self) -> str:
         """Bits of both."""
-        return bits_name(*(FLOAT_BITS if part is None else part.bits for part in (self.keys, self.values)))
+        return bits_name(*(None if part is None else part.bits for part in (self.keys, self.values)))
 
     @property
     def first_tokens(self) -> int:

@@ -142,7 +142,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.scheme.activation_scales": "static",
         "quantization.rounder.class_path": "kurtail_pl.methods.RTN",
         "quantization.scheme.weights.class_path": "kurtail_pl.methods.MXFP4",
-        "quantization.scheme.cache.class_path": "kurtail_pl.methods.PerTokenHead",
+        "quantization.scheme.cache.class_path": "kurtail_pl.methods.Q4_0Cache",
         "quantization.rounder.init_args.correction": "foem",
         "quantization.clips": "kurtail_pl.methods.SearchedClips",
         "quantization.matching": "kurtail_pl.methods.Matching",

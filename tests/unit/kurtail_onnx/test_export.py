@@ -26,9 +26,10 @@ from kurtail_pl.errors import (
     UnsupportedArchitecture,
 )
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import FloatZero, Normal, PerTokenHead, Sinks, Uniform
+from kurtail_pl.methods import CacheFormat, FloatZero, Int4PerTokenHead, Normal, PerTokenHead, Q4_0Cache, Sinks, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
+from kurtail_pl.storage.card import scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.rotation_file import read_rotations
@@ -188,6 +189,17 @@ def test_what_onnx_cannot_say_is_refused(case: str, tiny: Path, make_artefact: M
     with pytest.raises(ConfigError, match=message):
         export(make_artefact(tiny, **quantizers), tmp_path / "onnx", spec)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cache", [Int4PerTokenHead(), Q4_0Cache()], ids=lambda cache: cache.label)
+def test_caches_of_other_runtimes_are_refused(
+    cache: CacheFormat, make_family: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    artefact = make_artefact(make_family("phi3"), cache=cache)
+    assert scheme_of(artefact).cache == cache
+    with pytest.raises(ConfigError, match=r"the cache keeps keys and values in .*, and a graph keeps all tokens"):
+        export(artefact, tmp_path / "onnx", ONNX())
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError, CheckpointError, ConfigError, TextError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import GPTQ, RTN, Format, Matching, Normal, PerTokenHead, Rounder, Uniform
+from kurtail_pl.methods import (
+    GPTQ,
+    RTN,
+    Format,
+    Int4PerTokenHead,
+    Matching,
+    Normal,
+    PerTokenHead,
+    Q4_0Cache,
+    Rounder,
+    Uniform,
+)
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import UNROTATED, fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -199,6 +210,8 @@ def test_weights_that_fail_half_way_leave_nothing(fused: Path, tmp_path: Path, d
         (Scheme(weights=Uniform(group_size=16)), "weights.group_size is 16 and this model has 172"),
         (Scheme(activations=Quantizer(group_size=5)), "activations.group_size is 5 and this model has 48"),
         (Scheme(cache=PerTokenHead(Quantizer(group_size=12))), "keys.group_size is 12 and this model has 16"),
+        (Scheme(cache=Q4_0Cache()), "q4_0, whose blocks of 32 channels do not divide this model's heads of 16"),
+        (Scheme(cache=Int4PerTokenHead()), "channels from 32 on, and this model's have 16; use"),
     ],
 )
 def test_groups_that_fill_no_width_are_refused_at_once(
