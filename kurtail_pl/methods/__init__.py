@@ -6,7 +6,7 @@ A new one is a frozen dataclass in a file of its own, under the seam that it bel
 from kurtail_pl.methods.cache import CacheFormat
 from kurtail_pl.methods.caches.int4_per_token_head import Int4PerTokenHead
 from kurtail_pl.methods.caches.per_token_head import PerTokenHead, Sinks
-from kurtail_pl.methods.caches.q4_blocks import Q4Blocks
+from kurtail_pl.methods.caches.q4_0_cache import Q4_0Cache
 from kurtail_pl.methods.defaults import default_cache, default_format, default_rounder
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
@@ -40,7 +40,7 @@ __all__ = [
     "Needs",
     "Normal",
     "PerTokenHead",
-    "Q4Blocks",
+    "Q4_0Cache",
     "Rounder",
     "SearchedClips",
     "SensitiveBits",

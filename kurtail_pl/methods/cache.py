@@ -54,13 +54,6 @@ class CacheFormat(Method):
     def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
         """What attention reads of values, in their type."""
 
-    def value_basis(self, head_dim: int) -> Tensor | None:
-        """A fixed matrix ``[head_dim, head_dim]`` that values are turned by behind R2 before they are kept, or None.
-
-        What attention gives is turned back, so that `o_proj` does not see it; R2 is learned for both.
-        """
-        return None
-
     def quantizer(self, part: str) -> Quantizer | None:
         """Quantizer of ``keys`` or ``values`` whose clip may be set for each layer; None where there is none."""
         return None

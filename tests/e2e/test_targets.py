@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from families import fill
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
@@ -59,25 +61,63 @@ def test_an_unknown_target_is_refused(kurtail: Kurtail, recipe: Path, capsys: py
     assert "target is tensorrt, expected one of 'torch', 'onnxruntime', 'llama.cpp', 'vllm'" in capsys.readouterr().err
 
 
-def test_a_model_for_vllm(kurtail: Kurtail, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = recipe.parent
-    out = "artifacts/tied-kurtail-vllm-w4a4kv4"
-    kurtail(place, "fit", "--config", recipe, "--config", "vllm", "--quantization.out", out)
+@pytest.fixture(scope="module")
+def wide(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose heads and widths are what both runtimes' kernels take."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, num_key_value_heads=1, max_position_embeddings=256, **sizes)
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    fill(LlamaForCausalLM(config)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tied).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "overlay", "exporter", "cache", "online", "rule"),
+    [
+        (
+            "vllm", "vllm", "vllm", "Int4PerTokenHead", {"attention_output", "mlp_hidden"},
+            "- cache: turned by a random Hadamard",
+        ),
+        ("llama.cpp", "llama-cpp", "gguf", "Q4_0Cache", set(), "- inputs of linears: codes of 8 bits in blocks of 32"),
+    ],
+)  # fmt: skip
+def test_a_model_for_a_runtime(
+    kurtail: Kurtail,
+    recipe: Path,
+    wide: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    overlay: str,
+    exporter: str,
+    cache: str,
+    online: set[str],
+    rule: str,
+) -> None:
+    """Learned, rounded and evaluated by its rules, exported, and checked against the artefact."""
+    pytest.importorskip({"vllm": "compressed_tensors", "gguf": "xllamacpp"}[exporter])
+    place, out = recipe.parent, f"artifacts/wide-{overlay}"
+    model = ("--data.init_args.capture.model", wide, "--data.init_args.capture.rows", "200")
+    kurtail(place, "fit", "--config", recipe, "--config", overlay, "--quantization.out", out, *model)
     card = json.loads((place / out / "kurtail.json").read_text())
-    assert (card["method"], card["quantize"]["target"]) == ("kurtail-vllm", "vllm")
-    assert card["scheme"]["cache"]["kind"] == "Int4PerTokenHead"
-    assert card["rotations"]["cache"]["kind"] == "Int4PerTokenHead"
-    assert {name.partition(".")[0] for name in load_file(place / out / "rotations.safetensors")} == {
-        "residual", "value", "attention_output", "mlp_hidden",
-    }  # fmt: skip
+    assert (card["method"], card["quantize"]["target"]) == (f"kurtail-{overlay}", target)
+    assert card["scheme"]["cache"]["kind"] == card["rotations"]["cache"]["kind"] == cache
+    names = {name.partition(".")[0] for name in load_file(place / out / "rotations.safetensors")}
+    assert names == {"residual", "value"} | online
     page = (place / out / "README.md").read_text()
-    assert "Made for vllm: rounded and evaluated by its rules." in page
-    assert "- cache: turned by a random Hadamard" in page
+    assert f"Made for {target}: rounded and evaluated by its rules." in page
+    assert rule in page
     kept = yaml.safe_load((place / out / "recipe.yaml").read_text())
-    assert kept["target"] == "vllm"
+    assert kept["target"] == target
     assert "target" not in kept["quantization"]
-    kurtail(place, "inspect", out)
-    assert "fused; R4, R5 at run time" in capsys.readouterr().out
+    kurtail(place, "export", "--artefact", out, "--to", exporter, "--out", "export")
+    assert (place / "export" / "checks.json").is_file()
+    capsys.readouterr()
+    kurtail(place, "inspect", "export")
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {target.replace('vllm', 'vLLM')}")
+    ]
+    assert any("| exact" in row for row in rows)
 
 
 def test_rotations_that_a_fused_model_has_are_looked_at(kurtail: Kurtail, tied: Path, tmp_path: Path) -> None:

@@ -1,75 +1,94 @@
-"""Caches of runtimes that turn keys and values by a fixed matrix before they round them, and undo it afterwards."""
+"""Caches behind a fixed rotation of their own, as runtimes have them: turned, rounded, and turned back when read."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cache
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.hadamard import hadamard_matrix
-from kurtail_pl.methods.cache import CacheFormat
+from kurtail_pl.errors import ConfigError
+from kurtail_pl.methods.cache import CacheFormat, bits_name
 
 
+class Turn(NamedTuple):
+    """Float32 matrices ``[head_dim, head_dim]`` that rows are multiplied by, and that undo it."""
+
+    forth: Tensor
+    back: Tensor
+
+
+@dataclass(frozen=True)
 class TurnedCache(CacheFormat):
-    """Queries are turned like keys there, and what attention gives like values: scores and outputs stay what they are.
+    """Keys and values rounded behind a fixed rotation.
 
-    Here keys and values are turned back instead, which gives the same but for the order of sums.
+    The runtime turns queries as it turns keys, and turns back what attention makes of values. Here keys and values are
+    turned back themselves, which makes the same scores and outputs. R3, which such a runtime has not, comes before.
+
+    Args:
+        keys: whether keys are kept so; false leaves them in floating point.
+        values: whether values are.
+
+    Raises:
+        ConfigError: when neither is.
     """
 
+    keys: bool = True
+    values: bool = True
+
     bits: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.keys or self.values):
+            raise ConfigError("cache.keys and cache.values are false; write cache: null, which is floating point")
 
     @property
     def name(self) -> str:
         """Bits of both."""
-        return f"kv{self.bits}"
+        return bits_name(*(self.bits if kept else None for kept in (self.keys, self.values)))
+
+    @property
+    def what(self) -> str:
+        """What is kept so, in words."""
+        return " and ".join(part for part in ("keys", "values") if getattr(self, part))
+
+    def without(self, part: str) -> CacheFormat | None:
+        """The other alone, if it is kept so."""
+        other = self.values if part == "keys" else self.keys
+        return replace(self, **{part: False}) if other else None
 
     @abstractmethod
-    def key_basis(self, head_dim: int) -> Tensor:
-        """What keys are turned by, orthogonal, ``[head_dim, head_dim]``, float64."""
+    def key_turn(self, head_dim: int, device: torch.device) -> Turn | None:
+        """How keys are turned; None for not at all."""
 
     @abstractmethod
-    def value_basis(self, head_dim: int) -> Tensor:
-        """What values are turned by behind R2, the same."""
+    def value_turn(self, head_dim: int, device: torch.device) -> Turn | None:
+        """How values are turned; None for not at all."""
 
     @abstractmethod
-    def rounded(self, x: Tensor) -> Tensor:
-        """What turned keys or values ``[..., head_dim]`` in float32 are read as."""
+    def rounded(self, turned: Tensor, dtype: torch.dtype) -> Tensor:
+        """What codes of turned rows ``[..., head_dim]`` stand for, both float32; `dtype` is the model's."""
+
+    def value_basis(self, head_dim: int) -> Tensor | None:
+        """The matrix of unit rows."""
+        turn = self.value_turn(head_dim, torch.device("cpu"))
+        return None if turn is None else torch.nn.functional.normalize(turn.forth.double(), dim=-1)
 
     def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
         """Turned, rounded, turned back."""
-        return self._kept(keys, self.key_basis(keys.shape[-1]))
+        return self._kept(keys, self.key_turn(keys.shape[-1], keys.device)) if self.keys else keys
 
     def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
         """Turned, rounded, turned back."""
-        return self._kept(values, self.value_basis(values.shape[-1]))
+        return self._kept(values, self.value_turn(values.shape[-1], values.device)) if self.values else values
 
-    def without(self, part: str) -> CacheFormat | None:
-        """They keep both alike."""
-        return None
-
-    def _kept(self, x: Tensor, basis: Tensor) -> Tensor:
-        """No gradient passes the rounding, but for the straight-through one."""
-        basis = basis.to(x.device, torch.float32)
-        turned = x.float() @ basis
-        kept = turned + (self.rounded(turned.detach()) - turned.detach())
-        return (kept @ basis.T).to(x.dtype)
-
-
-@cache
-def block_hadamard(head_dim: int, block: int, seed: int | None = None) -> Tensor:
-    """Sylvester's Hadamard matrix of unit rows for each block of channels, ``[head_dim, head_dim]``, float64.
-
-    Args:
-        head_dim: a multiple of the block.
-        block: a power of two.
-        seed: of random signs of the channels, the same in each block; None for none.
-    """
-    matrix = hadamard_matrix(block).double() / block**0.5
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        signs = 2.0 * torch.bernoulli(torch.full((block,), 0.5), generator=generator) - 1.0
-        matrix = signs.double()[:, None] * matrix
-    return torch.kron(torch.eye(head_dim // block, dtype=torch.float64), matrix)
+    def _kept(self, x: Tensor, turn: Turn | None) -> Tensor:
+        with torch.no_grad():
+            turned = x.float() if turn is None else x.float() @ turn.forth
+            read = self.rounded(turned, x.dtype)
+            kept = (read if turn is None else read @ turn.back).to(x.dtype)
+        # Gradients pass straight through; what is added is zero.
+        return kept + (x - x.detach()) if x.requires_grad else kept

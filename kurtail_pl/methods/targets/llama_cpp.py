@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods.caches.q4_blocks import Q4Blocks
+from kurtail_pl.methods.caches.q4_0_cache import Q4_0Cache
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
 from kurtail_pl.methods.formats.uniform import Uniform
 from kurtail_pl.methods.rounders.hqq import FloatZero
@@ -59,10 +59,10 @@ class LlamaCpp(Target):
             )
         if scheme.attention_output != "token":
             yield f"o_proj reads blocks of 32, too: write {SCHEME}.attention_output: token"
-        if not isinstance(scheme.cache, Q4Blocks | None):
+        if not isinstance(scheme.cache, Q4_0Cache | None):
             yield (
                 f"llama.cpp has caches of its own: write {SCHEME}.cache: null (float16), or "
-                "{class_path: kurtail_pl.methods.Q4Blocks}"
+                "{class_path: kurtail_pl.methods.Q4_0Cache}"
             )
         yield from beside_the_quantizers(scheme, "llama.cpp")
 

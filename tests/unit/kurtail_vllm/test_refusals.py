@@ -11,7 +11,7 @@ from kurtail_vllm.exporter import VLLM
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import FloatZero, Normal, PerTokenHead, Q4Blocks, SearchedClips, Sinks, Uniform
+from kurtail_pl.methods import FloatZero, Normal, PerTokenHead, Q4_0Cache, SearchedClips, Sinks, Uniform
 from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
@@ -30,7 +30,7 @@ A4, A8 = Quantizer(4), Quantizer(8)
         ({"prefix": [5, 7]}, r"prefix is \[5, 7\].*quantize with prefix: null"),
         ({"cache": PerTokenHead(sinks=Sinks(2, 8))}, "quantize with sinks: null"),
         ({"cache": PerTokenHead(centre_keys=True)}, "quantize with centre_keys: false"),
-        ({"cache": Q4Blocks()}, "no cache like keys and values in llama.cpp"),
+        ({"cache": Q4_0Cache()}, "no cache like keys and values in Q4_0"),
         ({"activations": Quantizer(4, clip=Clip(amount=0.9))}, r"ratio 0\.9; .*with activations\.clip\.amount: 1\.0"),
         ({"activations": Quantizer(4, clip=Clip("quantile", 0.98))}, r"quantile 0\.98; .*clip\.amount: 1\.0"),
         (

@@ -9,7 +9,7 @@ from scipy.linalg import hadamard
 
 from kurtail_pl.lit import KurTailModule
 from kurtail_pl.lit.sizes import ModelSizes
-from kurtail_pl.methods import CacheFormat, Int4PerTokenHead, PerTokenHead, Q4Blocks
+from kurtail_pl.methods import CacheFormat, Int4PerTokenHead, PerTokenHead, Q4_0Cache
 from kurtail_pl.methods.scheme import Scheme
 
 SIZES = ModelSizes(layers=3, hidden_size=32, head_dim=64, kv_heads=2, rms_norm_eps=1e-6)
@@ -24,7 +24,7 @@ def kurtosis(values: NDArray[np.float64]) -> float:
     ("cache", "turn"),
     [
         (Int4PerTokenHead(), np.diag(VLLM) @ hadamard(64) / 8),
-        (Q4Blocks(), hadamard(64) / 8),
+        (Q4_0Cache(), hadamard(64) / 8),
         (PerTokenHead(), None),
         (None, None),
     ],
@@ -56,6 +56,6 @@ def test_both_bases_count_alike(cache: CacheFormat | None, turn: NDArray[np.floa
 
 def test_another_basis_is_another_training() -> None:
     """So that a run that was stopped is not gone on with for another runtime."""
-    plain, turned = (KurTailModule(SIZES, scheme=Scheme(cache=cache)) for cache in (PerTokenHead(), Q4Blocks()))
+    plain, turned = (KurTailModule(SIZES, scheme=Scheme(cache=cache)) for cache in (PerTokenHead(), Q4_0Cache()))
     assert plain.settings()["cache"] is None
-    assert turned.settings()["cache"] == {"kind": "Q4Blocks", "settings": {}}
+    assert turned.settings()["cache"] == {"kind": "Q4_0Cache", "settings": {"keys": True, "values": True}}

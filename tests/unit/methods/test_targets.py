@@ -18,7 +18,7 @@ from kurtail_pl.methods import (
     Int4PerTokenHead,
     Normal,
     PerTokenHead,
-    Q4Blocks,
+    Q4_0Cache,
     SearchedClips,
     Sinks,
     Uniform,
@@ -31,7 +31,7 @@ INT8 = Quantizer(8, group_size=32)
 FITS: dict[TargetName, Scheme] = {
     "torch": Scheme(),
     "onnxruntime": Scheme(),
-    "llama.cpp": Scheme(Uniform(scales="float16"), INT8, Q4Blocks()),
+    "llama.cpp": Scheme(Uniform(scales="float16"), INT8, Q4_0Cache()),
     "vllm": Scheme(Uniform(), Quantizer(4), Int4PerTokenHead()),
 }
 
@@ -52,7 +52,7 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
         ("onnxruntime", {"cache": PerTokenHead(sinks=Sinks())}, "scheme.cache.sinks: null"),
         ("onnxruntime", {"cache": PerTokenHead(keys=Quantizer(group_size=8))}, "scheme.cache.keys.group_size: null"),
         ("onnxruntime", {"cache": PerTokenHead(values=Quantizer(2))}, "scheme.cache.values.bits: 4"),
-        ("onnxruntime", {"cache": Q4Blocks()}, "scheme.cache.class_path: kurtail_pl.methods.PerTokenHead"),
+        ("onnxruntime", {"cache": Q4_0Cache()}, "scheme.cache.class_path: kurtail_pl.methods.PerTokenHead"),
         ("llama.cpp", {"weights": Normal()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform"),
         ("llama.cpp", {"weights": FloatZero(symmetric=False)}, "scheme.weights: {class_path"),
         ("llama.cpp", {"weights": Uniform()}, "scheme.weights.scales: float16"),
