@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from kurtail_pl.storage.files import new_folder
 from kurtail_pl.storage.model_config import read_generation_config
 from kurtail_pl.storage.sources import folder_of
 from kurtail_pl.surgery.attention import ATTENTION
+from kurtail_pl.surgery.equip import layers_of
+from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.packed_cache import keep_packed
 
 
 def load(
@@ -29,6 +32,7 @@ def load(
     device: Place | None = None,
     dtype: str | torch.dtype = "float32",
     device_map: Place | Mapping[str, Any] | None = None,
+    cache: Literal["float", "packed"] = "float",
 ) -> PreTrainedModel:
     """Give back the quantized model of an artefact folder, ready for `forward` and `generate`.
 
@@ -42,6 +46,8 @@ def load(
         dtype: ``float32``, ``bfloat16`` or ``float16``, of what is no code. Rotary frequencies, the factors of online
             Hadamards and the scales of weights keep their type, then and in a later `model.to(dtype)`.
         device_map: instead of a device, ``auto`` or a map from modules to devices, for `accelerate`.
+        cache: what keys and values of earlier tokens are held as: ``float``, quantized whenever they are read, or
+            ``packed``, as codes and scales, which for 4 bits take 0.29 of float16 in heads of 64, and 0.27 of 128.
 
     Returns:
         A model in evaluation mode. The tokenizer loads from the same folder with `transformers.AutoTokenizer`.
@@ -49,8 +55,11 @@ def load(
     Raises:
         ArtefactError: when the folder is not ours, incomplete or damaged.
         CheckpointError: when a file is missing, or the hub has none of that name.
-        ConfigError: when the type or device cannot be had, or the type does not hold the weights.
+        ConfigError: when the type or device cannot be had, the type does not hold the weights, or the artefact's cache
+            has no packed form.
     """
+    if cache not in ("float", "packed"):
+        raise ConfigError(f"cache is {cache!r}; give float or packed")
     if device is not None and device_map is not None:
         raise ConfigError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     kind, where = dtype_of(dtype), CPU if device is None else device_of(device)
@@ -62,6 +71,9 @@ def load(
     model.generation_config = read_generation_config(path) or model.generation_config
     if device_map is not None:
         spread(model, device_map)
+    if cache == "packed":
+        architecture = architecture_of(model.config)
+        keep_packed(model, [layer.get_submodule(architecture.attention) for layer in layers_of(model, architecture)])
     return model
 
 

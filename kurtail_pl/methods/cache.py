@@ -8,6 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods.format import Tensors
 from kurtail_pl.methods.method import Method
 
 
@@ -53,6 +54,19 @@ class CacheFormat(Method):
     @abstractmethod
     def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
         """What attention reads of values, in their type."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether there is a stored form, smaller than the floats it stands for."""
+        return False
+
+    def stored(self, part: str, states: Tensor) -> Tensors:
+        """Tensors ``[batch, kv_heads, tokens, any]`` that are held of ``keys`` or ``values`` ``[..., head_dim]``."""
+        raise NotImplementedError(f"{type(self).__name__} has no stored form")
+
+    def read(self, part: str, stored: Tensors) -> Tensor:
+        """What attention reads of it, as `kept_keys` and `kept_values` give it."""
+        raise NotImplementedError(f"{type(self).__name__} has no stored form")
 
     def quantizer(self, part: str) -> Quantizer | None:
         """Quantizer of ``keys`` or ``values`` whose clip may be set for each layer; None where there is none."""

@@ -43,23 +43,42 @@ def kurtail_attention(
 
     A module that `equip_attention` has not seen attends as usual.
     """
-    rotation, centre, see = (getattr(module, name, None) for name in ("query_key_rotation", "key_centre", "see_scored"))
-    cache: CacheFormat | None = getattr(module, "cache", None)
+    rotation, see = (getattr(module, name, None) for name in ("query_key_rotation", "see_scored"))
     if rotation is not None:
-        query, key = rotation(query), rotation(key)
+        query = rotation(query)
     if see is not None:
-        see(Scored(query, key, attention_mask, kwargs["scaling"]))
-    if centre is not None:
-        # The same for all keys, it moves all scores of a query alike, and the softmax takes no notice.
-        key = key - centre
-    if cache is not None:
-        first = _first(cache.first_tokens, query, key, attention_mask, kwargs.get("position_ids"))
-        key, value = cache.kept_keys(key, first), cache.kept_values(value, first)
+        see(Scored(query, key if rotation is None else rotation(key), attention_mask, kwargs["scaling"]))
+    if not is_kept(key):
+        key = keys_of(module, key)
+        cache: CacheFormat | None = getattr(module, "cache", None)
+        if cache is not None:
+            first = _first(cache.first_tokens, query, key, attention_mask, kwargs.get("position_ids"))
+            key, value = cache.kept_keys(key, first), cache.kept_values(value, first)
     if getattr(module, "prefix_key", None) is not None:
         key, attention_mask = behind_prefix(module, query, key, attention_mask)
         value = _behind(module.prefix_value, value)  # type: ignore[arg-type]
     output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
+
+
+def keys_of(module: nn.Module, key: Tensor) -> Tensor:
+    """Keys ``[batch, kv_heads, tokens, head_dim]`` as they are kept: behind R3, and centred."""
+    rotation, centre = (getattr(module, name, None) for name in ("query_key_rotation", "key_centre"))
+    if rotation is not None:
+        key = rotation(key)
+    # The same for all keys, the centre moves all scores of a query alike, and the softmax takes no notice.
+    return key if centre is None else key - centre
+
+
+def mark_kept(key: Tensor) -> Tensor:
+    """Say of keys that a packed cache gives that they, and the values beside them, are what is to be attended to."""
+    key.is_kept = True  # type: ignore[attr-defined]
+    return key
+
+
+def is_kept(key: Tensor) -> bool:
+    """Whether a packed cache gave them."""
+    return getattr(key, "is_kept", False)
 
 
 def _first(tokens: int, query: Tensor, key: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:

@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize, require_groups
+from kurtail_pl.maths.packing import pack_codes, unpack_codes
+from kurtail_pl.maths.quantizers import (
+    Clip,
+    Grid,
+    Quantized,
+    Quantizer,
+    dequantize,
+    fake_quantize,
+    quantize,
+    require_groups,
+)
 from kurtail_pl.methods.cache import CacheFormat, bits_name
+from kurtail_pl.methods.format import Tensors
+
+NIBBLE = 4
+"""Bits of which two codes are a byte."""
 
 
 def _quantizer() -> Quantizer:
@@ -109,6 +123,31 @@ class PerTokenHead(CacheFormat):
     def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
         """Fake-quantized."""
         return self._kept(values, self.values, first)
+
+    @property
+    def packs(self) -> bool:
+        """Unless first tokens are kept otherwise."""
+        return self.sinks is None
+
+    def stored(self, part: str, states: Tensor) -> Tensors:
+        """Codes, two to a byte up to 4 bits, a scale for each group, and a zero point of a byte."""
+        quantizer = self.quantizer(part)
+        if quantizer is None:
+            return {"states": states}
+        codes, grid = quantize(states, quantizer)
+        packed = pack_codes(codes) if quantizer.bits <= NIBBLE else codes  # RoPE turns pairs: heads are even.
+        zero_point = {} if grid.zero_point is None else {"zero_point": grid.zero_point.to(torch.uint8)}
+        return {"codes": packed, "scale": grid.scale, **zero_point}
+
+    def read(self, part: str, stored: Tensors) -> Tensor:
+        """Dequantized."""
+        quantizer = self.quantizer(part)
+        if quantizer is None:
+            return stored["states"]
+        codes, scale, zero_point = stored["codes"], stored["scale"], stored.get("zero_point")
+        if quantizer.bits <= NIBBLE:
+            codes = unpack_codes(codes, quantizer.symmetric)
+        return dequantize(Quantized(codes, Grid(scale, None if zero_point is None else zero_point.to(scale.dtype))))
 
     def quantizer(self, part: str) -> Quantizer | None:
         """That of keys, or of values."""
