@@ -16,6 +16,7 @@ from kurtail_pl.methods import RTN, CacheFormat, PerTokenHead, Q4_0Cache, Search
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.surgery.packed_cache import keep_packed
 
 IDS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 CACHES = {
@@ -99,7 +100,8 @@ def test_tokens_can_be_taken_back(made: Callable[..., Path]) -> None:
 
 
 def test_clips_of_each_layer_and_a_prefix_are_kept(fused: Path, text: TextSpec, tmp_path: Path) -> None:
-    spec = QuantizeSpec(Scheme(weights=None, prefix=[1]), RTN(), clips=SearchedClips(["keys", "values"]), text=text)
+    scheme = Scheme(weights=None, prefix=[1])
+    spec = QuantizeSpec(scheme, RTN(), clips=SearchedClips(["keys", "values"]), text=text, quantized_activations=True)
     floats, packed = both(quantize(fused, spec, tmp_path / "clipped"))
     expected = floats(IDS).logits
     torch.testing.assert_close(packed(IDS).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -118,8 +120,6 @@ def test_what_has_no_packed_form_is_refused(
 ) -> None:
     if isinstance(cache, Q4_0Cache):  # Heads of the tiny model are too narrow for an artefact with it.
         model = kurtail_pl.load(artefact)
-        from kurtail_pl.surgery.packed_cache import keep_packed
-
         attentions = [layer.self_attn for layer in model.model.layers]
         for attention in attentions:
             attention.cache = cache
