@@ -10,7 +10,7 @@ from typing import Any
 from kurtail_gguf.card import notes
 from kurtail_gguf.tensors import Dense
 from kurtail_gguf.verify.check import check
-from kurtail_gguf.write import plan, write
+from kurtail_gguf.write import plan, turned_at_run_time, write
 from kurtail_pl.artefact.exporter import Exporter
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
@@ -39,6 +39,10 @@ class GGUF(Exporter):
         except ConfigError as reason:
             return str(reason)
         return None
+
+    def garbage(self, source: Source) -> str | None:
+        """Rotations at run time, of which llama.cpp has none."""
+        return turned_at_run_time(source)
 
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         """Write ``model.gguf``.

@@ -39,6 +39,9 @@ def metadata(source: Source, family: Family, rope: Rope, file_type: LlamaFileTyp
         "general.file_type": int(file_type),
         "general.quantization_version": GGML_QUANT_VERSION,
     }
+    if source.rotations.attention_output or source.rotations.mlp_hidden or source.rotations.dense_hidden:
+        # llama.cpp does not read it: `kurtail inspect` does.
+        general["kurtail.online"] = ",".join(name for name in source.rotations.online if name != "query_key")
     return general | {f"{family.name}.{key}": value for key, value in sizes.items()}
 
 

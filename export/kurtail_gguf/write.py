@@ -38,7 +38,11 @@ def plan(source: Source, embedding: Dense, head: Dense) -> Plan:
     Raises:
         ConfigError: when llama.cpp does not compute what the artefact does.
     """
-    require_runnable(source)
+    if source.scheme.prefix is not None:
+        raise ConfigError(
+            f"the tokens {source.scheme.prefix} stand before every text with a cache of their own, which a GGUF file "
+            "has no place for; quantize with scheme.prefix: null"
+        )
     family = family_of(source)
     rope = rope_of(source, family)
     keys = metadata(source, family, rope, file_type(source)) | vocabulary(source)
@@ -49,22 +53,18 @@ def plan(source: Source, embedding: Dense, head: Dense) -> Plan:
     return Plan(family, keys, [*planned(source, family, embedding, head), *frequencies])
 
 
-def require_runnable(source: Source) -> None:
-    """Raise ConfigError for what the artefact does at run time and llama.cpp does not."""
+def turned_at_run_time(source: Source) -> str | None:
+    """Which rotations the weights expect and llama.cpp does not have, in a sentence."""
     rotations = source.rotations
     hidden = rotations.mlp_hidden or rotations.dense_hidden
     online = {"o_proj (R4)": rotations.attention_output, "down_proj (R5)": hidden}
     turned = [name for name, factors in online.items() if factors is not None]
-    if turned:
-        raise ConfigError(
-            f"the artefact turns the inputs of {' and '.join(turned)} at run time, and llama.cpp has no such step; "
-            "fuse the model with online: [query_key] (fusion.online in a recipe)"
-        )
-    if source.scheme.prefix is not None:
-        raise ConfigError(
-            f"the tokens {source.scheme.prefix} stand before every text with a cache of their own, which a GGUF file "
-            "has no place for; quantize with scheme.prefix: null"
-        )
+    if not turned:
+        return None
+    return (
+        f"the artefact turns the inputs of {' and '.join(turned)} at run time, and llama.cpp has no such step; "
+        "fuse the model with online: [query_key] (fusion.online in a recipe)"
+    )
 
 
 def write(source: Source, folder: Path, embedding: Dense, head: Dense) -> dict[str, Any]:

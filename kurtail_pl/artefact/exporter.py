@@ -22,6 +22,13 @@ class Exporter(Method):
     def refuses(self, source: Source) -> str | None:
         """Why an artefact cannot be written so, in one sentence that names the setting to change; None when it can."""
 
+    def garbage(self, source: Source) -> str | None:
+        """Why the runtime would answer with garbage, in one sentence that names the setting to change; None otherwise.
+
+        It is for what the weights expect and the runtime leaves out, such as a rotation; the files can be written.
+        """
+        return None
+
     @abstractmethod
     def write(self, source: Source, folder: Path) -> dict[str, Any]:
         """Write the files into a new empty folder.

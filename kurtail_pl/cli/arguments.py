@@ -14,7 +14,7 @@ from kurtail_pl.cli.recipes import recipe_file
 from kurtail_pl.errors import reason, shortened
 from kurtail_pl.storage.reading import Unreadable, read_utf8
 
-FLAGS = ("dry_run", "overwrite", "check")
+FLAGS = ("dry_run", "overwrite", "check", "force")
 """These options may stand without a value, and are then true."""
 CONFIGS = ("--config", "-c")
 NODES = 100_000

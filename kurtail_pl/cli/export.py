@@ -36,7 +36,7 @@ def export(arguments: list[str]) -> None:
     parser.add_class_arguments(kind, "to")
     with late_errors_explained():
         made = parser.instantiate(parser.parse_args(rest))
-    stage.export(made.artefact, made.out, made.to, made.check, made.overwrite)
+    stage.export(made.artefact, made.out, made.to, made.check, made.overwrite, made.force)
 
 
 def exporters() -> dict[str, EntryPoint]:

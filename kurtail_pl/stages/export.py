@@ -31,7 +31,14 @@ LARGEST_BY_DEFAULT = 1_000_000_000
 """Exports of at most this many bytes are checked when nobody says whether."""
 
 
-def export(artefact: Path, out: Path, exporter: Exporter, check: bool | None = None, overwrite: bool = False) -> Path:
+def export(
+    artefact: Path,
+    out: Path,
+    exporter: Exporter,
+    check: bool | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> Path:
     """Write an artefact as an exporter does, with a description of where it comes from, and check it.
 
     Args:
@@ -40,6 +47,7 @@ def export(artefact: Path, out: Path, exporter: Exporter, check: bool | None = N
         exporter: the format, and its settings.
         check: compare with the torch model, and keep nothing if it differs; by default for up to a gigabyte.
         overwrite: replace `out` if it exists.
+        force: write, unchecked, also what the runtime would answer with garbage.
 
     Raises:
         ArtefactError: when the artefact is damaged or of a newer format, or `out` exists.
@@ -52,11 +60,17 @@ def export(artefact: Path, out: Path, exporter: Exporter, check: bool | None = N
     source = Source(artefact)
     if reason := exporter.refuses(source):
         raise ConfigError(reason)
+    garbage = exporter.garbage(source)
+    if garbage is not None:
+        if not force:
+            raise ConfigError(f"{garbage}; or pass --force, and get a file that answers with garbage")
+        log.warning("forced: %s", garbage)
+        check = False
     # Codes stay codes and floats floats: no export is much smaller than its artefact.
     require_space(out, size_of(artefact))
     with Meter() as meter, new_folder(out, overwrite) as partial:
         own = exporter.write(source, partial)
-        description = _description(source, exporter, partial) | own
+        description = _description(source, exporter, partial) | own | ({} if garbage is None else {"garbage": garbage})
         write_json(partial / DESCRIPTION, description)
         wanted = small_enough(partial) if check is None else check
         checks = exporter.check(source, partial) if wanted else None
@@ -98,5 +112,7 @@ def _card(name: str, exporter: Exporter, description: Mapping[str, Any], checks:
         if checks is None
         else f"This export was compared with the torch model; `{CHECKS}` has what was found."
     )
+    if reason := description.get("garbage"):
+        proof = f"**It answers with garbage, and was forced: {reason}.** {proof}"
     notes = exporter.notes(description, checks)
     return "\n".join([f"# {name}", "", f"{origin}, as {exporter.sentence()}.", "", proof, "", *notes]).rstrip() + "\n"

@@ -135,3 +135,19 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert sorted(place.rglob("*")) == before
+
+
+def test_what_would_be_garbage_can_be_forced(
+    place: Path, kurtail: Kurtail, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so at once, in the card, and when it is inspected."""
+    kurtail(tmp_path, "fuse", "--model", place / "model", "--method", "quarot", "--out", "online")
+    capsys.readouterr()
+    kurtail(tmp_path, "export", "--to", "gguf", "--artefact", "online", "--out", "forced", "--force")
+    assert "forced: the artefact turns the inputs of o_proj (R4) and down_proj (R5)" in capsys.readouterr().err
+    assert not (tmp_path / "forced" / "checks.json").exists()
+    assert "**It answers with garbage, and was forced: " in (tmp_path / "forced" / "README.md").read_text()
+    assert json.loads((tmp_path / "forced" / "kurtail_export.json").read_text())["garbage"].startswith("the artefact")
+    kurtail(tmp_path, "inspect", "forced/model.gguf")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| llama.cpp")]
+    assert "| garbage " in row
