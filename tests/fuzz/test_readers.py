@@ -43,6 +43,7 @@ def target(
 
 @pytest.mark.skipif(SECONDS > 0, reason="new inputs are tried instead")
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's calls.
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # Of an input that failed, which is then shown.
 @pytest.mark.parametrize("target", TARGETS, indirect=True)
 def test_every_input_ends_in_a_result_or_in_one_of_our_errors(target: Target) -> None:
     @settings(max_examples=target.inputs_in_ci, derandomize=True, **COMMON)
