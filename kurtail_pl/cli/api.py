@@ -28,7 +28,7 @@ def quantize(
         recipe: names of recipes (`kurtail recipes`) or YAML files, one over the other; none is KurTail with GPTQ.
         text: to learn from, by name or file; by default the embedded one.
         out: folder of the artefact; by default ``artifacts/MODEL-METHOD-BITS``.
-        overrides: sections of a recipe: ``quantization={"rounder": {"percdamp": 0.05}}``, ``overwrite=True``.
+        overrides: sections of a recipe: ``quantization={"rounder": {"percdamp": 0.05}}``, ``target="llama.cpp"``.
 
     Raises:
         KurtailError: of the kind that tells what is wrong, before any long work where that can be known.
