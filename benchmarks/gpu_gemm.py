@@ -166,5 +166,7 @@ def compare_codes(
         "codes unlike the mirror's, on a border": int((other & ~beyond).sum()),
         "codes unlike the mirror's, elsewhere": int(beyond.sum()),
     }
-    failures += [f"{count} {what}" for what, count in result.items() if "unlike" in what and "on a" not in what and count]
+    failures += [
+        f"{count} {what}" for what, count in result.items() if "unlike" in what and "on a" not in what and count
+    ]
     return result

@@ -1,4 +1,4 @@
-"""The product of 4-bit weights with quantized inputs: humming-kernels' on a GPU, and what it was read to compute in torch.
+"""The product of 4-bit weights with quantized inputs: by humming-kernels, and in torch as that was read to compute it.
 
 Read in humming-kernels 0.1.19. `include/humming/kernel/process_input/quantization.cuh` quantizes: the scale is the
 largest magnitude over 7 in float32, at least 1e-30; codes are the nearest integers, half to even, of the number *times
@@ -12,7 +12,6 @@ import json
 from typing import Any, Protocol
 
 import torch
-from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from torch import Tensor
 
 SMALLEST_SCALE = 1e-30
@@ -44,6 +43,12 @@ def read_rule(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale.squeeze(-1)
 
 
+def halves(stored: Tensor) -> Tensor:
+    """Signed codes of bytes ``[..., n / 2]``, the even one in the low half, ``[..., n]``."""
+    signed = stored.view(torch.int8)
+    return torch.stack([signed << 4 >> 4, signed >> 4], dim=-1).flatten(-2)
+
+
 class Emulated:
     """What the kernels were read to compute, on a CPU.
 
@@ -53,6 +58,8 @@ class Emulated:
     """
 
     def __init__(self, tensors: dict[str, Tensor], bits: int) -> None:
+        from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
         self.bits, self.scale = bits, tensors["weight_scale"]
         shape = torch.Size(tensors["weight_shape"].tolist())
         self.codes = unpack_from_int32(tensors["weight_packed"], 4, shape).double()
@@ -113,10 +120,7 @@ class Humming:
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Two codes share a byte, the even one low."""
         codes, scale = self.codes(x)
-        if self.bits == 4:
-            low, high = codes.view(torch.int8) << 4 >> 4, codes.view(torch.int8) >> 4
-            codes = torch.stack([low, high], dim=-1).flatten(-2)
-        return codes, scale.flatten()
+        return (halves(codes) if self.bits == 4 else codes), scale.flatten()
 
     def multiplied(self, codes: Tensor, scale: Tensor, *, in_one_piece: bool = False) -> Tensor:
         """The product alone."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from gpu_humming import Humming
+from gpu_humming import Emulated, Humming
 from torch import Tensor
 
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_factors, hadamard_transform
@@ -113,6 +113,20 @@ def measure(repeats: int, seconds: float, dtype: torch.dtype) -> dict[str, Any]:
     return found
 
 
+def rehearse(dtype: torch.dtype) -> dict[str, Any]:
+    """The same road on tiny shapes without a GPU: every product once, and no times."""
+    found: dict[str, Any] = {"linears": {}, "stopped": []}
+    for shape in TINY:
+        x = torch.randn(2, shape.columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for bits in (4, 8):
+            output = Emulated(weights(shape, dtype), bits).whole(x)
+            assert output.shape == (2, shape.rows)
+        if shape.online is not None:
+            hadamard_transform(x.float(), hadamard_factors(shape.columns))
+        found["linears"][shape.names] = {"shape": [shape.rows, shape.columns], "count": shape.count, "times": {}}
+    return found
+
+
 Rows = dict[str, dict[str, float]]
 
 
@@ -161,7 +175,10 @@ def layer(linears: dict[str, Any], name: str) -> dict[str, float]:
     """Sums over the layer's linears, of what was measured for all of them; rotations added where they are."""
     times = [(linear["times"][name], linear["count"]) for linear in linears.values()]
     sums = {}
-    for what in ("bfloat16", *(f"W4A{bits}, {part}" for bits in (4, 8) for part in ("product", "quantizer and product"))):
+    for what in (
+        "bfloat16",
+        *(f"W4A{bits}, {part}" for bits in (4, 8) for part in ("product", "quantizer and product")),
+    ):
         if all(what in row for row, _ in times):
             sums[what] = sum(row[what] * count for row, count in times)
     for rotation in ("rotation, dense", "rotation, factors"):
