@@ -46,7 +46,8 @@ class Kernel:
 
     def turned(self, rows: Tensor) -> Tensor:
         """What `reshape_and_cache_int4` does before its kernel."""
-        return self.module.single_rht(rows.cuda().float()).to(rows.dtype)
+        turned: Tensor = self.module.single_rht(rows.cuda().float()).to(rows.dtype)
+        return turned
 
     def written(self, turned: Tensor) -> tuple[Tensor, Tensor]:
         """By the kernel that has no turn in it; keys and values are the same rows."""

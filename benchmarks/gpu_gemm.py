@@ -159,7 +159,7 @@ def compare_codes(
     mirrored = (quantized(x.double(), mirror.inputs) / exact_scale).round()
     other = codes != mirrored
     beyond = other & (((steps - steps.floor()) - 0.5).abs() > BORDER * (largest + 1) / 8)
-    result = {
+    result: dict[str, float | int] = {
         "codes": codes.numel(),
         "codes unlike the rule in float32": int((codes != wanted).sum()),
         "scales unlike": int((scale != wanted_scale).sum() + (scale != exact_scale.squeeze(-1).float()).sum()),

@@ -72,7 +72,8 @@ class Emulated:
         """Two roundings to the model's type."""
         codes, scale = self.quantized(x)
         sums = (codes.double() @ self.codes.T).float() * scale.unsqueeze(-1)
-        return sums.to(self.scale.dtype) * self.scale.T
+        scaled: Tensor = sums.to(self.scale.dtype) * self.scale.T
+        return scaled
 
     def split(self, x: Tensor) -> Tensor:
         """The same."""

@@ -125,6 +125,8 @@ def table(times_found: dict[str, Any]) -> str:
         for what in whats:
             cells = (row.get(what) for row in by_tokens.values())
             lines.append(f"  {what}".ljust(56) + "".join(f"{'-' if c is None else f'{c:.4f}':>22}" for c in cells))
+    for name, linear in times_found.get("linears", {}).items():
+        lines += [f"{name}, {what}: {kernel}" for what, kernel in linear.get("kernels", {}).items()]
     return "\n".join([*lines, *(f"stopped: {why}" for why in times_found.get("stopped", ()))])
 
 

@@ -7,8 +7,10 @@ it is not where a server replays graphs.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ class Shape(NamedTuple):
     rows: int
     columns: int
     names: str
-    count: int
+    number: int
     online: str | None
 
 
@@ -39,6 +41,10 @@ LLAMA_3_8B = (
     Shape(4096, 14336, "down", 1, "R5"),
 )
 TINY = (Shape(64, 128, "q", 1, None), Shape(64, 384, "down", 1, "R5"))
+
+
+Rows = dict[str, dict[str, float]]
+"""Milliseconds by what was timed, for each number of tokens."""
 
 
 class Stopwatch:
@@ -61,14 +67,14 @@ class Stopwatch:
             call()
         torch.cuda.synchronize()
         run = self._replay(name, call)
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
+        pairs: list[list[Any]] = [[_event() for _ in range(2)] for _ in range(self.repeats)]
         for start, end in pairs:
             self._buffer.zero_()
             start.record()
             run()
             end.record()
         torch.cuda.synchronize()
-        return sorted(start.elapsed_time(end) for start, end in pairs)[len(pairs) // 2]
+        return statistics.median(float(start.elapsed_time(end)) for start, end in pairs)
 
     def _replay(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
@@ -79,6 +85,13 @@ class Stopwatch:
             self.without_graph.append(name)
             return call
         return graph.replay
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+Step = Callable[[Stopwatch, Shape, torch.dtype, int | None, Rows], dict[str, str] | None]
 
 
 def weights(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,12 +110,19 @@ def measure(repeats: int, seconds: float, dtype: torch.dtype) -> dict[str, Any]:
     watch = Stopwatch(repeats, time.monotonic() + seconds)
     found: dict[str, Any] = {"unit": "milliseconds, median", "repeats": repeats, "linears": {}, "stopped": []}
     for shape in LLAMA_3_8B:
-        rows: dict[str, dict[str, float]] = {name: {} for name in TOKENS}
-        found["linears"][shape.names] = {"shape": [shape.rows, shape.columns], "count": shape.count, "times": rows}
-        steps = [(float_times, None), (online_times, None), (quantized_times, 4), (quantized_times, 8)]
+        rows: Rows = {name: {} for name in TOKENS}
+        kernels: dict[str, str] = {}
+        linear = {"shape": [shape.rows, shape.columns], "count": shape.number, "times": rows, "kernels": kernels}
+        found["linears"][shape.names] = linear
+        steps: list[tuple[Step, int | None]] = [
+            (float_times, None),
+            (online_times, None),
+            (quantized_times, 4),
+            (quantized_times, 8),
+        ]
         for step, bits in steps:
             try:
-                step(watch, shape, dtype, bits, rows)
+                kernels |= step(watch, shape, dtype, bits, rows) or {}
             except Exception as error:
                 text = str(error).strip().splitlines() or [type(error).__name__]
                 what = "" if bits is None else f" W4A{bits}"
@@ -123,11 +143,8 @@ def rehearse(dtype: torch.dtype) -> dict[str, Any]:
             assert output.shape == (2, shape.rows)
         if shape.online is not None:
             hadamard_transform(x.float(), hadamard_factors(shape.columns))
-        found["linears"][shape.names] = {"shape": [shape.rows, shape.columns], "count": shape.count, "times": {}}
+        found["linears"][shape.names] = {"shape": [shape.rows, shape.columns], "count": shape.number, "times": {}}
     return found
-
-
-Rows = dict[str, dict[str, float]]
 
 
 def float_times(watch: Stopwatch, shape: Shape, _: torch.dtype, __: int | None, rows: Rows) -> None:
@@ -135,7 +152,7 @@ def float_times(watch: Stopwatch, shape: Shape, _: torch.dtype, __: int | None, 
     weight = torch.randn(shape.rows, shape.columns, device="cuda", dtype=torch.bfloat16)
     for name, tokens in TOKENS.items():
         x = torch.randn(tokens, shape.columns, device="cuda", dtype=torch.bfloat16)
-        rows[name]["bfloat16"] = watch.median(f"{shape.names}: bfloat16, {name}", lambda x=x: x @ weight.T)
+        rows[name]["bfloat16"] = watch.median(f"{shape.names}: bfloat16, {name}", partial(torch.matmul, x, weight.T))
 
 
 def online_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, _: int | None, rows: Rows) -> None:
@@ -147,28 +164,31 @@ def online_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, _: int | No
     small = HadamardFactors(factors.left.to(dtype).cuda(), factors.right.to(dtype).cuda(), factors.construction)
     for name, tokens in TOKENS.items():
         x = torch.randn(tokens, shape.columns, device="cuda", dtype=dtype)
-        rows[name]["rotation, dense"] = watch.median(f"{shape.names}: dense, {name}", lambda x=x: x @ matrix)
+        rows[name]["rotation, dense"] = watch.median(f"{shape.names}: dense, {name}", partial(torch.matmul, x, matrix))
         by_factors = f"{shape.names}: factors, {name}"
-        rows[name]["rotation, factors"] = watch.median(by_factors, lambda x=x: hadamard_transform(x, small))
+        rows[name]["rotation, factors"] = watch.median(by_factors, partial(hadamard_transform, x, small))
 
 
-def quantized_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, bits: int | None, rows: Rows) -> None:
-    """Product, quantizer, both, and behind a block Hadamard in the quantizer's own kernel."""
+def quantized_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, bits: int | None, rows: Rows) -> dict[str, str]:
+    """Product, quantizer, both, and behind a block Hadamard in the quantizer's own kernel; what it runs."""
     assert bits is not None
     product = Humming(weights(shape, dtype), bits, tuple(TOKENS.values()))
-    block = shape.columns & -shape.columns
-    for name, tokens in TOKENS.items():
-        x = torch.randn(tokens, shape.columns, device="cuda", dtype=dtype)
-        codes, scale = product.codes(x)
-        calls: dict[str, Callable[[], Any]] = {
-            "product": lambda codes=codes, scale=scale: product.multiplied(codes, scale),
-            "quantizer": lambda x=x: product.codes(x),
-            "quantizer and product": lambda x=x: product.split(x),
+    inputs = {name: torch.randn(tokens, shape.columns, device="cuda", dtype=dtype) for name, tokens in TOKENS.items()}
+    for name, x in inputs.items():
+        calls = {
+            "product": partial(product.multiplied, *product.codes(x)),
+            "quantizer": partial(product.codes, x),
+            "quantizer and product": partial(product.split, x),
         }
-        if shape.online is not None:
-            calls[f"quantizer behind blocks of {block}"] = lambda x=x: product.codes(x, block)
         for what, call in calls.items():
             rows[name][f"W4A{bits}, {what}"] = watch.median(f"{shape.names}: W4A{bits}, {what}, {name}", call)
+    if shape.online is not None:
+        # Last, as nothing else depends on it: the largest blocks may be more than its kernel takes.
+        block = shape.columns & -shape.columns
+        what = f"W4A{bits}, quantizer behind blocks of {block}"
+        for name, x in inputs.items():
+            rows[name][what] = watch.median(f"{shape.names}: {what}, {name}", partial(product.codes, x, block))
+    return {f"W4A{bits}, {name}": product.chosen(tokens) for name, tokens in TOKENS.items()}
 
 
 def layer(linears: dict[str, Any], name: str) -> dict[str, float]:
