@@ -119,6 +119,8 @@ def measure(repeats: int, seconds: float, dtype: torch.dtype) -> dict[str, Any]:
             (online_times, None),
             (quantized_times, 4),
             (quantized_times, 8),
+            (block_times, 4),
+            (block_times, 8),
         ]
         for step, bits in steps:
             try:
@@ -170,25 +172,32 @@ def online_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, _: int | No
 
 
 def quantized_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, bits: int | None, rows: Rows) -> dict[str, str]:
-    """Product, quantizer, both, and behind a block Hadamard in the quantizer's own kernel; what it runs."""
+    """Product, quantizer, and both; what it runs."""
     assert bits is not None
     product = Humming(weights(shape, dtype), bits, tuple(TOKENS.values()))
     inputs = {name: torch.randn(tokens, shape.columns, device="cuda", dtype=dtype) for name, tokens in TOKENS.items()}
     for name, x in inputs.items():
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "product": partial(product.multiplied, *product.codes(x)),
             "quantizer": partial(product.codes, x),
             "quantizer and product": partial(product.split, x),
         }
         for what, call in calls.items():
             rows[name][f"W4A{bits}, {what}"] = watch.median(f"{shape.names}: W4A{bits}, {what}, {name}", call)
-    if shape.online is not None:
-        # Last, as nothing else depends on it: the largest blocks may be more than its kernel takes.
-        block = shape.columns & -shape.columns
-        what = f"W4A{bits}, quantizer behind blocks of {block}"
-        for name, x in inputs.items():
-            rows[name][what] = watch.median(f"{shape.names}: {what}, {name}", partial(product.codes, x, block))
     return {f"W4A{bits}, {name}": product.chosen(tokens) for name, tokens in TOKENS.items()}
+
+
+def block_times(watch: Stopwatch, shape: Shape, dtype: torch.dtype, bits: int | None, rows: Rows) -> None:
+    """The quantizer behind a Hadamard over the largest blocks of a power of two, in one kernel."""
+    assert bits is not None
+    if shape.online is None:
+        return
+    product = Humming(weights(shape, dtype), bits, tuple(TOKENS.values()))
+    block = shape.columns & -shape.columns
+    what = f"W4A{bits}, quantizer behind blocks of {block}"
+    for name, tokens in TOKENS.items():
+        x = torch.randn(tokens, shape.columns, device="cuda", dtype=dtype)
+        rows[name][what] = watch.median(f"{shape.names}: {what}, {name}", partial(product.codes, x, block))
 
 
 def layer(linears: dict[str, Any], name: str) -> dict[str, float]:
