@@ -1,5 +1,6 @@
 # make demo: quantize SmolLM2-135M with KurTail and its baselines, and print the table.
 # make test: lint, types, import contract, tests.
+# make docs: the site, into the folder site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ RECIPE := smollm2-135m
 # A test is one thread and up to 1 GB. Each worker runs a row of neighbours, which share what their module made.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test env clean
+.PHONY: demo test docs env clean
 
 demo: env
 	$(BIN)/kurtail fit --config $(RECIPE) --overwrite
@@ -19,6 +20,11 @@ test: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest $(PARALLEL)
+
+# What builds the site is no part of the environment of the tests, and is installed when it is asked for.
+docs: env
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 env: $(VENV)/.complete
 
@@ -32,4 +38,4 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs artifacts exports comparisons
+	rm -rf $(VENV) runs artifacts exports comparisons site

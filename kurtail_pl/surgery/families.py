@@ -117,7 +117,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             )
         raise UnsupportedArchitecture(
             f"model type {config.model_type!r} has no architecture record (known: {known}); "
-            "use one of those, or add a record as CONTRIBUTING.md describes"
+            "use one of those, or add a record as docs/extend.md describes"
         )
     step = getattr(config, "decoder_sparse_step", 1)
     if record.experts is not None and (not isinstance(step, int) or step < 1):

