@@ -5,8 +5,8 @@
 
 Three parts, each for itself; one that cannot run says why in a line. `gemm`: codes, scales and outputs of
 humming-kernels on the folder's linears, or on a random one. `cache`: what vLLM's kernel writes for
-`int4_per_token_head`. `times`: the linears of a Llama-3-8B layer. benchmarks/README.md says what to install. Written on
-a machine without CUDA and never run on one.
+`int4_per_token_head`. `times`: the linears of a Llama-3-8B layer. benchmarks/README.md says what to install, and
+docs/results/gpu.md what an H200 gave.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def random_model(shapes: str, layers: int, folder: Path) -> Path:
     """A Llama of true shapes with random bfloat16 weights, one shard a layer, and SmolLM2's tokenizer."""
     if (folder / "config.json").is_file():
         return folder
+    tokenizer = open_model("smollm2-135m").tokenizer()  # First: the weights take minutes.
     folder.mkdir(parents=True)
     config = LlamaConfig(**SHAPES[shapes], num_key_value_heads=8, num_hidden_layers=layers, dtype="bfloat16")
     hidden, width, kv = config.hidden_size, config.intermediate_size, 8 * config.head_dim
@@ -65,7 +66,7 @@ def random_model(shapes: str, layers: int, folder: Path) -> Path:
     write("embedding.safetensors", {"model.embed_tokens.weight": (config.vocab_size, hidden)})
     write("head.safetensors", {"lm_head.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    open_model("smollm2-135m").tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     return folder
 
