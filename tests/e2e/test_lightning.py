@@ -35,6 +35,7 @@ def in_class_path_form(recipe: dict[str, Any], model: dict[str, Any]) -> dict[st
     ]
     callbacks.insert(1, {"class_path": "kurtail_pl.lit.callbacks.RotationWriter"})
     recipe["trainer"]["callbacks"] = callbacks
+    assert recipe.pop("target") == "torch"  # What the quantization has when nothing is said.
     recipe["model"]["init_args"] |= {
         "sizes": {
             "layers": model["num_hidden_layers"],

@@ -155,6 +155,7 @@ def test_a_recipe_runs(
     asked = merged(settings, yaml.safe_load(over.read_text()))
     quantize = {name: value for name, value in asked["quantization"].items() if name != "out"}
     quantize["text"]["source"] = "wikitext"
+    quantize["target"] = asked["target"]
     for slot in ("rounder", "matching", "clips", "bits"):
         quantize[slot] = None if quantize[slot] is None else by_kind(quantize[slot])
     quantize["scheme"] |= {part: by_kind(quantize["scheme"][part]) for part in ("weights", "cache")}

@@ -49,7 +49,7 @@ class Road:
         """The recipe's quantization as an artefact's card says it."""
         settings, scheme = self.settings, self.settings["scheme"]
         formats = {part: by_kind(scheme[part]) for part in ("weights", "cache")}
-        return settings | {"rounder": by_kind(settings["rounder"]), "scheme": scheme | formats}
+        return settings | {"rounder": by_kind(settings["rounder"]), "scheme": scheme | formats, "target": "torch"}
 
 
 @pytest.fixture(scope="module", params=["tied", "stories"])

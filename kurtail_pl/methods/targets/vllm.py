@@ -17,7 +17,7 @@ SCHEMES = f"{SOURCE}/model_executor/layers/quantization/compressed_tensors"
 SMALLEST_GROUP = 64
 
 
-class VLLM(Target):
+class VLLMKernels(Target):
     """Folders of compressed-tensors, on a GPU of compute capability 8.0 to 8.9, started as their README says.
 
     Newer GPUs take 8 bits for 4-bit inputs or leave them float, without a word (vLLM 0.32, `utils/humming/schema.py`).

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from kurtail_pl.errors import ConfigError, shortened
 from kurtail_pl.methods import ClipTuner, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.targets import TARGETS
@@ -85,7 +86,10 @@ def _parts(scheme: Scheme, quantize: dict[str, Any]) -> dict[str, str]:
 
 def _target(quantize: dict[str, Any]) -> str:
     """By whose rules the model was rounded and evaluated; nothing where they are torch's."""
-    target = TARGETS[quantize.get("target", "torch")]
+    name = quantize.get("target", "torch")
+    target = next((target for known, target in TARGETS.items() if known == name), None)
+    if target is None:
+        raise ConfigError(f"target is {shortened(repr(name), 40)}, expected one of {', '.join(TARGETS)}")
     if not target.rules:
         return ""
     rules = [f"- {rule.step}: {rule.rule} ({rule.source})" for rule in target.rules]

@@ -16,7 +16,7 @@ from kurtail_pl.methods.method import Method
 
 SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, ClipTuner, BitTuner, WeightTuner]
 ROOT = Path(__file__).resolve().parents[3]
-FORMS = tuple(ROOT / "export" / package / "forms.py" for package in ("kurtail_onnx", "kurtail_gguf"))
+FORMS = tuple(ROOT / "export" / package / "forms.py" for package in ("kurtail_onnx", "kurtail_gguf", "kurtail_vllm"))
 ALLOWED = (ROOT / "kurtail_pl" / "methods", *FORMS)
 SOURCES = [path for folder in ("kurtail_pl", "export") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES = [path for path in SOURCES if not any(path.is_relative_to(allowed) for allowed in ALLOWED)]
@@ -53,7 +53,7 @@ def test_no_file_names_a_method() -> None:
 
 def test_no_other_package_names_an_exporter() -> None:
     declared = exporters()
-    assert {"gguf", "onnx"} <= set(declared)
+    assert {"gguf", "onnx", "vllm"} <= set(declared)
     assert len(SOURCES) > 150
     for point in declared.values():
         package = point.module.split(".")[0]
