@@ -9,6 +9,7 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from kurtail_gguf.families import Family
 from kurtail_gguf.rope import Rope
 from kurtail_pl.artefact.source import Source
+from kurtail_pl.stages.inspection.facts import ONLINE_KEY
 from kurtail_pl.storage.card import read_card
 
 
@@ -39,9 +40,9 @@ def metadata(source: Source, family: Family, rope: Rope, file_type: LlamaFileTyp
         "general.file_type": int(file_type),
         "general.quantization_version": GGML_QUANT_VERSION,
     }
-    if source.rotations.attention_output or source.rotations.mlp_hidden or source.rotations.dense_hidden:
-        # llama.cpp does not read it: `kurtail inspect` does.
-        general["kurtail.online"] = ",".join(name for name in source.rotations.online if name != "query_key")
+    turned = [name for name in source.rotations.online if name != "query_key"]
+    if turned:
+        general[ONLINE_KEY] = ",".join(turned)  # llama.cpp does not read it: `kurtail inspect` does.
     return general | {f"{family.name}.{key}": value for key, value in sizes.items()}
 
 

@@ -55,10 +55,8 @@ def plan(source: Source, embedding: Dense, head: Dense) -> Plan:
 
 def turned_at_run_time(source: Source) -> str | None:
     """Which rotations the weights expect and llama.cpp does not have, in a sentence."""
-    rotations = source.rotations
-    hidden = rotations.mlp_hidden or rotations.dense_hidden
-    online = {"o_proj (R4)": rotations.attention_output, "down_proj (R5)": hidden}
-    turned = [name for name, factors in online.items() if factors is not None]
+    readers = {"attention_output": "o_proj (R4)", "mlp_hidden": "down_proj (R5)"}
+    turned = [reader for name, reader in readers.items() if name in source.rotations.online]
     if not turned:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What formats of weights and caches are in ONNX: one function for each that has a form there."""
+"""What formats of caches are in ONNX: one function for each that has a form there."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ from functools import singledispatch
 from typing import NamedTuple
 
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import CacheFormat, FloatZero, Format, PerTokenHead, Uniform
-
-
-@singledispatch
-def integers_of(weights: Format) -> Quantizer | None:
-    """The integers that DequantizeLinear takes; None for a format that has no such form."""
-    return None
-
-
-@integers_of.register
-def _(weights: Uniform) -> Quantizer:
-    return weights.quantizer
-
-
-@integers_of.register
-def _(weights: FloatZero) -> None:
-    return None
+from kurtail_pl.methods import CacheFormat, PerTokenHead
 
 
 class CacheIntegers(NamedTuple):

@@ -1,29 +1,11 @@
-"""What formats of weights and caches are in vLLM: one function for each that has a form there."""
+"""What formats of caches are in vLLM: one function for each that has a form there."""
 
 from __future__ import annotations
 
 from functools import singledispatch
 from typing import NamedTuple
 
-from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import CacheFormat, FloatZero, Format, Int4PerTokenHead, PerTokenHead, Uniform
-
-
-@singledispatch
-def integers_of(weights: Format) -> Quantizer | None:
-    """The integers that ``pack-quantized`` holds; None for a format that has no such form."""
-    return None
-
-
-@integers_of.register
-def _(weights: Uniform) -> Quantizer:
-    return weights.quantizer
-
-
-@integers_of.register
-def _(weights: FloatZero) -> None:
-    return None
-
+from kurtail_pl.methods import CacheFormat, Int4PerTokenHead, PerTokenHead
 
 TYPES = {4: "int4_per_token_head", 8: "int8_per_token_head"}
 """`--kv-cache-dtype` for the bits of keys and values; both have a scale for each token and head."""

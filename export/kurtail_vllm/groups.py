@@ -20,7 +20,6 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.layout import checkpoint_name
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_vllm.forms import integers_of
 from kurtail_vllm.settings import Activations
 
 PACKED: Literal["pack-quantized"] = "pack-quantized"
@@ -54,7 +53,7 @@ def place_of(linear: str, architecture: Architecture) -> str:
 def form_of(linear: QuantizedLinear, activations: Activations) -> Form:
     """The form of a linear whose weights have one."""
     assert linear.weights is not None
-    weights = integers_of(linear.weights)
+    weights = linear.weights.integers
     assert weights is not None
     return Form(weights, None if activations == "none" else linear.activations)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_vllm.forms import cache_of, integers_of
+from kurtail_vllm.forms import cache_of
 from kurtail_vllm.groups import Form, form_of, linears_of
 from kurtail_vllm.settings import Activations
 from kurtail_vllm.transforms import transforms_of
@@ -43,7 +43,7 @@ def _weights(source: Source) -> Iterator[str]:
         yield "the weights are float: quantize them, with weights: {class_path: kurtail_pl.methods.Uniform}"
     for name, linear in linears_of(source):
         assert linear.weights is not None
-        weights = integers_of(linear.weights)
+        weights = linear.weights.integers
         if weights is None:
             yield (
                 f"the weights are {linear.weights.sentence()}, and pack-quantized holds evenly spaced integers with "

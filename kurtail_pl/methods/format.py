@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.maths.packing import pack_codes, unpack_codes
-from kurtail_pl.maths.quantizers import Grid, Quantized, require_groups, split_groups
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, require_groups, split_groups
 from kurtail_pl.methods.method import Method
 
 Tensors = dict[str, Tensor]
@@ -46,6 +46,11 @@ class Format(Method):
     @abstractmethod
     def grid(self, weight: Tensor) -> Grid:
         """Scales ``[out, groups]`` that are best for a weight ``[out, in]`` when each number is rounded by itself."""
+
+    @property
+    def integers(self) -> Quantizer | None:
+        """The evenly spaced integers, zero points among them, that its codes are; None for other levels."""
+        return None
 
     def storable(self, grid: Grid) -> Grid:
         """The nearest grid whose scales are stored as they are; here any is."""

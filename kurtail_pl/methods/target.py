@@ -32,12 +32,14 @@ class Target(ABC):
         recipe: the recipe that puts all settings right.
         online: rotations that it computes itself at run time when a file says so.
         rules: its arithmetic, in the order of a linear and then of attention.
+        clips: whether it clips what linears read and caches keep, each at its own place.
     """
 
     name: ClassVar[str]
     recipe: ClassVar[str]
     online: ClassVar[tuple[Online, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
+    clips: ClassVar[bool] = True
 
     @abstractmethod
     def lacks(self, scheme: Scheme) -> Iterator[str]:
@@ -46,14 +48,10 @@ class Target(ABC):
     def require(self, scheme: Scheme, clips: ClipTuner | None) -> None:
         """Raise ConfigError, naming the setting to change, when a recipe asks for what the runtime lacks."""
         found = next(self.lacks(scheme), None)
-        if found is None and clips is not None:
-            found = next(self.lacks_clips(), None)
+        if found is None and clips is not None and not self.clips:
+            found = "it clips neither inputs of linears nor its cache: write quantization.clips: null"
         if found is not None:
             raise ConfigError(f"target is {self.name}, and {found}, or put the recipe {self.recipe} over this one")
-
-    def lacks_clips(self) -> Iterator[str]:
-        """The same of clips that each site gets for itself."""
-        yield from ()
 
     def require_online(self, online: Collection[Online]) -> None:
         """Raise ConfigError when rotations are to act at run time that the runtime does not compute."""

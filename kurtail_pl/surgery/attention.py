@@ -44,12 +44,13 @@ def kurtail_attention(
     A module that `equip_attention` has not seen attends as usual.
     """
     rotation, see = (getattr(module, name, None) for name in ("query_key_rotation", "see_scored"))
+    kept = is_kept(key)
     if rotation is not None:
-        query = rotation(query)
+        query, key = rotation(query), key if kept else rotation(key)
     if see is not None:
-        see(Scored(query, key if rotation is None else rotation(key), attention_mask, kwargs["scaling"]))
-    if not is_kept(key):
-        key = keys_of(module, key)
+        see(Scored(query, key, attention_mask, kwargs["scaling"]))
+    if not kept:
+        key = _centred(module, key)
         cache: CacheFormat | None = getattr(module, "cache", None)
         if cache is not None:
             first = _first(cache.first_tokens, query, key, attention_mask, kwargs.get("position_ids"))
@@ -63,10 +64,13 @@ def kurtail_attention(
 
 def keys_of(module: nn.Module, key: Tensor) -> Tensor:
     """Keys ``[batch, kv_heads, tokens, head_dim]`` as they are kept: behind R3, and centred."""
-    rotation, centre = (getattr(module, name, None) for name in ("query_key_rotation", "key_centre"))
-    if rotation is not None:
-        key = rotation(key)
-    # The same for all keys, the centre moves all scores of a query alike, and the softmax takes no notice.
+    rotation = getattr(module, "query_key_rotation", None)
+    return _centred(module, key if rotation is None else rotation(key))
+
+
+def _centred(module: nn.Module, key: Tensor) -> Tensor:
+    """The same for all keys, the centre moves all scores of a query alike, and the softmax takes no notice."""
+    centre = getattr(module, "key_centre", None)
     return key if centre is None else key - centre
 
 

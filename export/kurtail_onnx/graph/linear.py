@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kurtail_onnx.forms import integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, values_of
@@ -54,7 +53,7 @@ class _Weight:
     def __init__(self, source: Source, name: str, module: QuantizedLinear) -> None:
         self.source, self.name = source, name
         self.rows, self.columns = module.out_features, module.in_features
-        self.quantizer = None if module.weights is None else integers_of(module.weights)
+        self.quantizer = None if module.weights is None else module.weights.integers
 
     @property
     def group(self) -> int:

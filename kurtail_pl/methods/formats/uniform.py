@@ -59,6 +59,11 @@ class Uniform(Format):
         """The same for activations and caches."""
         return _quantizer_of(self)
 
+    @property
+    def integers(self) -> Quantizer | None:
+        """Those of the quantizer."""
+        return self.quantizer
+
     def sentence(self) -> str:
         """Bits, symmetry and groups."""
         what = "symmetric" if self.symmetric else "asymmetric"

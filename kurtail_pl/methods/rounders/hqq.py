@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, split_groups
 from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Format, Tensors
 from kurtail_pl.methods.formats.uniform import Uniform
@@ -45,6 +45,11 @@ class FloatZero(Uniform):
                 f"weights.scales is {self.scales}, which does not hold the products of scales and zero points that are "
                 "any number; write scales: float32, or class_path: kurtail_pl.methods.Uniform"
             )
+
+    @property
+    def integers(self) -> Quantizer | None:
+        """None: its zero points are no integers."""
+        return None
 
     def sentence(self) -> str:
         """With its zero points."""

@@ -26,6 +26,7 @@ class LlamaCpp(Target):
 
     name = "llama.cpp"
     recipe = "llama-cpp"
+    clips = False
     rules = (
         Rule(
             "weights", "codes of 4 or 8 bits in blocks of 32, a float16 scale each", f"{SOURCE}/ggml/src/ggml-common.h"
@@ -65,10 +66,6 @@ class LlamaCpp(Target):
                 "{class_path: kurtail_pl.methods.Q4_0Cache}"
             )
         yield from beside_the_quantizers(scheme, "llama.cpp")
-
-    def lacks_clips(self) -> Iterator[str]:
-        """Neither inputs nor caches have any."""
-        yield "llama.cpp clips neither inputs of linears nor its cache: write quantization.clips: null"
 
 
 def _integers(weights: Uniform) -> Iterator[str]:

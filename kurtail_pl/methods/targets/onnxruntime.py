@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.caches.per_token_head import PerTokenHead
-from kurtail_pl.methods.formats.uniform import Uniform
-from kurtail_pl.methods.rounders.hqq import FloatZero
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.target import ONLINE, Rule, Target
 
@@ -32,14 +30,14 @@ class ONNXRuntime(Target):
     def lacks(self, scheme: Scheme) -> Iterator[str]:
         """What has no type in ONNX, or no place in the cache."""
         weights = scheme.weights
-        if weights is not None and (not isinstance(weights, Uniform) or isinstance(weights, FloatZero)):
+        if weights is not None and weights.integers is None:
             yield (
                 f"ONNX has evenly spaced weights with integer zero points alone: write {SCHEME}.weights: "
                 "{class_path: kurtail_pl.methods.Uniform}"
             )
         parts: dict[str, Quantizer | None] = {"activations": scheme.activations}
-        if isinstance(weights, Uniform):
-            parts["weights"] = weights.quantizer
+        if weights is not None:
+            parts["weights"] = weights.integers
         if scheme.cache is not None:
             if not isinstance(scheme.cache, PerTokenHead):
                 yield f"the graph has its own cache: write {SCHEME}.cache.class_path: kurtail_pl.methods.PerTokenHead"

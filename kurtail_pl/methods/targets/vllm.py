@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods.caches.int4_per_token_head import Int4PerTokenHead
 from kurtail_pl.methods.formats.uniform import Uniform
-from kurtail_pl.methods.rounders.hqq import FloatZero
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.target import Rule, Target, beside_the_quantizers
 
@@ -26,6 +25,7 @@ class VLLMKernels(Target):
     name = "vllm"
     recipe = "vllm"
     online = ("attention_output", "mlp_hidden")
+    clips = False
     rules = (
         Rule(
             "R4, R5",
@@ -48,7 +48,7 @@ class VLLMKernels(Target):
     def lacks(self, scheme: Scheme) -> Iterator[str]:
         """What no kernel of it computes."""
         weights = scheme.weights
-        if isinstance(weights, FloatZero) or not isinstance(weights, Uniform | None):
+        if weights is not None and weights.integers is None:
             yield (
                 f"vLLM has no kernel here for {weights.sentence()}: write {SCHEME}.weights: "
                 "{class_path: kurtail_pl.methods.Uniform}"
@@ -63,10 +63,6 @@ class VLLMKernels(Target):
                 "{class_path: kurtail_pl.methods.Int4PerTokenHead}"
             )
         yield from beside_the_quantizers(scheme, "vLLM")
-
-    def lacks_clips(self) -> Iterator[str]:
-        """Neither inputs nor caches have any."""
-        yield "vLLM clips neither inputs of linears nor its cache: write quantization.clips: null"
 
 
 def _inputs(scheme: Scheme, activations: Quantizer) -> Iterator[str]:

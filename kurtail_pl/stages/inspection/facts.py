@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 from kurtail_pl.errors import ArtefactError, CheckpointError, shortened
 from kurtail_pl.methods.target import NUMBERS
+from kurtail_pl.stages.export import DESCRIPTION
 from kurtail_pl.storage.card import is_ours, read_card, rotations_of, scheme_of
-from kurtail_pl.storage.gguf_header import read_header
+from kurtail_pl.storage.gguf_header import AGAIN, read_header
 from kurtail_pl.storage.model_config import CONFIG
-from kurtail_pl.storage.reading import Unreadable, kind_of, parse_json, read_utf8
+from kurtail_pl.storage.records import read_object
 
 Kind = Literal["artefact", "onnx", "gguf", "compressed-tensors", "plain"]
-EXPORT = "kurtail_export.json"
 FLOAT = "float"
-ROTATED = ("prism.hadamard.version", "kurtail.online")
+ONLINE_KEY = "kurtail.online"
+"""Of a GGUF file that was written although its weights expect rotations at run time; it names them."""
+ROTATED = ("prism.hadamard.version", ONLINE_KEY)
 """Keys of GGUF files whose weights expect rotated inputs."""
 FUSED = ("weight_input", "weight_output")
 """Places of a transform of compressed-tensors that were multiplied into the weights."""
@@ -62,7 +64,7 @@ def facts_of(path: Path) -> Facts:
         return _of_file(path)
     if is_ours(path):
         return _of_artefact(path)
-    if (path / EXPORT).is_file() and (path / "model.onnx").is_file():
+    if (path / DESCRIPTION).is_file() and (path / "model.onnx").is_file():
         return _of_graph(path)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
@@ -99,7 +101,7 @@ def _of_artefact(folder: Path) -> Facts:
 
 
 def _of_graph(folder: Path) -> Facts:
-    quantizers = _object(folder / EXPORT).get("quantizers")
+    quantizers = read_object(folder / DESCRIPTION, CheckpointError, AGAIN).get("quantizers")
     words = {name: _integers(value) for name, value in quantizers.items()} if isinstance(quantizers, Mapping) else {}
     return Facts(
         kind="onnx",
@@ -107,17 +109,6 @@ def _of_graph(folder: Path) -> Facts:
         activations=words.get("activations", FLOAT),
         cache=words.get("values", FLOAT),
     )
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    """A JSON file that holds an object."""
-    try:
-        found = parse_json(read_utf8(path))
-    except Unreadable as error:
-        raise CheckpointError(f"{path} {error}; copy or download it again") from error
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{path} holds {kind_of(found)}, expected an object; copy or download it again")
-    return found
 
 
 def _integers(quantizer: Any) -> str:
@@ -144,7 +135,7 @@ def _of_gguf(path: Path) -> Facts:
 
 
 def _of_checkpoint(folder: Path) -> Facts:
-    quantization = _object(folder / CONFIG).get("quantization_config")
+    quantization = read_object(folder / CONFIG, CheckpointError, AGAIN).get("quantization_config")
     if quantization is None:
         return Facts(kind="plain", weights=FLOAT)
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None

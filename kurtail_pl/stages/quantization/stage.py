@@ -15,6 +15,7 @@ from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.quantization.passes import Rounding, equipped
 from kurtail_pl.stages.quantization.sensitivity import sensitivities
 from kurtail_pl.stages.quantization.spec import QuantizeSpec, calibration_windows, require_fit, tuning_windows
+from kurtail_pl.stages.text import Windows
 from kurtail_pl.storage.card import read_card, require_intact, rotations_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space
@@ -66,12 +67,7 @@ def quantize(
     walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     # The weights and the parts that they are joined from.
     require_space(folder, 2 * stored_bytes(model, spec.scheme))
-    recipe = {
-        "fused_sha256": folder_sha256(fused),
-        "quantize": settings_key(spec),
-        "dtype": compute.dtype,
-        "calibration_text_sha256": None if text is None else text.text_sha256,
-    }
+    recipe = _recipe(fused, spec, compute, text)
     with resumable_folder(folder, overwrite, recipe, ranks) as work:
         with Meter(work.state.get("cost")) as meter:
             scheme = spec.scheme
@@ -88,6 +84,16 @@ def quantize(
         scheme.name, meter.seconds, meter.cpu_seconds, ranks.shared, folder,
     )  # fmt: skip
     return folder
+
+
+def _recipe(fused: Path, spec: QuantizeSpec, compute: Compute, text: Windows | None) -> dict[str, Any]:
+    """All that decides the artefact."""
+    return {
+        "fused_sha256": folder_sha256(fused),
+        "quantize": settings_key(spec),
+        "dtype": compute.dtype,
+        "calibration_text_sha256": None if text is None else text.text_sha256,
+    }
 
 
 def _fused_card(fused: Path, ranks: Ranks) -> dict[str, Any]:

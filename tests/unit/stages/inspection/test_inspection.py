@@ -173,7 +173,7 @@ def test_what_is_no_model_is_refused(artefact: Path, tmp_path: Path) -> None:
         "cut.gguf": "cut off within its header",
         "gptq": "was quantized by 'gptq', whose files are not read here",
         "cardless": "artefact without its card",
-        "list": "holds a list, expected an object",
+        "list": "holds [1], expected a JSON object",
         "two": "has 2 GGUF files; name one",
     }.items():
         with pytest.raises((CheckpointError, ArtefactError)) as refused:
