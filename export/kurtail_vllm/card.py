@@ -88,13 +88,20 @@ def _transforms(description: Mapping[str, Any]) -> list[str]:
     if not transforms:
         return []
     count = description["multiplications"]
-    sizes = ", ".join(f"{name} ({each['size']} x {each['size']})" for name, each in transforms.items())
+    sizes = ", ".join(f"{name} ({_size(each)})" for name, each in transforms.items())
+    cost = count["transforms"] / count["linears"]
     return [
-        f"Online rotations are `transform_config`: {sizes}, dense matrices that cost "
-        f"{count['transforms'] / count['linears']:.1f} times the multiplications of the linears. vLLM applies them on "
-        "one GPU, neither tensor nor pipeline parallel.",
+        f"Online rotations are `transform_config`: {sizes}. They cost {cost:.2g} times the multiplications of the "
+        "linears. vLLM applies them on one GPU, neither tensor nor pipeline parallel.",
         "",
     ]
+
+
+def _size(transform: Mapping[str, Any]) -> str:
+    """In words."""
+    channels, block = transform["size"], transform["block"]
+    blocks = f"{channels} channels" + ("" if block == channels else f" in blocks of {block}")
+    return f"{blocks}, {'a fast Hadamard kernel' if transform['kernel'] == 'hadacore' else 'a dense matrix'}"
 
 
 def _others(description: Mapping[str, Any]) -> list[str]:

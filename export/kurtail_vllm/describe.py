@@ -41,13 +41,15 @@ def describe(source: Source, spec: Settings, transforms: Sequence[Transform]) ->
             transform.name: {
                 "tensor": tensor_name(source, transform),
                 "size": transform.factors.size,
+                "block": transform.factors.block,
+                "kernel": "hadacore" if transform.fast else "dense",
                 "construction": transform.factors.construction,
             }
             for transform in transforms
         },
         "multiplications": {
             "linears": linears,
-            "transforms": len(source.layers) * sum(transform.factors.size**2 for transform in transforms),
+            "transforms": len(source.layers) * sum(transform.multiplications for transform in transforms),
         },
     }
 

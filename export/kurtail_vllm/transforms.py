@@ -1,4 +1,7 @@
-"""Online rotations as vLLM's transforms: a dense matrix for all layers, on what a linear reads."""
+"""Online rotations as vLLM's transforms: one for all layers, on what a linear reads.
+
+Sylvester's blocks run in its fast Hadamard kernel, any other rotation as a dense matrix.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.hadamard import HadamardFactors
 
+FAST_SIZE = 1 << 15
 LOCATION = TransformLocation.INPUT.value
 
 
@@ -23,7 +27,7 @@ class Transform:
 
     Attributes:
         name: of the rotation, and of the group in the configuration.
-        factors: its matrix Q, ``[n, n]``, which acts on row vectors: ``x Q``.
+        factors: its matrix Q, which acts on row vectors: ``x Q``; its blocks are ``[n, n]``.
         linear: by its name in a layer.
     """
 
@@ -31,12 +35,25 @@ class Transform:
     factors: HadamardFactors
     linear: str
 
+    @property
+    def fast(self) -> bool:
+        """Whether vLLM has a kernel for it: of `hadacore`, up to 2^15 channels (`csrc/hadamard`)."""
+        return self.factors.is_sylvester and self.factors.block <= FAST_SIZE
+
+    @property
+    def multiplications(self) -> int:
+        """Of one token, as vLLM computes it; additions of the fast kernel count as such."""
+        block = self.factors.block
+        return self.factors.size * (block.bit_length() - 1 if self.fast else block)
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Of the matrix in a type."""
-        return self.factors.size**2 * dtype.itemsize
+        return self.factors.block**2 * dtype.itemsize
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """``sqrt(n) Q``, ``[n, n]``: vLLM divides what it has read by sqrt(n), and multiplies rows by it.
+        """``sqrt(n) Q`` of a block, ``[n, n]``: vLLM divides what it has read by sqrt(n), and multiplies rows by it.
+
+        The fast kernel does not look at it; vLLM wants the tensor all the same.
 
         Row by row of the left factor: in float64 the matrix of a large model would be the largest thing in memory.
         """
@@ -57,13 +74,15 @@ def transforms_of(source: Source) -> list[Transform]:
 def transform_config(transforms: Iterable[Transform]) -> dict[str, Any]:
     """``transform_config`` of ``config.json``.
 
-    Its type is ``random-hadamard``, for which vLLM takes the matrix of the checkpoint, whatever it is; a ``hadamard``
-    would be computed from its size (`vllm/.../compressed_tensors/transform/module.py`).
+    A ``hadamard`` is Sylvester's matrix, computed from its size; for a ``random-hadamard`` vLLM takes the matrix of the
+    checkpoint, whatever it is. Both turn blocks of ``head_dim`` channels, or all
+    (`vllm/.../compressed_tensors/transform/module.py`).
     """
     config = TransformConfig(
         config_groups={
             transform.name: TransformScheme(
-                type="random-hadamard",
+                type="hadamard" if transform.fast else "random-hadamard",
+                **({} if transform.factors.blocks == 1 else {"head_dim": transform.factors.block}),
                 apply=[
                     TransformArgs(
                         targets=[f"re:.*{re.escape(transform.linear)}$"], location=LOCATION, inverse=False, ignore=[]

@@ -52,7 +52,9 @@ def made_by(settings: Settings) -> Settings:
 def learned_by(settings: Settings) -> Settings:
     """Those that decide its rotations."""
     data = {name: value for name, value in settings["data"]["init_args"].items() if name not in ("store", "compute")}
+    block_size = settings["fusion"].get("block_size")  # Older recipes have none.
     return {
+        **({} if block_size is None else {"block_size": block_size}),
         "model": settings["model"],
         "data": {**_relative(data, settings), "capture": _captured_by(settings)},
         "dtype": settings["data"]["init_args"]["compute"]["dtype"],

@@ -26,6 +26,7 @@ from kurtail_pl.cli.refusals import require_room, require_sensible
 from kurtail_pl.cli.saving import KeepConfig
 from kurtail_pl.cli.usage import WRONG_SETTING, OneLine, late_errors_explained
 from kurtail_pl.errors import ConfigError, reason, require_seed
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.callbacks import (
     Checkpoints,
     Evaluation,
@@ -54,9 +55,8 @@ SECTIONS: dict[str, type[L.Callback]] = {
 }
 """A recipe has these sections beside model, data and trainer, here in the order in which they do their work."""
 LINKED = {
-    "sizes": "data.sizes",
-    "scheme": "quantization.scheme",
-    "online": "fusion.online",
+    "sizes": ("data.sizes",),
+    "aim": ("quantization.scheme", "fusion.online", "fusion.block_size"),
 }
 """These arguments of the module are never given by hand; their values come from here."""
 TEXTS = ("data.init_args.text", "fusion.scales.text", "fusion.signs.text", "quantization.text", "evaluation.text")
@@ -98,8 +98,9 @@ class KurtailCLI(LightningCLI):
         for name, kind in SECTIONS.items():
             parser.add_lightning_class_args(kind, name)
         parser.link_arguments("target", "quantization.target")
-        for name, source in LINKED.items():
-            parser.link_arguments(source, f"model.init_args.{name}", apply_on="instantiate")
+        made = {"sizes": None, "aim": Aim}
+        for name, sources in LINKED.items():
+            parser.link_arguments(sources, f"model.init_args.{name}", made[name], apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint: Lightning would import the class that it names."""
@@ -120,10 +121,10 @@ class KurtailCLI(LightningCLI):
         given = self._get(self.config, "model").get("init_args", {})
         by_hand = next((name for name in LINKED if given.get(name) not in (None, False)), None)
         if by_hand is not None:
-            origin = "the model to be quantized" if LINKED[by_hand].startswith("data") else "the section quantization"
+            sections = {"sizes": "the model to be quantized", "aim": "the sections quantization and fusion"}
             raise ConfigError(
-                f"model.init_args.{by_hand} is set to {given[by_hand]}, but it comes from {origin}; remove it from the "
-                "recipe"
+                f"model.init_args.{by_hand} is set to {given[by_hand]}, but it comes from {sections[by_hand]}; remove "
+                "it from the recipe"
             )
         config = self._config
         source = config.data.init_args.capture.text.source

@@ -29,7 +29,7 @@ from kurtail_pl.storage.rotation_file import read_rotations, require_rotations_o
 from kurtail_pl.storage.sources import config_of, open_any, open_model
 from kurtail_pl.streaming.compute import AUTO, Compute, Device
 from kurtail_pl.surgery.positions import require_positions
-from kurtail_pl.surgery.rotations import Rotations, random_rotations
+from kurtail_pl.surgery.rotations import BlockSize, Rotations, random_rotations
 
 
 def capture(spec: capture_stage.CaptureSpec, out: Path, dry_run: bool = False, compute: Compute = AUTO) -> None:
@@ -55,6 +55,7 @@ def fuse(
     scales: ScaleSpec | None = None,
     signs: SignSpec | None = None,
     online: list[Online] | None = None,
+    block_size: BlockSize | None = None,
 ) -> None:
     """Fuse rotations, learned or random, into a model's weights.
 
@@ -70,11 +71,18 @@ def fuse(
         signs: of R4 and R5, chosen among several draws; null takes them as they are.
         online: the rotations that act at run time, of query_key (R3), attention_output (R4) and mlp_hidden (R5); null
             for all that there are.
+        block_size: R4 and R5, for method quarot, mix so many neighbouring channels: a power of two, widest for the
+            largest that divides each width, or null for all.
     """
     if (rotations is None) == (method is None):
         raise ConfigError(
             f"method is {method} and rotations are {rotations}; give one of the two: --rotations FILE for learned "
             "ones, or --method quarot or none"
+        )
+    if block_size is not None and method != "quarot":
+        raise ConfigError(
+            f"block_size is {block_size}, which is for --method quarot; learned rotations have the blocks that they "
+            "were learned for: leave it out"
         )
     checkpoint = open_model(model)
     if rotations is not None:
@@ -83,7 +91,7 @@ def fuse(
         if "method" not in chosen.origin:
             raise CheckpointError(f"{rotations} does not name the method that learned it; run kurtail fit again")
     else:
-        chosen = random_rotations(checkpoint.config, seed) if method == "quarot" else Rotations()
+        chosen = random_rotations(checkpoint.config, seed, block_size) if method == "quarot" else Rotations()
         chosen = replace(chosen, origin={**chosen.origin, "method": method})
     fuse_stage.fuse(checkpoint, chosen.keeping(online), chosen.origin["method"], out, overwrite, device, scales, signs)
 

@@ -8,9 +8,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.lit.sizes import ModelSizes
-from kurtail_pl.surgery.rotations import Rotations, random_rotations
+from kurtail_pl.surgery.rotations import Rotations
 
 
 class FixedRotations(RotationModule):
@@ -20,6 +21,7 @@ class FixedRotations(RotationModule):
         sizes: see `RotationModule`.
         hadamard: random Hadamards for R1 to R5; false leaves the model unrotated.
         rotation_seed: decides the random Hadamards.
+        aim: what is made with them.
 
     Raises:
         ConfigError: when the trainer would take steps.
@@ -27,8 +29,10 @@ class FixedRotations(RotationModule):
 
     learns = False
 
-    def __init__(self, sizes: ModelSizes, hadamard: bool = True, rotation_seed: int = 0) -> None:
-        super().__init__(sizes, rotation_seed)
+    def __init__(
+        self, sizes: ModelSizes, hadamard: bool = True, rotation_seed: int = 0, aim: Aim | None = None
+    ) -> None:
+        super().__init__(sizes, rotation_seed, aim=aim)
         self.hadamard = hadamard
         self.method = "quarot" if hadamard else "none"
 
@@ -49,8 +53,8 @@ class FixedRotations(RotationModule):
 
     def settings(self) -> dict[str, Any]:
         """The method and what draws its Hadamards."""
-        return {"method": self.method, "seed": self.rotation_seed}
+        return {"method": self.method, "seed": self.rotation_seed, **self.blocks()}
 
     def rotations(self, config: PretrainedConfig) -> Rotations:
         """The random Hadamards, or no rotations."""
-        return random_rotations(config, self.rotation_seed) if self.hadamard else Rotations()
+        return self.random_rotations(config) if self.hadamard else Rotations()

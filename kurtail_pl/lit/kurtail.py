@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.lit.rotations import RotationModule
@@ -17,7 +18,6 @@ from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.kurtosis import Mean, distance_to_uniform, kurtosis, rms_norm
 from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.objectives import OBJECTIVES
-from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture.effects import block_effects
 from kurtail_pl.stages.capture.weight_rows import weight_rows
@@ -73,10 +73,9 @@ class KurTailModule(RotationModule):
         rotation_seed: see `RotationModule`.
         value_per_head: see `RotationModule`.
         objective: what R1 makes small, and how much each part of it counts.
-        scheme: what the artefact will have quantized; null for the default. Where it centres the inputs of linears,
-            R1 is learned for rows whose channel means, over the tokens that are not massive, are subtracted. Where its
-            cache turns values by a matrix of its own behind R2, R2 is learned for both bases: that of the cache, and
-            that which `o_proj` reads.
+        aim: see `RotationModule`. Where its scheme centres the inputs of linears, R1 is learned for rows whose channel
+            means, over the tokens that are not massive, are subtracted. Where its cache turns values by a matrix of its
+            own behind R2, R2 is learned for both bases: that of the cache, and that which `o_proj` reads.
         method: name in artefacts and tables.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
@@ -88,15 +87,14 @@ class KurTailModule(RotationModule):
         rotation_seed: int = 0,
         value_per_head: bool = False,
         objective: Objective = PAPER,
-        scheme: Scheme | None = None,
+        aim: Aim | None = None,
         method: str = "kurtail",
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(sizes, rotation_seed, value_per_head, optimizer, scheduler)
+        super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler)
         self.objective, self.method = objective, method
-        self.centre = scheme is not None and scheme.centre
-        cache = None if scheme is None else scheme.cache
+        self.centre, cache = self.aim.scheme.centre, self.aim.scheme.cache
         basis = None if cache is None else cache.value_basis(sizes["head_dim"])
         self.cache = None if basis is None else cache
         self.counts: Tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch, listed
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.lit.sizes import ModelSizes
@@ -45,6 +46,7 @@ class RotationModule(L.LightningModule):
         rotation_seed: decides the random Hadamards that R1 and R2 start from, and the online ones.
         value_per_head: one R2 for each KV head, ``[layers, kv_heads, head_dim, head_dim]``, instead of one for each
             layer, ``[layers, head_dim, head_dim]``.
+        aim: what is made with them; by default what base.yaml makes.
         optimizer: an optimizer on the Stiefel manifold.
         scheduler: of its step size, stepped after each iteration; None keeps the step size.
     """
@@ -59,14 +61,21 @@ class RotationModule(L.LightningModule):
         sizes: ModelSizes,
         rotation_seed: int = 0,
         value_per_head: bool = False,
+        aim: Aim | None = None,
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         self.layers, self.rms_norm_eps, self.rotation_seed = sizes["layers"], sizes["rms_norm_eps"], rotation_seed
-        self.optimizer, self.scheduler = optimizer, scheduler
-        heads = sizes["kv_heads"] if value_per_head else None
-        residual, value = random_fused(sizes["layers"], sizes["hidden_size"], sizes["head_dim"], rotation_seed, heads)
+        self.optimizer, self.scheduler, self.aim = optimizer, scheduler, aim or Aim()
+        residual, value = random_fused(
+            sizes["layers"],
+            sizes["hidden_size"],
+            sizes["head_dim"],
+            rotation_seed,
+            kv_heads=sizes["kv_heads"] if value_per_head else None,
+            turned_back=self.aim.block_size is not None,
+        )
         self.residual = nn.Parameter(residual.float())
         self.value = nn.Parameter(value.float())
         self.site_kurtosis = Kurtosis(sites=2 * sizes["layers"])
@@ -153,7 +162,11 @@ class RotationModule(L.LightningModule):
     def rotations(self, config: PretrainedConfig) -> Rotations:
         """All rotations of a model: the learned ones, and the random online ones of the same seed."""
         residual, value = self.learned()
-        return replace(random_rotations(config, self.rotation_seed), residual=residual, value=value)
+        return replace(self.random_rotations(config), residual=residual, value=value)
+
+    def random_rotations(self, config: PretrainedConfig) -> Rotations:
+        """Random Hadamards of the module's seed, those that act at run time as they are aimed at."""
+        return random_rotations(config, self.rotation_seed, self.aim.block_size)
 
     def settings(self) -> dict[str, Any]:
         """What decides the learned rotations, beside the data; plain data for JSON."""
@@ -163,12 +176,17 @@ class RotationModule(L.LightningModule):
             "seed": self.rotation_seed,
             "rms_norm_eps": self.rms_norm_eps,
             "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
+            **self.blocks(),
         }
         if self.scheduler is not None:
             scheduler = self.scheduler(optimizer)
             numbers = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
             settings["scheduler"] = {"class": type(scheduler).__name__, **numbers}
         return settings
+
+    def blocks(self) -> dict[str, Any]:
+        """The size of blocks, among the settings of rotations that are in blocks."""
+        return {} if self.aim.block_size is None else {"block_size": self.aim.block_size}
 
     def trainer_settings(self) -> dict[str, Any]:
         """What of the trainer decides the learned rotations, the number of steps apart."""

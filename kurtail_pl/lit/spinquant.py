@@ -14,15 +14,13 @@ from transformers import PreTrainedModel
 
 from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.datamodule import WindowDataModule
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.lit.sizes import ModelSizes
-from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.methods.target import Online
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.surgery.learnable import make_learnable
-from kurtail_pl.surgery.rotations import random_rotations
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +34,7 @@ class SpinQuantModule(RotationModule):
 
     Args:
         sizes: see `RotationModule`.
-        scheme: what the artefact will have quantized, and the forward too; null for the default.
-        online: the rotations that act at run time, in the forward too; null for all three.
+        aim: see `RotationModule`; the forward quantizes by its scheme, and has its online rotations.
         rotation_seed: see `RotationModule`.
         quantized_weights: round the weights in the forward. SpinQuant does so when RTN follows, and leaves them float
             when GPTQ does.
@@ -56,17 +53,15 @@ class SpinQuantModule(RotationModule):
     def __init__(
         self,
         sizes: ModelSizes,
-        scheme: Scheme | None = None,
-        online: list[Online] | None = None,
+        aim: Aim | None = None,
         rotation_seed: int = 0,
         quantized_weights: bool = False,
         value_per_head: bool = False,
         optimizer: OptimizerCallable = CayleySGD,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(sizes, rotation_seed, value_per_head, optimizer, scheduler)
-        scheme = scheme or Scheme()
-        self.online = online
+        super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler)
+        scheme = self.aim.scheme
         if quantized_weights and scheme.layer_bits is not None:
             raise ConfigError("quantized_weights is true and layer_bits are given; SpinQuant learns with equal bits")
         if scheme.calibrated or scheme.prefix is not None:
@@ -89,7 +84,7 @@ class SpinQuantModule(RotationModule):
         network = whole_model(data.checkpoint)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
         log.info("spinquant learns through the whole model: %s of weights in memory", gigabytes(weights))
-        online = random_rotations(network.config, self.rotation_seed).keeping(self.online)
+        online = self.random_rotations(network.config).keeping(self.aim.online)
         make_learnable(network, self.scheme, online, self.residual, self.value)
         self.network = network
 
@@ -104,7 +99,7 @@ class SpinQuantModule(RotationModule):
 
     def settings(self) -> dict[str, Any]:
         """What decides the learned rotations, beside the data."""
-        return {**super().settings(), "scheme": self.scheme.to_dict(), "online": self.online}
+        return {**super().settings(), "scheme": self.scheme.to_dict(), "online": self.aim.online}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the rotations alone."""

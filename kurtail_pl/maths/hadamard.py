@@ -8,7 +8,7 @@ from the Hartley matrix, which exists for every size, where Paley has none.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,30 +20,51 @@ from kurtail_pl.maths.galois import jacobsthal_matrix, prime_power
 
 @dataclass(frozen=True, eq=False)
 class HadamardFactors:
-    """An orthogonal matrix of order a * b, stored as two Kronecker factors.
+    """An orthogonal matrix of order c * a * b: c equal blocks on the diagonal, each of two Kronecker factors.
 
     Attributes:
-        left: `[a, a]` float64, orthonormal; the odd part of the order and the remaining powers of two.
+        left: `[a, a]` float64, orthonormal; the odd part of a block's order and the remaining powers of two.
         right: `[b, b]` float64, orthonormal; a Sylvester matrix, possibly with signs on its rows or columns.
         construction: What the matrix is made of, for reports, as in "Paley I GF(11) x Sylvester 4".
+        blocks: How many, c; 1 mixes all channels.
+        signs: `[c * a * b]` of 1 and -1, which the channels have before they are mixed; whoever writes the channels
+            writes them so, and no transform here knows them. None where the factors hold signs of their own, or none.
     """
 
     left: Tensor
     right: Tensor
     construction: str
+    blocks: int = 1
+    signs: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """Order a * b of one block."""
+        return self.left.shape[0] * self.right.shape[0]
 
     @property
     def size(self) -> int:
-        """Order a * b of the whole matrix."""
-        return self.left.shape[0] * self.right.shape[0]
+        """Order c * a * b of the whole matrix."""
+        return self.blocks * self.block
+
+    @property
+    def is_sylvester(self) -> bool:
+        """Whether a block is Sylvester's matrix itself, for which runtimes have fast kernels."""
+        factors = self.left, self.right
+        return all(
+            len(factor) & (len(factor) - 1) == 0 and torch.equal(factor, _sylvester(len(factor)).to(factor))
+            for factor in factors
+        )
 
     def dense(self) -> Tensor:
-        """Return the whole matrix, `kron(left, right)`, `[a * b, a * b]`."""
-        return torch.kron(self.left, self.right)
+        """Return the whole matrix, `kron(I, left, right)`, `[c * a * b, c * a * b]`."""
+        block = torch.kron(self.left, self.right)
+        return block if self.blocks == 1 else torch.kron(torch.eye(self.blocks).to(block), block)
 
     def transposed(self) -> "HadamardFactors":
         """Return the factors of the transpose, which is the inverse: fused into a weight it undoes the transform."""
-        return HadamardFactors(self.left.mT.contiguous(), self.right.mT.contiguous(), self.construction)
+        left, right = self.left.mT.contiguous(), self.right.mT.contiguous()
+        return replace(self, left=left, right=right)
 
 
 def hadamard_matrix(order: int) -> Tensor:
@@ -125,8 +146,43 @@ def random_hadamard_factors(n: int, generator: torch.Generator) -> HadamardFacto
         ValueError: n is below 1.
     """
     plain = hadamard_factors(n)
-    left, right = (_random_signs(factor.shape[0], generator)[:, None] * factor for factor in (plain.left, plain.right))
+    left, right = (random_signs(factor.shape[0], generator)[:, None] * factor for factor in (plain.left, plain.right))
     return HadamardFactors(left, right, plain.construction)
+
+
+def block_hadamard_factors(n: int, block: int) -> HadamardFactors:
+    """Choose the factors of a matrix with Sylvester blocks on its diagonal, which mixes neighbours alone.
+
+    It exists for widths of which no Hadamard matrix is known, and costs less: signs do not stand in the factors, so
+    that a fast kernel can compute them.
+
+    Args:
+        n: Width.
+        block: Order of a block, a power of two that divides n; `widest_block(n)` is the largest.
+
+    Returns:
+        Factors a, b of near-equal size with `a * b == block`, and `n // block` blocks.
+
+    Raises:
+        ValueError: The block is no power of two, or does not divide n.
+
+    >>> block_hadamard_factors(1536, 512).construction
+    '3 blocks of Sylvester 512'
+    """
+    if block < 1 or block & (block - 1) or n % block:
+        raise ValueError(f"blocks of a Hadamard transform are powers of two that divide its width {n}, got {block}")
+    plain, blocks = hadamard_factors(block), n // block
+    of = "" if blocks == 1 else f"{blocks} blocks of "
+    return replace(plain, construction=of + plain.construction, blocks=blocks)
+
+
+def widest_block(n: int) -> int:
+    """Return the largest power of two that divides a width.
+
+    >>> widest_block(1536), widest_block(18944)
+    (512, 512)
+    """
+    return n & -n
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
@@ -143,15 +199,15 @@ def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
         ValueError: n is below 1.
     """
     dense = hadamard_factors(n).dense()
-    return _random_signs(n, generator)[:, None] * dense
+    return random_signs(n, generator)[:, None] * dense
 
 
 def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:
-    """Multiply the rows of x by `kron(left, right)` without building it.
+    """Multiply the rows of x by `kron(I, left, right)` without building it.
 
-    Each row, reshaped to X `[a, b]`, becomes `left.T @ X @ right`. The factors are cast to the dtype and device of x,
-    so in half precision their entries are rounded (the norm is off by up to 0.4 % per factor in bfloat16): cast x to
-    float32 where that matters.
+    Each block of a row, reshaped to X `[a, b]`, becomes `left.T @ X @ right`. The factors are cast to the dtype and
+    device of x, so in half precision their entries are rounded (the norm is off by up to 0.4 % per factor in bfloat16):
+    cast x to float32 where that matters.
 
     Args:
         x: `[..., n]`, real floating point.
@@ -170,9 +226,10 @@ def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:
     if x.shape[-1] != factors.size:
         raise ValueError(f"rows of width {x.shape[-1]} do not fit a Hadamard transform of size {factors.size}")
     left, right = factors.left.to(x), factors.right.to(x)
-    blocks = apply_right(x.reshape(*x.shape[:-1], left.shape[0], right.shape[0]), right)
+    blocks = () if factors.blocks == 1 else (factors.blocks,)
+    by_right = apply_right(x.reshape(*x.shape[:-1], *blocks, left.shape[0], right.shape[0]), right)
     # With the small matrix on the right torch runs one large product instead of one small product per row.
-    return (blocks.mT @ left).mT.flatten(-2)
+    return (by_right.mT @ left).mT.reshape(x.shape)
 
 
 @functools.lru_cache(maxsize=16)
@@ -236,6 +293,6 @@ def _hartley(k: int) -> Tensor:
     return (angle.cos() + angle.sin()) / math.sqrt(k)
 
 
-def _random_signs(n: int, generator: torch.Generator) -> Tensor:
+def random_signs(n: int, generator: torch.Generator) -> Tensor:
     """Draw n independent signs, `[n]` float64."""
     return torch.randint(2, (n,), generator=generator).double() * 2 - 1

@@ -20,6 +20,7 @@ FILE = "rotations.safetensors"
 METADATA = "rotations"
 FUSED = ("residual", "value")
 ONLINE = ("query_key", "attention_output", "mlp_hidden", "dense_hidden")
+PARTS = ("left", "right", "signs")
 AGAIN = "copy the file again, or run kurtail fit or fuse again"
 
 
@@ -27,13 +28,20 @@ def write_rotations(path: Path, rotations: Rotations) -> None:
     """Write rotations; their origin and the constructions of the online ones go into the file's metadata."""
     online = {name: getattr(rotations, name) for name in ONLINE}
     constructions = {name: factors.construction for name, factors in online.items() if factors is not None}
-    description = json.dumps({"origin": rotations.origin, "constructions": constructions})
+    blocks = {name: factors.blocks for name, factors in online.items() if factors is not None and factors.blocks > 1}
+    description = json.dumps(
+        {"origin": rotations.origin, "constructions": constructions, **({"blocks": blocks} if blocks else {})}
+    )
     write_tensors(path, _tensors(rotations), metadata=(METADATA, description))
 
 
 def hash_of(rotations: Rotations) -> str:
     """Hexadecimal SHA-256 of the matrices, whatever their origin."""
     digest = hashlib.sha256()
+    for name in ONLINE:
+        factors = getattr(rotations, name)
+        if factors is not None and factors.blocks > 1:
+            digest.update(f"{name} in {factors.blocks} blocks".encode())
     for name, tensor in _tensors(rotations).items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -44,7 +52,8 @@ def _tensors(rotations: Rotations) -> dict[str, Tensor]:
     tensors = {name: getattr(rotations, name) for name in FUSED}
     for name in ONLINE:
         factors = getattr(rotations, name)
-        tensors |= {} if factors is None else {f"{name}.left": factors.left, f"{name}.right": factors.right}
+        for part in PARTS if factors is not None else ():
+            tensors[f"{name}.{part}"] = getattr(factors, part)
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -63,14 +72,27 @@ def read_rotations(path: Path) -> Rotations:
     try:
         description = json.loads(metadata[METADATA])
         constructions, origin = dict(description["constructions"]), dict(description["origin"])
+        blocks = dict(description.get("blocks", {}))
         online = {
-            name: HadamardFactors(tensors[f"{name}.left"], tensors[f"{name}.right"], str(construction))
+            name: HadamardFactors(
+                tensors[f"{name}.left"],
+                tensors[f"{name}.right"],
+                str(construction),
+                _count(blocks.get(name, 1)),
+                tensors.get(f"{name}.signs"),
+            )
             for name, construction in constructions.items()
         }
         rotations: dict[str, Any] = {name: tensors.get(name) for name in FUSED} | online
         return Rotations(**rotations, origin=origin)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} lacks part of its rotations ({reason(error)}); {AGAIN}") from error
+
+
+def _count(blocks: Any) -> int:
+    if not isinstance(blocks, int) or blocks < 1:
+        raise ValueError(f"blocks are {blocks!r}, not a number from 1 on")
+    return blocks
 
 
 def require_rotations_of(config: PretrainedConfig, rotations: Rotations, name: str) -> None:

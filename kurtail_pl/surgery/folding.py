@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform
 from kurtail_pl.surgery.architecture import Architecture
+from kurtail_pl.surgery.rotations import Rotations
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:
@@ -160,6 +161,18 @@ def scale_hidden(layer: nn.Module, architecture: Architecture, mlp: str, scale: 
     # Where one linear makes both, up comes after gate.
     _scale_rows(up, up.out_features - len(scale), scale)
     linear_of(layer, f"{mlp}.{architecture.down}").weight.data /= scale
+
+
+def flip_hidden(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> bool:
+    """Give the channels that R5 turns the signs that it has not itself; returns whether there are any."""
+    flipped = False
+    for mlp in architecture.gated_mlps(layer):
+        down = linear_of(layer, f"{mlp}.{architecture.down}")
+        factors = rotations.hidden(down.in_features)
+        if factors is not None and factors.signs is not None:
+            scale_hidden(layer, architecture, mlp, factors.signs.to(down.weight))
+            flipped = True
+    return flipped
 
 
 def _scale_rows(linear: nn.Linear, first: int, scale: Tensor) -> None:

@@ -66,6 +66,7 @@ def _turn_layer(
     index: int,
 ) -> None:
     folding.fold_layer_norms(layer, architecture)
+    folding.flip_hidden(layer, architecture, online)
     writers = architecture.mlp_writers(layer)
     for name in writers:
         linear = folding.linear_of(layer, name)

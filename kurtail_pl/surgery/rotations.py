@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import CheckpointError, require_seed
-from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard, random_hadamard_factors
+from kurtail_pl.errors import CheckpointError, ConfigError, require_seed
+from kurtail_pl.maths.hadamard import (
+    HadamardFactors,
+    block_hadamard_factors,
+    hadamard_transform,
+    random_hadamard,
+    random_hadamard_factors,
+    random_signs,
+    widest_block,
+)
 from kurtail_pl.methods.target import ONLINE, Online
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.families import mlp_widths
+
+BlockSize = int | Literal["widest"]
+"""Channels that R4 and R5 mix with one another: a power of two, or the largest that divides each width."""
 
 
 @dataclass(frozen=True)
@@ -111,37 +122,83 @@ def misfits(rotations: Rotations, config: PretrainedConfig) -> list[str]:
 
 
 def size_of(factors: HadamardFactors) -> int:
-    """Width of what a Hadamard acts on; 0 where its factors are not square."""
+    """Width of what a Hadamard acts on; 0 where its factors are not square, or its signs are of another number."""
     square = all(factor.ndim == 2 and factor.shape[0] == factor.shape[1] for factor in (factors.left, factors.right))
-    return len(factors.left) * len(factors.right) if square else 0
+    fits = factors.signs is None or factors.signs.shape == (factors.size,)
+    return factors.size if square and fits else 0
 
 
-def random_rotations(config: PretrainedConfig, seed: int) -> Rotations:
+def random_rotations(config: PretrainedConfig, seed: int, block_size: BlockSize | None = None) -> Rotations:
     """Random Hadamards everywhere: QuaRot's rotations, and the start of KurTail's learned ones.
 
     The online ones (R3, R4, R5) are shared by all layers and depend on the seed alone, so that a learned and a random
     R1 with the same seed are compared with the same online rotations.
+
+    Args:
+        config: of the model.
+        seed: decides all signs.
+        block_size: of R4 and R5 in blocks, whose signs are fused: R5's into what it turns, R4's are R2's.
+
+    Raises:
+        ConfigError: when the model's widths are no multiples of the block.
     """
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
     width, *dense = mlp_widths(config)
     require_seed("the rotations' seed", seed)
     online = torch.Generator().manual_seed(seed)
-    residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed)
+    blocks = block_size is not None
+    residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed, turned_back=blocks)
+    query_key = random_hadamard_factors(head_dim, online)
+
+    def drawn(name: str, n: int) -> HadamardFactors:
+        return random_hadamard_factors(n, online) if block_size is None else _blocks_of(name, n, block_size)
+
+    def signed(name: str, n: int) -> HadamardFactors:
+        factors = drawn(name, n)
+        return factors if block_size is None else replace(factors, signs=random_signs(n, online))
+
     return Rotations(
         residual=residual,
         value=value,
-        query_key=random_hadamard_factors(head_dim, online),
-        attention_output=random_hadamard_factors(heads * head_dim, online),
-        mlp_hidden=random_hadamard_factors(width, online),
-        dense_hidden=random_hadamard_factors(dense[0], online) if dense else None,
-        origin={"seed": seed},
+        query_key=query_key,
+        attention_output=drawn("R4", heads * head_dim),
+        mlp_hidden=signed("R5", width),
+        dense_hidden=signed("R5", dense[0]) if dense else None,
+        origin={"seed": seed} if block_size is None else {"seed": seed, "block_size": block_size},
     )
 
 
+def require_blocks(config: PretrainedConfig, block_size: BlockSize) -> None:
+    """Raise ConfigError when a model has no R4 or R5 in such blocks."""
+    _blocks_of("R4", config.num_attention_heads * head_dim_of(config), block_size)
+    for width in mlp_widths(config):
+        _blocks_of("R5", width, block_size)
+
+
+def _blocks_of(name: str, n: int, block_size: BlockSize) -> HadamardFactors:
+    """A rotation in blocks of a model's width."""
+    block = widest_block(n) if block_size == "widest" else block_size
+    if block < 2 or block & (block - 1) or n % block:
+        raise ConfigError(
+            f"block_size is {block_size}, and {name} turns {n} channels in blocks of a power of two that divides "
+            f"them; give one from 2 to {widest_block(n)}, widest, or null for one of all channels"
+        )
+    return block_hadamard_factors(n, block)
+
+
 def random_fused(
-    layers: int, hidden_size: int, head_dim: int, seed: int, kv_heads: int | None = None
+    layers: int, hidden_size: int, head_dim: int, seed: int, kv_heads: int | None = None, turned_back: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Random Hadamards that R1 and R2 are, or start from.
+
+    Args:
+        layers: of the model.
+        hidden_size: of the residual stream.
+        head_dim: of a head.
+        seed: decides the signs.
+        kv_heads: their number, where each has an R2.
+        turned_back: whether an R4 without signs follows, which alone would undo R2's Hadamard: channels of R2 have
+            random signs then.
 
     Returns:
         R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]``, or one for each KV head when
@@ -151,6 +208,8 @@ def random_fused(
     generator = torch.Generator().manual_seed(seed + 1)
     residual = random_hadamard(hidden_size, generator)
     value = torch.stack([random_hadamard(head_dim, generator) for _ in range(layers * (kv_heads or 1))])
+    if turned_back:
+        value = value * random_signs(head_dim, generator)
     return residual, value if kv_heads is None else value.view(layers, kv_heads, head_dim, head_dim)
 
 
@@ -162,11 +221,16 @@ class OnlineHadamard(Exact):
 
     def __init__(self, factors: HadamardFactors) -> None:
         super().__init__()
-        self.construction = factors.construction
+        self.construction, self.blocks = factors.construction, factors.blocks
         self.register_buffer("left", factors.left, persistent=False)
         self.register_buffer("right", factors.right, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``[..., n]``, in float32 or wider: in half precision the factors would not be orthogonal."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return hadamard_transform(wide, HadamardFactors(self.left, self.right, self.construction)).to(x.dtype)
+        return hadamard_transform(wide, self.factors).to(x.dtype)
+
+    @property
+    def factors(self) -> HadamardFactors:
+        """Where the module is, and in its type."""
+        return HadamardFactors(self.left, self.right, self.construction, self.blocks)

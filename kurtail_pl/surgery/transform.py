@@ -88,6 +88,20 @@ class RotateValues(Transform):
 
 
 @dataclass(frozen=True)
+class FlipHidden(Transform):
+    """Signs of an R5 that has none at run time: into the rows of `up_proj`, and the columns of `down_proj`."""
+
+    architecture: Architecture
+    rotations: Rotations
+
+    sentence = "signs of the MLP's channels (R5)"
+
+    def fold(self, layer: nn.Module, index: int) -> bool:
+        """Of every gated MLP; multiplying by 1 and -1 is exact."""
+        return folding.flip_hidden(layer, self.architecture, self.rotations)
+
+
+@dataclass(frozen=True)
 class RotateOnline(Transform):
     """R3, R4 and R5 at run time, their inverses into the weights; the layer gets its own linears and attention."""
 

@@ -44,7 +44,7 @@ def in_class_path_form(recipe: dict[str, Any], model: dict[str, Any]) -> dict[st
             "kv_heads": model["num_key_value_heads"],
             "rms_norm_eps": model["rms_norm_eps"],
         },
-        "scheme": callbacks[3]["init_args"]["scheme"],
+        "aim": {"scheme": callbacks[3]["init_args"]["scheme"]},
     }
     return recipe
 

@@ -1,8 +1,8 @@
 """`kurtail::Hadamard`: an online rotation as one node, whose function body any runtime can inline.
 
-``Hadamard(X, Left, Right)`` reshapes each token to ``[a, b]`` and computes ``Left X Right``; who reads it, a quantizer,
-reshapes anyway. ``DenseHadamard(X, Matrix)`` is one product, faster where the matrix is small, and of a single token it
-is the number of nodes that costs. Both are model-local functions: nothing
+``Hadamard(X, Left, Right)`` reshapes each token, or each block of it, to ``[a, b]`` and computes ``Left X Right``; who
+reads it, a quantizer, reshapes anyway. ``DenseHadamard(X, Matrix)`` is one product, faster where the matrix is small,
+and of a single token it is the number of nodes that costs. Both are model-local functions: nothing
 needs to be installed, a viewer shows one node for each rotation, and a library of custom operators can claim the node
 later. Random signs are inside the matrices.
 """
@@ -10,6 +10,7 @@ later. Random signs are inside the matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -22,7 +23,7 @@ DENSE_SIZE = 128
 
 
 def hadamard(g: GraphBuilder, x: ir.Value, factors: HadamardFactors, name: str) -> ir.Value:
-    """Rotate tokens by ``kron(left, right)``.
+    """Rotate tokens by ``kron(I, left, right)``.
 
     Args:
         g: the graph.
@@ -31,16 +32,17 @@ def hadamard(g: GraphBuilder, x: ir.Value, factors: HadamardFactors, name: str) 
         name: our name and the paper's number, such as ``mlp_hidden_R5``.
 
     Returns:
-        ``[batch, tokens, n]``, or the same in two dimensions, ``[batch, tokens, a, b]``.
+        ``[batch, tokens, n]``, or the same in more dimensions, of which the last is the fastest.
     """
-    if factors.size <= DENSE_SIZE:
-        return dense_hadamard(g, g.reshape(x, 0, 0, factors.size), factors, name)
+    blocks = () if factors.blocks == 1 else (factors.blocks,)
+    if factors.block <= DENSE_SIZE:
+        return dense_hadamard(g, g.reshape(x, 0, 0, *blocks, factors.block), replace(factors, blocks=1), name)
     dtype, stored = g.dtype.numpy(), f"kurtail.hadamard.{name}"
     rows, columns = factors.left.shape[0], factors.right.shape[0]
     # hadamard_transform computes left^T X right: the transpose is stored.
     left = g.constant(factors.left.mT.numpy().astype(dtype), f"{stored}.left")
     right = g.constant(factors.right.numpy().astype(dtype), f"{stored}.right")
-    shape = [0, 0, rows, columns]
+    shape = [0, 0, *blocks, rows, columns]
     return g.call(_factored_function(), x, left, right, name=f"{name}/Hadamard", split_shape=shape)
 
 

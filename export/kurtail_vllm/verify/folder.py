@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.transform import TransformConfig
+from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from compressed_tensors.utils import is_match
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -67,10 +69,16 @@ class Served:
         return {place.removeprefix(f"{name}."): self.tensor(place) for place in self.names if place.startswith(start)}
 
     def transform(self, name: str) -> Tensor | None:
-        """The matrix of a linear's transform as it is stored, ``[n, n]``: the one that all its targets share."""
+        """The matrix of a block of a linear's transform, ``[n, n]`` in double, which all its targets share.
+
+        It is read, or computed by the library where the configuration says so.
+        """
         for group, scheme in self.transforms.config_groups.items():
             (apply,) = scheme.apply
             if is_match(name, nn.Linear(1, 1, device="meta"), apply.targets, apply.ignore):
                 (place,) = (n for n in self.names if n.endswith(f".{group}_{cast(str, apply.location)}.weight"))
-                return self.tensor(place)
+                stored: Tensor = self.tensor(place).double()
+                if scheme.type == "hadamard":
+                    stored = deterministic_hadamard_matrix(scheme.head_dim or len(stored), torch.float64)
+                return stored.div(len(stored) ** 0.5)
         return None

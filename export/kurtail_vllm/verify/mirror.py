@@ -5,6 +5,8 @@ Each rule and where it stands in vLLM 0.32, below `vllm/model_executor/layers/qu
 - the transform is of what a linear reads, before its quantizer (`transform/linear.py`, `apply`);
 - a matrix is divided by the root of its size once it is read, and rows are multiplied by it: ``x W / sqrt(n)``
   (`transform/module.py`, `process_weights_after_loading` and `forward` without `inverse`);
+- a transform of type ``hadamard`` is not read but computed, Sylvester's over sqrt(n); one with ``head_dim`` turns
+  neighbouring blocks of so many channels (`transform/module.py`, `forward`);
 - all layers share the matrix of a group and size (`_get_data_key`);
 - what is read has one scale for each token or group, its largest magnitude over the largest code, and codes from
   ``-2^(bits - 1)`` on (`schemes/compressed_tensors_wNa4.py`; humming-kernels' `process_input.py`);
@@ -38,14 +40,13 @@ class MirrorLinear(nn.Module):
         self.inputs: QuantizationArgs | None = scheme.input_activations
         self.weight: Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
         self.bias = served.tensor(f"{name}.bias").double() if f"{name}.bias" in served.names else None
-        stored = served.transform(name)
-        self.matrix = None if stored is None else stored.double() / len(stored) ** 0.5
+        self.matrix = served.transform(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         if self.matrix is not None:
             assert self.bias is None, "vLLM stops here"
-            x = x @ self.matrix
+            x = (x.reshape(*x.shape[:-1], -1, len(self.matrix)) @ self.matrix).flatten(-2)
         return F.linear(x if self.inputs is None else quantized(x, self.inputs), self.weight, self.bias)
 
 

@@ -28,7 +28,14 @@ from kurtail_pl.surgery.gate import (
 )
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.rotations import Rotations
-from kurtail_pl.surgery.transform import FoldNorms, RotateOnline, RotateResidual, RotateValues, Transform
+from kurtail_pl.surgery.transform import (
+    FlipHidden,
+    FoldNorms,
+    RotateOnline,
+    RotateResidual,
+    RotateValues,
+    Transform,
+)
 
 ROWS = 4096
 """Embedding and head are folded so many rows at a time: all of them in float64 would be the largest thing in memory."""
@@ -118,6 +125,7 @@ class Fuser:
             RotateResidual(architecture, rotations.residual),
             ScaleNorms(scales.measured),
             RotateValues(architecture, rotations.value),
+            FlipHidden(architecture, rotations),
             RotateOnline(architecture, rotations, scales.measured.head_dim),
         ]
 

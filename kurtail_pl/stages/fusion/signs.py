@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors
+from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors, random_signs
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods.tuner import relative
 from kurtail_pl.stages.fusion.scales import Part, scale_channels
@@ -73,14 +73,20 @@ def sign_windows(checkpoint: Checkpoint, signs: SignSpec) -> Windows:
 
 
 def drawn(rotations: Rotations, signs: SignSpec) -> Draws:
-    """The candidates of each online rotation that there is, by its name."""
+    """The candidates of each online rotation that has signs, by its name; those of R4 in blocks are R2's."""
     generator, draws = torch.Generator().manual_seed(signs.seed), {}
     for name in ONLINE:
         own: HadamardFactors | None = getattr(rotations, name)
-        if own is not None:
-            others = [random_hadamard_factors(own.size, generator) for _ in range(signs.candidates - 1)]
-            draws[name] = [own, *others]
+        if own is not None and not (own.signs is None and own.is_sylvester):
+            draws[name] = [own, *(_redrawn(own, generator) for _ in range(signs.candidates - 1))]
     return draws
+
+
+def _redrawn(own: HadamardFactors, generator: torch.Generator) -> HadamardFactors:
+    """With other signs, where it has its own."""
+    if own.signs is None:
+        return random_hadamard_factors(own.size, generator)
+    return replace(own, signs=random_signs(own.size, generator))
 
 
 def with_signs(rotations: Rotations, signs: SignSpec, errors: Mapping[str, Sequence[float]]) -> Rotations:
@@ -173,5 +179,5 @@ def _rounded(layer: nn.Module, architecture: Architecture, draws: Draws) -> Iter
 
 def _error(rows: Tensor, factors: HadamardFactors) -> float:
     """Sum over tokens ``[tokens, n]`` of the rounding's square over the token's."""
-    turned = hadamard_transform(rows, factors)
+    turned = hadamard_transform(rows if factors.signs is None else rows * factors.signs.to(rows), factors)
     return float(relative(fake_quantize(turned, ROUNDING) - turned, turned))

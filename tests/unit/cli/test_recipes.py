@@ -85,7 +85,7 @@ def test_defaults_in_code_are_those_of_base() -> None:
     model = dict(SETTINGS["model"]["init_args"])
     optimizer = model.pop("optimizer")
     code = defaults_of(KurTailModule)
-    assert (code.pop("optimizer"), code.pop("scheme")) == (CayleyAdam, None)
+    assert (code.pop("optimizer"), code.pop("aim")) == (CayleyAdam, None)
     assert model == code
     assert optimizer["init_args"] == defaults_of(CayleyAdam)
     data = defaults_of(ActivationDataModule)
@@ -138,6 +138,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "data.init_args.capture.values": "attended",
         "data.init_args.compute.device": "cpu",
         "data.init_args.compute.dtype": "bfloat16",
+        "fusion.block_size": "widest",
         "quantization.scheme.attention_output": "head",
         "quantization.scheme.activation_scales": "static",
         "quantization.rounder.class_path": "kurtail_pl.methods.RTN",
@@ -290,7 +291,7 @@ SIZES = '{"layers": 3, "hidden_size": 48, "head_dim": 16, "kv_heads": 2, "rms_no
 
 
 @pytest.mark.parametrize(
-    ("verb", "size", "value"), [("fit", "sizes", SIZES), ("compare", "sizes", SIZES), ("fit", "scheme", "{}")]
+    ("verb", "size", "value"), [("fit", "sizes", SIZES), ("compare", "sizes", SIZES), ("fit", "aim", "{}")]
 )
 def test_a_size_given_by_hand_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, size: str, value: str

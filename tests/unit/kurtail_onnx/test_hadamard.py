@@ -10,8 +10,10 @@ import torch
 from graphs import run_graph
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
+from scipy.linalg import block_diag
+from scipy.linalg import hadamard as scipy_hadamard
 
-from kurtail_pl.maths.hadamard import random_hadamard_factors
+from kurtail_pl.maths.hadamard import block_hadamard_factors, random_hadamard_factors
 
 
 @pytest.mark.parametrize("size", [2, 8, 12, 60, 96, 172, 576])
@@ -26,6 +28,16 @@ def test_node_multiplies_by_the_dense_matrix(size: int, lead: tuple[int, int]) -
     # Two sums of at most `size` products, each rounded to 24 bits.
     expected = values.astype(np.float64) @ factors.dense().numpy()
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-7 * size)
+
+
+@pytest.mark.parametrize(("size", "block"), [(48, 16), (1536, 512), (6, 2)])
+def test_blocks_are_multiplied_by_the_dense_matrix(size: int, block: int) -> None:
+    g = GraphBuilder(ir.DataType.FLOAT)
+    x = g.input("x", ir.DataType.FLOAT, ["batch", "tokens", size])
+    values = np.random.default_rng(0).normal(size=(2, 3, size)).astype(np.float32)
+    (found,) = run_graph(g, {"y": hadamard(g, x, block_hadamard_factors(size, block), "mlp_hidden_R5")}, x=values)
+    dense = block_diag(*[scipy_hadamard(block) / block**0.5] * (size // block))
+    np.testing.assert_allclose(found.reshape(values.shape), values.astype(np.float64) @ dense, atol=1e-7 * size)
 
 
 @pytest.mark.parametrize("size", [2, 60, 256])

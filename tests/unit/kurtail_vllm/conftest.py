@@ -20,7 +20,7 @@ from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.surgery.rotations import random_rotations
+from kurtail_pl.surgery.rotations import BlockSize, random_rotations
 
 MakeArtefact = Callable[..., Path]
 WEIGHTS_ALONE = Scheme(Uniform(4), activations=None, cache=None)
@@ -53,17 +53,22 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_artefact(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeArtefact:
-    """Rotate a model folder by random Hadamards, fused ones alone or R4 and R5 too, and round its weights."""
-    fused: dict[tuple[Path, bool], Path] = {}
+    """Rotate a model folder by random Hadamards, and round its weights.
 
-    def rotated(model: Path, online: bool) -> Path:
+    Fused rotations alone, or R4 and R5 too (`online`), of all channels or in blocks of a size.
+    """
+    fused: dict[tuple[Path, bool | BlockSize], Path] = {}
+
+    def rotated(model: Path, online: bool | BlockSize) -> Path:
         if (model, online) not in fused:
-            checkpoint = Checkpoint(model)
-            rotations = random_rotations(checkpoint.config, 0).keeping(None if online else [])
+            checkpoint, block_size = Checkpoint(model), None if isinstance(online, bool) else online
+            rotations = random_rotations(checkpoint.config, 0, block_size).keeping(None if online else [])
             fused[model, online] = fuse(checkpoint, rotations, "quarot", tmp_path_factory.mktemp("fused") / "fused")
         return fused[model, online]
 
-    def make(model: Path, online: bool = False, halved: bool = True, tuner: Any = None, **parts: Any) -> Path:
+    def make(
+        model: Path, online: bool | BlockSize = False, halved: bool = True, tuner: Any = None, **parts: Any
+    ) -> Path:
         text = TextSpec(str(text_file), windows=2, seqlen=64)
         spec = QuantizeSpec(replace(WEIGHTS_ALONE, **parts), RTN(), clips=tuner, text=text, quantized_activations=True)
         artefact = quantize(rotated(model, online), spec, tmp_path_factory.mktemp("artefact") / "artefact")

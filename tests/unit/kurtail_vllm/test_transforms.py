@@ -20,8 +20,9 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.storage.rotation_file import read_rotations
-from kurtail_pl.surgery.rotations import OnlineHadamard
+from kurtail_pl.surgery.rotations import BlockSize, OnlineHadamard
 
+ACTIVATIONS = Quantizer(4, symmetric=True)
 MakeArtefact = Callable[..., Path]
 WIDTHS = {"attention_output": ("self_attn.o_proj", 256), "mlp_hidden": ("mlp.down_proj", 384)}
 
@@ -146,3 +147,28 @@ def test_a_matrix_that_float16_rounds_is_compared_as_it_is_held(
     tensor = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.mlp_hidden_input.weight"]
     assert not torch.equal(tensor.abs(), torch.ones_like(tensor))
     assert described(folder, "checks.json")["mirror"]["logits_error"] < 1e-12
+
+
+@pytest.mark.parametrize("block_size", ["widest", 64])
+def test_blocks_are_what_the_librarys_hadamard_computes(
+    llama: Path, make_artefact: MakeArtefact, tmp_path: Path, block_size: BlockSize
+) -> None:
+    """Built from the configuration alone: the tensor of the file is not looked at. The check has run, too."""
+    artefact = make_artefact(llama, block_size, activations=ACTIVATIONS)
+    folder = export(artefact, tmp_path / "blocks", VLLM(), check=True)
+    rotations, groups = read_rotations(artefact / "rotations.safetensors"), Served(folder).transforms.config_groups
+    for name, (linear, width) in WIDTHS.items():
+        factors, scheme = getattr(rotations, name), groups[name]
+        assert (scheme.type, scheme.head_dim) == ("hadamard", None if factors.blocks == 1 else factors.block)
+        transform: Any = TransformFactory.from_scheme(scheme, name=name).create_transform(
+            nn.Linear(factors.block, 3), scheme.apply[0]
+        )
+        transform.weight = nn.Parameter(transform.weight.double())
+        x = torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        blocks = x.unflatten(-1, (-1, factors.block))
+        assert torch.allclose(transform(blocks).flatten(-2), x @ factors.dense(), rtol=0, atol=1e-13)
+        assert load_file(folder / "model.safetensors")[f"model.layers.0.{linear}.{name}_input.weight"].shape == (
+            factors.block,
+            factors.block,
+        )
+    assert "a fast Hadamard kernel" in (folder / "README.md").read_text()

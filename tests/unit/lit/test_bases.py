@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.linalg import hadamard
 
 from kurtail_pl.lit import KurTailModule
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.methods import CacheFormat, Int4PerTokenHead, PerTokenHead, Q4_0Cache
 from kurtail_pl.methods.scheme import Scheme
@@ -32,7 +33,7 @@ def kurtosis(values: NDArray[np.float64]) -> float:
 )
 @pytest.mark.parametrize("per_head", [False, True])
 def test_both_bases_count_alike(cache: CacheFormat | None, turn: NDArray[np.float64] | None, per_head: bool) -> None:
-    module = KurTailModule(SIZES, value_per_head=per_head, scheme=Scheme(cache=cache))
+    module = KurTailModule(SIZES, value_per_head=per_head, aim=Aim(Scheme(cache=cache)))
     generator = torch.Generator().manual_seed(1)
     batch = {
         "residual": torch.randn(6, 20, 32, generator=generator),
@@ -56,6 +57,6 @@ def test_both_bases_count_alike(cache: CacheFormat | None, turn: NDArray[np.floa
 
 def test_another_basis_is_another_training() -> None:
     """So that a run that was stopped is not gone on with for another runtime."""
-    plain, turned = (KurTailModule(SIZES, scheme=Scheme(cache=cache)) for cache in (PerTokenHead(), Q4_0Cache()))
+    plain, turned = (KurTailModule(SIZES, aim=Aim(Scheme(cache=cache))) for cache in (PerTokenHead(), Q4_0Cache()))
     assert plain.settings()["cache"] is None
     assert turned.settings()["cache"] == {"kind": "Q4_0Cache", "settings": {"keys": True, "values": True}}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch
 from kurtail_pl.lit import ActivationDataModule, KurTailModule
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.kurtail import Objective
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.lit.sizes import ModelSizes
@@ -144,7 +145,7 @@ def weighted_kurtosis(rows: np.ndarray, weights: np.ndarray) -> float:
 def test_the_loss_of_r1_is_its_objective_written_out(
     known: Any, objective: str, centre: bool, massive_weight: int
 ) -> None:
-    module = module_of(objective=Objective(objective, massive_weight), scheme=Scheme(centre=centre))
+    module = module_of(objective=Objective(objective, massive_weight), aim=Aim(Scheme(centre=centre)))
     batch = massive(loader_of(known).batch(0))
     r1, rows = module.residual.detach().double().numpy(), batch["residual"].double().numpy()
     norms = np.linalg.norm(rows, axis=-1)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kurtail_pl.errors import ConfigError, ResumeMismatch
 from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
+from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.quantizers import Clip, Quantizer
@@ -49,7 +50,7 @@ SIZES = ModelSizes(layers=4, hidden_size=48, head_dim=16, kv_heads=2, rms_norm_e
 
 def module(scheme: Scheme = A4, lr: float = 0.2, steps: int = 8, seed: int = 0) -> SpinQuantModule:
     return SpinQuantModule(
-        SIZES, scheme, rotation_seed=seed,
+        SIZES, Aim(scheme), rotation_seed=seed,
         optimizer=lambda parameters: CayleySGD(parameters, lr=lr, momentum=0.0),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
     )  # fmt: skip
@@ -84,7 +85,7 @@ def test_it_learns_without_the_rotations_that_the_runtime_has_not(
     losses = []
     for online in (None, ["query_key", "attention_output", "mlp_hidden"], ["query_key"], []):
         record = Record()
-        learner = SpinQuantModule(SIZES, A4, online, optimizer=lambda parameters: CayleySGD(parameters, lr=0.1))
+        learner = SpinQuantModule(SIZES, Aim(A4, online), optimizer=lambda parameters: CayleySGD(parameters, lr=0.1))
         make_trainer(callbacks=[record]).fit(learner, windows(steps=1))
         turned = [name for name, each in learner.network.named_modules() if isinstance(each, OnlineHadamard)]
         kept = {"query_key": "query_key_rotation", "attention_output": "o_proj", "mlp_hidden": "down_proj"}
@@ -155,7 +156,7 @@ def test_fixed_rotations_refuse_to_train(windows: Callable[..., WindowDataModule
 
 def test_bits_by_layer_are_nothing_to_learn_through() -> None:
     with pytest.raises(ConfigError, match="quantized_weights is true and layer_bits are given"):
-        SpinQuantModule(SIZES, Scheme(layer_bits=[4, 4, 4, 4]), quantized_weights=True)
+        SpinQuantModule(SIZES, Aim(Scheme(layer_bits=[4, 4, 4, 4])), quantized_weights=True)
     assert module(Scheme(layer_bits=[4, 4, 4, 4])).scheme == A4
 
 
