@@ -7,10 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.maths.hadamard import HadamardFactors
-from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, fake_quantize, quantize
 from kurtail_pl.methods import Format
 from kurtail_pl.methods.format import Tensors
 from kurtail_pl.surgery.exact import Exact
+from kurtail_pl.surgery.integers import (
+    IntegerWeight,
+    integer_product,
+    integer_weight,
+    multiplies,
+    processor_multiplies_integers,
+)
 from kurtail_pl.surgery.rotations import OnlineHadamard
 
 
@@ -21,8 +28,9 @@ class QuantizedLinear(Exact):
     bias holds. After `fix_grid` all tokens share one grid of Q_a, `input_scale` and `input_zero_point`, ``[1]`` both;
     else each has its own.
 
-    The weight is either a float `weight` ``[out, in]`` or the tensors that its format stores. It is dequantized when
-    used: the simulation is exact, not fast.
+    The weight is either a float `weight` ``[out, in]`` or the tensors that its format stores. Where integers can be
+    multiplied (`surgery.integers`), its codes are, and inputs are never made floats again; elsewhere the weight is
+    dequantized when used.
 
     Args:
         linear: the layer to stand in for; its parameters are shared, not copied.
@@ -42,6 +50,7 @@ class QuantizedLinear(Exact):
         self.activations = activations
         self.weights: Format | None = None
         self.weight: Tensor | None = linear.weight
+        self._integers: tuple[list[tuple[Tensor, int]], IntegerWeight] | None = None
         self.bias = linear.bias
         for name in ("centre", "input_scale", "input_zero_point"):
             self.register_buffer(name, None)
@@ -73,7 +82,7 @@ class QuantizedLinear(Exact):
         self._store(weights, {name: self.weight.new_empty(b.shape, dtype=b.dtype) for name, b in buffers.items()})
 
     def _store(self, weights: Format, tensors: Tensors) -> None:
-        self.weights, self.weight = weights, None
+        self.weights, self.weight, self._integers = weights, None, None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.exact = ("input_scale", *tensors)
@@ -101,13 +110,15 @@ class QuantizedLinear(Exact):
         """Replace the codes by the floats they stand for: the same results, faster, for eight times the memory."""
         names = list(self.stored())
         self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
-        self.weights = None
+        self.weights = self._integers = None
         for name in names:
             delattr(self, name)
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the weight multiplies: the input rotated, centred and quantized, ``[..., in]``."""
-        x = self.turn(x)
+        return self._quantized(self.turn(x))
+
+    def _quantized(self, x: Tensor) -> Tensor:
         return x if self.activations is None else fake_quantize(x, self.activations, self.input_grid(x.dtype))
 
     def input_grid(self, dtype: torch.dtype) -> Grid | None:
@@ -125,4 +136,31 @@ class QuantizedLinear(Exact):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
-        return F.linear(self.prepare(x), self.dense_weight().to(x.dtype), self.bias)
+        x = self.turn(x)
+        if x.device.type == "cpu" and x.numel() and not x.requires_grad and self._multiplies_integers():
+            return self._integer_product(x)
+        return F.linear(self._quantized(x), self.dense_weight().to(x.dtype), self.bias)
+
+    def _multiplies_integers(self) -> bool:
+        """Whether the processor is quick at it, both sides are single integers, and no scale learns."""
+        if not (processor_multiplies_integers() and multiplies(self.activations, self.weights)):
+            return False
+        return not any(tensor.requires_grad for tensor in self.stored().values())
+
+    def _integer_product(self, x: Tensor) -> Tensor:
+        """Of turned inputs."""
+        assert self.activations is not None
+        rows = quantize(x.flatten(0, -2), self.activations, self.input_grid(x.dtype))
+        product = integer_product(rows, self.activations, self._integer_weight()).view(*x.shape[:-1], -1)
+        return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
+
+    def _integer_weight(self) -> IntegerWeight:
+        """Unpacked once, and again when other tensors are stored or those that are stored have changed."""
+        assert self.activations is not None
+        made_from = [(each, 0 if each.is_inference() else each._version) for each in self.stored().values()]
+        if self._integers is None or not all(
+            then is now and version == same
+            for (then, version), (now, same) in zip(self._integers[0], made_from, strict=True)
+        ):
+            self._integers = made_from, integer_weight(self.quantized(), self.activations)
+        return self._integers[1]
