@@ -173,12 +173,20 @@ def set_layer_clips(layer: nn.Module, ratios: Mapping[str, float]) -> None:
 
 def unpacked_bytes(model: PreTrainedModel) -> int:
     """Bytes that `unpack_weights` will take."""
-    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.weight is None]
-    return sum(module.in_features * module.out_features * torch.float32.itemsize for module in packed)
+    weights = sum(module.in_features * module.out_features for module in _simulated(model))
+    return weights * torch.float32.itemsize
 
 
 def unpack_weights(model: PreTrainedModel) -> None:
-    """Turn the packed weights of a loaded model into floats once, instead of at every use; logits stay bit for bit."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear) and module.weight is None:
-            module.unpack()
+    """Turn packed weights of a loaded model into floats once, instead of at every use; logits stay bit for bit.
+
+    Those that are multiplied as integers stay packed.
+    """
+    for module in _simulated(model):
+        module.unpack()
+
+
+def _simulated(model: PreTrainedModel) -> list[QuantizedLinear]:
+    """Linears whose packed weight is made floats whenever it is used."""
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return [linear for linear in linears if linear.weight is None and not linear.multiplies_integers]

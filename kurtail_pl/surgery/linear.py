@@ -49,6 +49,7 @@ class QuantizedLinear(Exact):
         self.rotation = None if rotation is None else OnlineHadamard(rotation)
         self.activations = activations
         self.weights: Format | None = None
+        self._names: tuple[str, ...] = ()
         self.weight: Tensor | None = linear.weight
         self._integers: tuple[list[tuple[Tensor, int]], IntegerWeight] | None = None
         self.bias = linear.bias
@@ -85,13 +86,12 @@ class QuantizedLinear(Exact):
         self.weights, self.weight, self._integers = weights, None, None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self.exact = ("input_scale", *tensors)
+        self._names = tuple(tensors)
+        self.exact = ("input_scale", *self._names)
 
     def stored(self) -> Tensors:
         """The tensors that stand for a packed weight."""
-        assert self.weights is not None
-        names = self.weights.buffers(self.out_features, self.in_features)
-        return {name: getattr(self, name) for name in names}  # A scale may be one that learns.
+        return {name: getattr(self, name) for name in self._names}  # A scale may be one that learns.
 
     def quantized(self) -> Quantized:
         """Codes and grid of a packed weight."""
@@ -110,7 +110,7 @@ class QuantizedLinear(Exact):
         """Replace the codes by the floats they stand for: the same results, faster, for eight times the memory."""
         names = list(self.stored())
         self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
-        self.weights = self._integers = None
+        self.weights, self._names, self._integers = None, (), None
         for name in names:
             delattr(self, name)
 
@@ -137,27 +137,30 @@ class QuantizedLinear(Exact):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         x = self.turn(x)
-        if x.device.type == "cpu" and x.numel() and not x.requires_grad and self._multiplies_integers():
-            return self._integer_product(x)
-        return F.linear(self._quantized(x), self.dense_weight().to(x.dtype), self.bias)
-
-    def _multiplies_integers(self) -> bool:
-        """Whether the processor is quick at it, both sides are single integers, and no scale learns."""
-        if not (processor_multiplies_integers() and multiplies(self.activations, self.weights)):
-            return False
-        return not any(tensor.requires_grad for tensor in self.stored().values())
-
-    def _integer_product(self, x: Tensor) -> Tensor:
-        """Of turned inputs."""
+        weight = self._integer_weight(x)
+        if weight is None:
+            return F.linear(self._quantized(x), self.dense_weight().to(x.dtype), self.bias)
         assert self.activations is not None
         rows = quantize(x.flatten(0, -2), self.activations, self.input_grid(x.dtype))
-        product = integer_product(rows, self.activations, self._integer_weight()).view(*x.shape[:-1], -1)
+        product = integer_product(rows, self.activations, weight).view(*x.shape[:-1], -1)
         return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
 
-    def _integer_weight(self) -> IntegerWeight:
-        """Unpacked once, and again when other tensors are stored or those that are stored have changed."""
-        assert self.activations is not None
-        made_from = [(each, 0 if each.is_inference() else each._version) for each in self.stored().values()]
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether codes of inputs are multiplied by codes of the weight, which stays packed then."""
+        on_cpu = all(tensor.is_cpu for tensor in self.stored().values())
+        return on_cpu and processor_multiplies_integers() and multiplies(self.activations, self.weights)
+
+    def _integer_weight(self, x: Tensor) -> IntegerWeight | None:
+        """What codes of inputs are multiplied by; None where floats are, as for gradients.
+
+        It is unpacked once, and again when other tensors are stored or those that are stored have changed.
+        """
+        stored = self.stored().values()
+        learns = any(each.requires_grad for each in (x, *stored))
+        if learns or self.activations is None or not (self.multiplies_integers and x.is_cpu and x.numel()):
+            return None
+        made_from = [(each, 0 if each.is_inference() else each._version) for each in stored]
         if self._integers is None or not all(
             then is now and version == same
             for (then, version), (now, same) in zip(self._integers[0], made_from, strict=True)

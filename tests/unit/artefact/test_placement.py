@@ -22,7 +22,6 @@ from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.compute import Compute
-from kurtail_pl.surgery.equip import unpack_weights
 from kurtail_pl.surgery.rotations import Rotations
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -203,7 +202,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
     r"model.layers.1.mlp.up_proj.scale": other_scale,
     r"model.norm.weight": other_norm,
     r"model.embed_tokens.weight": lambda model: model.to(torch.float16).to(torch.bfloat16).float(),
-    r"model.layers.0.self_attn.q_proj": unpack_weights,
+    r"model.layers.0.self_attn.q_proj": lambda model: model.model.layers[0].self_attn.q_proj.unpack(),
     r"model.extra": lambda model: model.model.add_module("extra", torch.nn.Identity()),
 }
 

@@ -163,7 +163,7 @@ def test_no_bias() -> None:
 @pytest.mark.parametrize("quantizer", WEIGHTS, ids=str)
 def test_unpacked_weights_give_the_same_bits(quantizer: Uniform) -> None:
     layer, x = linear().float(), rows().float()
-    module = QuantizedLinear(layer, None, Quantizer(4))
+    module = QuantizedLinear(layer, None, Quantizer(4, group_size=IN // 2))
     module.pack(codes_of(layer, quantizer), quantizer)
     expected = module(x)
     module.unpack()
