@@ -36,7 +36,10 @@ def load(
 ) -> PreTrainedModel:
     """Give back the quantized model of an artefact folder, ready for `forward` and `generate`.
 
-    Weights stay packed in memory and are dequantized when used; activations, keys and values are quantized on the fly.
+    Weights stay packed in memory. On a CPU with VNNI, integers of inputs and weights that have one scale each are
+    multiplied as they are, for which the codes are unpacked to a byte each at their first use. Elsewhere weights are
+    dequantized whenever they are used (`kurtail_pl.surgery.equip.unpack_weights` does it once), and what is quantized
+    on the fly, inputs, keys and values, stands as floats on its levels.
     As it comes, in float32 on the CPU, the logits of a window equal those that were evaluated, bit for bit, on the same
     machine. `save_pretrained` of an unchanged model copies its folder; of a changed one it raises ArtefactError.
 

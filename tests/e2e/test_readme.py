@@ -74,11 +74,8 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
 
     for language, block in blocks():
         if language == "python":
-            run(
-                "python",
-                block.replace('"kurtail-plus"', '"smoke"').replace('"smollm2-135m"', '"models/smollm2-135m"'),
-                program=("-c",),
-            )
+            short = block.replace('"kurtail-plus"', '"smoke"').replace('"smollm2-135m"', '"models/smollm2-135m"')
+            run("python", short, program=("-c",))
         else:
             for arguments in commands(block):
                 if arguments not in done:

@@ -36,8 +36,8 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
         f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{tasks}\n"
-        "Weights are stored as packed integers; activations and the KV cache are quantized in simulation, with the "
-        "numbers that an integer kernel would give. `kurtail.json` holds every setting, seed, version and hash.\n\n"
+        "Weights are stored as packed integers; activations and the KV cache are quantized at run time, with the "
+        "numbers that an integer kernel gives. `kurtail.json` holds every setting, seed, version and hash.\n\n"
         "```python\nimport kurtail_pl\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = kurtail_pl.load("{folder.name}")\n'
         "# The same, by transformers, which needs kurtail_pl imported:\n"
