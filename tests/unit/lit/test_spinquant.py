@@ -157,6 +157,9 @@ def test_bits_by_layer_are_nothing_to_learn_through() -> None:
     with pytest.raises(ConfigError, match="quantized_weights is true and layer_bits are given"):
         SpinQuantModule(SIZES, Scheme(layer_bits=[4, 4, 4, 4]), quantized_weights=True)
     assert module(Scheme(layer_bits=[4, 4, 4, 4])).scheme == A4
+    with pytest.raises(ConfigError, match="quantized_weights is true and side is given"):
+        SpinQuantModule(SIZES, Scheme(side=LowRank(2)), quantized_weights=True)
+    assert module(Scheme(side=LowRank(2))).scheme == A4
 
 
 @pytest.mark.parametrize(
