@@ -59,7 +59,7 @@ def _times(weight: Tensor, hessian: Tensor | None) -> Tensor:
 
 def _damping(hessian: Tensor | None) -> float:
     """What is added to the diagonal; 0 where there is no Hessian, or no token went into it."""
-    return 0.0 if hessian is None else DAMPING * float(hessian.diagonal().double().mean())
+    return 0.0 if hessian is None else max(0.0, DAMPING * float(hessian.diagonal().double().mean()))
 
 
 def _largest(gram: Tensor, rank: int) -> Tensor:

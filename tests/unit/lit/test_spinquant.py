@@ -16,7 +16,7 @@ from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import PerTokenHead
+from kurtail_pl.methods import LowRank, PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture.stage import CaptureSpec
