@@ -149,7 +149,7 @@ class LayerSolver:
             self._calibrate((down,), (linear,), read_by_down)
             exact_inputs = exact.down_inputs(mlp, wanted()) if exact and wanted else None
             moments = self._moments(linear, read_by_down(), exact_inputs)
-        solved = self._linears(layer, prefix, (down,))
+        solved = _linears(layer, prefix, (down,))
         self._solver.take_side(solved, moments, self._weights)
         self._solver.pack(solved, moments, self._weights)
 
@@ -204,12 +204,12 @@ class LayerSolver:
         apart = () if received is None else (self.walker.architecture.value,)
         together = [name for name in names if name not in apart]
         moments = self._moments(linears[0], inputs(), wanted() if wanted else None)
-        self._solver.take_side(self._linears(layer, prefix, names), moments, self._weights)
-        self._solver.pack(self._linears(layer, prefix, together), moments, self._weights)
+        self._solver.take_side(_linears(layer, prefix, names), moments, self._weights)
+        self._solver.pack(_linears(layer, prefix, together), moments, self._weights)
         if apart:
             del moments  # Which would be the largest thing beside those that follow.
             moments = self._moments(linears[0], inputs(), wanted() if wanted else None, received)
-            self._solver.pack(self._linears(layer, prefix, apart), moments, self._weights)
+            self._solver.pack(_linears(layer, prefix, apart), moments, self._weights)
 
     def _calibrate(self, names: Iterable[str], linears: Iterable[nn.Module], inputs: Inputs) -> None:
         """Give linears that read the same inputs what the scheme takes from these."""
@@ -240,9 +240,10 @@ class LayerSolver:
         found = moments_of(linear, inputs, wanted, counts, crossed, self.walker.device)
         return Moments(*(None if part is None else self.ranks.sum(part) for part in found))
 
-    def _linears(self, layer: nn.Module, prefix: str, names: Iterable[str]) -> dict[str, QuantizedLinear]:
-        """Linears of a layer, by their names in the model."""
-        return {f"{prefix}.{name}": cast(QuantizedLinear, layer.get_submodule(name)) for name in names}
+
+def _linears(layer: nn.Module, prefix: str, names: Iterable[str]) -> dict[str, QuantizedLinear]:
+    """Linears of a layer, by their names in the model."""
+    return {f"{prefix}.{name}": cast(QuantizedLinear, layer.get_submodule(name)) for name in names}
 
 
 def _evenly(candidates: Tensor, count: int, ranks: Ranks) -> Tensor:

@@ -116,9 +116,7 @@ def test_a_centre_where_there_is_no_bias(make_artefact: MakeArtefact, tmp_path: 
 
 def test_a_side(make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact("llama3", side=LowRank(4))
-    assert refused(
-        artefact, tmp_path, r"a side of rank 4 in 16 bits, .* quantize with scheme\.side: null"
-    )
+    assert refused(artefact, tmp_path, r"a side of rank 4 in 16 bits, .* quantize with scheme\.side: null")
 
 
 def test_a_prefix(make_artefact: MakeArtefact, tmp_path: Path) -> None:
