@@ -64,7 +64,7 @@ def _damping(hessian: Tensor | None) -> float:
 
 def _largest(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors ``[n, rank]`` of the largest eigenvalues of a symmetric matrix ``[n, n]``, the largest first."""
-    vectors = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors
+    vectors: Tensor = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors
     return vectors[:, -rank:].flip(1)
 
 

@@ -73,7 +73,8 @@ class WeightSolver:
             tensors = self.side.fitted(whole, Moments(None, None), lost)
         put_side(several, self.side, tensors)
         rest = whole.double() - self.side.dense(tensors)
-        for linear, part in zip(several, rest.split([linear.out_features for linear in several]), strict=True):
+        rows = [linear.out_features for linear in several]
+        for linear, part in zip(several, torch.split(rest, rows), strict=True):
             linear.weight = nn.Parameter(part.to(whole.dtype), requires_grad=False)
 
     def pack(self, linears: Mapping[str, QuantizedLinear], moments: Moments, weights: Format | None) -> None:
