@@ -26,7 +26,7 @@ SCHEMES = {
         None, Quantizer(4, False), PerTokenHead(centre_keys=True), centre=True, activation_scales="static"
     ),
     "bits by layer": Scheme(Uniform(4, False, group_size=4), None, None, layer_bits=[2, 8, 3, 5]),
-    "side": Scheme(centre=True, side=LowRank(3)),
+    "side": Scheme(centre=True, side=LowRank(3, rounds=2)),
     "higgs": Scheme(Normal(), activation_scales="static"),
     "higgs, bits by layer": Scheme(Normal(group_size=4), None, None, layer_bits=[2, 8, 3, 5]),
 }

@@ -28,10 +28,11 @@ class LowRank(Side):
 
     Args:
         rank: of the side.
-        rounds: sides that are tried: the first is nearest to the weight, each next one to what the rounded rest before
-            it leaves (so have LQER, arXiv 2402.02446, and QERA, arXiv 2410.06040, their only one). The first that
-            leaves no smaller error is the last, and the best is taken.
-        weighted: near is what the inputs of the calibration text see; else all numbers of a weight count alike.
+        rounds: sides that are tried. The first is nearest to the weight, all its numbers alike: what rounding loses
+            goes with the size of what is left. Each next one is nearest to what the rounded rest before it leaves (so
+            have LQER, arXiv 2402.02446, and QERA, arXiv 2410.06040, their only one). The first that leaves no smaller
+            error is the last, and the best is taken.
+        weighted: errors of rounding count as the inputs of the calibration text see them; else by their size alone.
 
     Raises:
         ConfigError: when rank or rounds are less than 1.
@@ -56,8 +57,8 @@ class LowRank(Side):
 
     @property
     def needs(self) -> Needs:
-        """Inputs decide what is near."""
-        return Needs.INPUTS if self.weighted else Needs.NOTHING
+        """Inputs weigh errors, which one round does not look at."""
+        return Needs.INPUTS if self.weighted and self.rounds > 1 else Needs.NOTHING
 
     def require(self, widths: tuple[int, ...]) -> None:
         """A rank is at most the width of what is read, and weights that read the same are higher than that."""
@@ -72,7 +73,7 @@ class LowRank(Side):
         again = 0 if self.rounds == 1 else 1
         return Cost(
             copies=6,
-            doubles=4,
+            doubles=4 if self.needs else 0,
             disk=FLOAT16 * self.rank * sizes.ends,
             flops=self.rounds * (4.0 + again) * sizes.widest * sizes.stack,
         )
@@ -83,12 +84,12 @@ class LowRank(Side):
         Raises:
             torch.linalg.LinAlgError: when the damped Hessian is not positive definite.
         """
-        hessian = moments.hessian if self.weighted else None
+        hessian = moments.hessian if self.needs else None
         wanted = exact = weight.double()
         best: Tensors = {}
         least = math.inf
-        for _ in range(self.rounds):
-            up, down = low_rank(wanted, self.rank, hessian)
+        for number in range(self.rounds):
+            up, down = low_rank(wanted, self.rank, hessian if number else None)
             found = {"down": half_or_float(down), "up": half_or_float(up)}
             if self.rounds == 1:
                 return found

@@ -113,18 +113,24 @@ def test_one_round_rounds_nothing() -> None:
     assert (len(rests), len(tensors)) == (0, 2)
 
 
+def everything(rest: Tensor) -> Tensor:
+    """Rounding to zero: the second side is then the nearest to the weight, as errors are weighted."""
+    return rest
+
+
 def test_inputs_that_are_large_are_approximated_better() -> None:
     scale = torch.logspace(-1, 1, 16, dtype=torch.float64)
     moments, weight = Moments(torch.diag(scale**2), None), weight_of()
-    sides: dict[bool, Tensors] = {w: LowRank(4, weighted=w).fitted(weight, moments, nothing) for w in (False, True)}
+    kinds = {w: LowRank(4, rounds=2, weighted=w) for w in (False, True)}
+    sides: dict[bool, Tensors] = {w: side.fitted(weight, moments, everything) for w, side in kinds.items()}
     errors = {w: weight.double() - LowRank(4).dense(tensors) for w, tensors in sides.items()}
     assert (errors[True] * scale).norm() < 0.9 * (errors[False] * scale).norm()
     assert errors[True].norm() > errors[False].norm()
 
 
 def test_needs_settings_and_sentence() -> None:
-    assert LowRank().needs == Needs.INPUTS
-    assert LowRank(weighted=False).needs == Needs.NOTHING
+    assert LowRank(rounds=2).needs == Needs.INPUTS
+    assert LowRank().needs == LowRank(rounds=2, weighted=False).needs == Needs.NOTHING
     assert "rank 8 in 16 bits" in LowRank(8).sentence()
     LowRank(48).require((48, 96))
     with pytest.raises(ConfigError, match=r"side\.rank is 49 and the narrowest linears of this model read 48 channels"):

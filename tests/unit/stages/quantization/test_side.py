@@ -63,22 +63,31 @@ def rests(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("by_attention", [False, True])
+GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+"""Linears that read the same inputs."""
+
+
+@pytest.mark.parametrize(("rounds", "by_attention"), [(1, False), (1, True), (2, False)])
 def test_the_rest_and_the_side_are_the_weight(
-    by_attention: bool, fused: Path, text: TextSpec, tmp_path: Path, rests: list[Tensor]
+    rounds: int, by_attention: bool, fused: Path, text: TextSpec, tmp_path: Path, rests: list[Tensor]
 ) -> None:
-    spec = QuantizeSpec(Scheme(side=LowRank(4)), text=text, by_attention=by_attention)
+    """What GPTQ is given; where sides are compared, the rests of linears that read the same come together before."""
+    spec = QuantizeSpec(Scheme(side=LowRank(4, rounds)), text=text, by_attention=by_attention)
     folder = quantize(fused, spec, tmp_path / "side")
     before, sides = weights_of(fused), sides_of(folder)
-    assert len(rests) == len(sides) == 4 * 7
-    order = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
-    order += ("mlp.up_proj", "mlp.down_proj")
-    for number, rest in enumerate(rests):
-        name = f"model.layers.{number // 7}.{order[number % 7]}"
-        weight = before[f"{name}.weight"].double()
-        # The rest is held in float32.
-        torch.testing.assert_close(rest.double() + sides[name], weight, rtol=2.0**-23, atol=2.0**-23)
-        assert rest.norm() < 0.99 * weight.norm()
+    assert len(sides) == 4 * 7
+    given = iter(rests)
+    for layer in range(4):
+        for group in GROUPS:
+            together = [next(given) for _ in range(rounds) if rounds > 1]
+            for each in group:
+                (name,) = (n for n in sides if n.startswith(f"model.layers.{layer}.") and n.endswith(each))
+                weight, rest = before[f"{name}.weight"].double(), next(given)
+                # The rest is held in float32.
+                torch.testing.assert_close(rest.double() + sides[name], weight, rtol=2.0**-23, atol=2.0**-23)
+                assert rest.norm() < 0.99 * weight.norm()
+            assert all(len(stack) > len(rest) or len(group) == 1 for stack in together)
+    assert not list(given)
     assert all(tensor.dtype == torch.float16 for name, tensor in weights_of(folder).items() if ".side_" in name)
 
 
@@ -151,7 +160,7 @@ def test_a_model_too_narrow_for_the_rank_is_refused(fused: Path, tmp_path: Path)
 
 
 def test_rounding_to_nearest_needs_the_text_for_a_weighted_side_alone(fused: Path, tmp_path: Path) -> None:
-    weighted, plain = (QuantizeSpec(Scheme(side=LowRank(2, weighted=w)), RTN()) for w in (True, False))
+    weighted, plain = (QuantizeSpec(Scheme(side=LowRank(2, rounds=2, weighted=w)), RTN()) for w in (True, False))
     assert weighted.needs_text
     assert not plain.needs_text
     folder = quantize(fused, plain, tmp_path / "plain")
@@ -164,8 +173,13 @@ def test_a_hessian_that_is_none_is_noted_and_the_weight_alone_decides() -> None:
     weight = layer.weight.detach().clone()
     linear = QuantizedLinear(layer.requires_grad_(False), None, None)
     broken = Moments(torch.diag(torch.tensor([1.0, 1, 1, 1, -1])).double(), None)
-    WeightSolver(RTN(), None, LowRank(2), notes).take_side({"proj": linear}, broken, Uniform())
+    WeightSolver(RTN(), None, LowRank(2, rounds=3), notes).take_side({"proj": linear}, broken, Uniform())
     assert notes["fallbacks"] == ["proj"]
-    left_out = torch.linalg.svdvals(weight.double())[2:]
+    alone = QuantizedLinear(layer, None, None)
+    plain = LowRank(2, rounds=3, weighted=False)
+    WeightSolver(RTN(), None, plain, notes).take_side({"alone": alone}, Moments(None, None), Uniform())
+    assert notes["fallbacks"] == ["proj"]
     assert linear.weight is not None
-    assert float(linear.weight.norm()) == pytest.approx(float(left_out.norm()), rel=1e-3)
+    assert alone.weight is not None
+    assert torch.equal(linear.weight, alone.weight)
+    assert not torch.equal(linear.weight, weight)
