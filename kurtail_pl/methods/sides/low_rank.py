@@ -96,7 +96,7 @@ class LowRank(Side):
             side = self.dense(found)
             error = lost(exact - side).double()
             size = output_square(error, hessian)
-            if size >= least:
+            if best and size >= least:
                 break
             best, least, wanted = found, size, side + error
         return best
