@@ -1,7 +1,7 @@
 """Schemes in which artefacts differ by what they store and how they compute."""
 
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import Normal, PerTokenHead, Sinks, Uniform
+from kurtail_pl.methods import LowRank, Normal, PerTokenHead, Sinks, Uniform
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 
 EIGHT = Quantizer(8)
@@ -26,6 +26,7 @@ SCHEMES = {
         None, Quantizer(4, False), PerTokenHead(centre_keys=True), centre=True, activation_scales="static"
     ),
     "bits by layer": Scheme(Uniform(4, False, group_size=4), None, None, layer_bits=[2, 8, 3, 5]),
+    "side": Scheme(centre=True, side=LowRank(3, rounds=2)),
     "higgs": Scheme(Normal(), activation_scales="static"),
     "higgs, bits by layer": Scheme(Normal(group_size=4), None, None, layer_bits=[2, 8, 3, 5]),
 }

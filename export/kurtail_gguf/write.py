@@ -43,6 +43,11 @@ def plan(source: Source, embedding: Dense, head: Dense) -> Plan:
             f"the tokens {source.scheme.prefix} stand before every text with a cache of their own, which a GGUF file "
             "has no place for; quantize with scheme.prefix: null"
         )
+    if source.scheme.side is not None:
+        raise ConfigError(
+            f"beside the weights is {source.scheme.side.sentence()}, which a GGUF file has no place for; quantize with "
+            "scheme.side: null"
+        )
     family = family_of(source)
     rope = rope_of(source, family)
     keys = metadata(source, family, rope, file_type(source)) | vocabulary(source)

@@ -82,6 +82,11 @@ def _not_in_a_graph(scheme: Scheme, weights: Quantizer | None, cache: CacheInteg
             "for each token and head: quantize to those (sinks: null) to export, or use the artefact with "
             "kurtail_pl.load"
         )
+    if scheme.side is not None:
+        yield (
+            f"beside the weights is {scheme.side.sentence()}, and a graph has rounded weights alone: quantize with "
+            "side: null, or use the artefact with kurtail_pl.load"
+        )
     if scheme.weights is not None and weights is None:
         yield (
             f"the weights are {scheme.weights.sentence()}, and ONNX dequantizes evenly spaced integers with "

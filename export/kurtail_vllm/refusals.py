@@ -64,6 +64,8 @@ def _scheme(source: Source) -> Iterator[str]:
     scheme = source.scheme
     if scheme.centre:
         yield "centre is true, and vLLM subtracts nothing from what linears read: quantize with centre: false"
+    if scheme.side is not None:
+        yield f"beside the weights is {scheme.side.sentence()}, which vLLM does not add: quantize with side: null"
     if scheme.prefix is not None:
         yield f"prefix is {scheme.prefix}, tokens with a cache of their own; vLLM has none: quantize with prefix: null"
     if reason := cache_of(scheme.cache).refused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kurtail_pl.artefact.placement import place
+from kurtail_pl.methods.format import Buffer
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.storage.card import is_ours, read_card, require_sound, rotations_of, scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint, to_float
@@ -19,12 +20,13 @@ from kurtail_pl.surgery.equip import (
     equip_model,
     expect_quantized,
     layers_of,
+    readers_alike,
     require_scheme_fits,
     set_clips,
 )
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.layout import module_state
-from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.surgery.linear import side_buffers
 
 CPU = torch.device("cpu")
 
@@ -80,12 +82,31 @@ def parts_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[s
 
 def stored_bytes(model: PreTrainedModel, scheme: Scheme) -> int:
     """Bytes of the weights of an equipped float model in an artefact of a scheme, which keeps floats in float16."""
-    size = sum(parameter.numel() * torch.float16.itemsize for parameter in model.parameters())
-    for index, layer in enumerate(layers_of(model, architecture_of(model.config))):
+    rounded, numbers = _rounded(model, scheme)
+    return rounded + torch.float16.itemsize * (sum(each.numel() for each in model.parameters()) - numbers)
+
+
+def bits_per_weight(model: PreTrainedModel, scheme: Scheme) -> float | None:
+    """Bits of all that is stored of the linears' weights, scales and sides included, for each number of a weight."""
+    rounded, numbers = _rounded(model, scheme)
+    return 8 * rounded / numbers if numbers else None
+
+
+def _rounded(model: PreTrainedModel, scheme: Scheme) -> tuple[int, int]:
+    """Bytes of all that is stored of rounded weights, and how many numbers these have."""
+    architecture, size, numbers = architecture_of(model.config), 0, 0
+    for index, layer in enumerate(layers_of(model, architecture)):
         weights = scheme.layer_weights(index)
-        for module in layer.modules():
-            if weights is not None and isinstance(module, QuantizedLinear):
-                buffers = weights.buffers(module.out_features, module.in_features).values()
-                size += sum(prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers)
-                size -= module.out_features * module.in_features * torch.float16.itemsize
-    return size
+        if weights is None:
+            continue
+        for linears in readers_alike(layer, architecture):
+            for linear in linears:
+                size += _bytes(weights.buffers(linear.out_features, linear.in_features))
+                numbers += linear.out_features * linear.in_features
+            if scheme.side is not None:
+                size += _bytes(side_buffers(linears, scheme.side))
+    return size, numbers
+
+
+def _bytes(buffers: Mapping[str, Buffer]) -> int:
+    return sum(prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers.values())

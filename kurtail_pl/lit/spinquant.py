@@ -44,7 +44,7 @@ class SpinQuantModule(RotationModule):
 
     Raises:
         ConfigError: when the scheme centres, has static scales or a prefix, which come from the finished rotations, or
-            has `layer_bits` where weights are rounded.
+            has `layer_bits` or a side where weights are rounded.
     """
 
     method = "spinquant"
@@ -64,13 +64,15 @@ class SpinQuantModule(RotationModule):
         scheme = self.aim.scheme
         if quantized_weights and scheme.layer_bits is not None:
             raise ConfigError("quantized_weights is true and layer_bits are given; SpinQuant learns with equal bits")
+        if quantized_weights and scheme.side is not None:
+            raise ConfigError("quantized_weights is true and side is given; SpinQuant learns without one")
         if scheme.calibrated or scheme.prefix is not None:
             raise ConfigError(
                 "the scheme of quantization centres, has static scales or a prefix, which are made after the rotations "
                 "are learned, and SpinQuant learns through the scheme: leave centre, cache.centre_keys, "
                 "activation_scales and prefix as they are in base.yaml"
             )
-        self.scheme = scheme if quantized_weights else replace(scheme, weights=None, layer_bits=None)
+        self.scheme = scheme if quantized_weights else replace(scheme, weights=None, layer_bits=None, side=None)
         # The vanilla weights are not what is learned: checkpoints leave them out.
         self.strict_loading = False
 

@@ -16,6 +16,8 @@ from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.rounders.gptq import GPTQ
 from kurtail_pl.methods.rounders.hqq import HQQ, FloatZero
 from kurtail_pl.methods.rounders.rtn import RTN
+from kurtail_pl.methods.side import Side
+from kurtail_pl.methods.sides.low_rank import LowRank
 from kurtail_pl.methods.tuner import BitTuner, ClipTuner, Tuner, WeightTuner
 from kurtail_pl.methods.tuners.learned_clips import LearnedClips
 from kurtail_pl.methods.tuners.matching import Matching
@@ -35,6 +37,7 @@ __all__ = [
     "Format",
     "Int4PerTokenHead",
     "LearnedClips",
+    "LowRank",
     "Matching",
     "Moments",
     "Needs",
@@ -44,6 +47,7 @@ __all__ = [
     "Rounder",
     "SearchedClips",
     "SensitiveBits",
+    "Side",
     "Sinks",
     "Tuner",
     "Uniform",

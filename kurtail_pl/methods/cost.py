@@ -24,6 +24,7 @@ class Sizes:
         active: parameters that one token meets in a layer (fewer, in a mixture), the mean over layers.
         attention: query heads times their width.
         embedding: parameters of the embedding; the head has as many.
+        ends: widths of what the linears of all decoder layers read, once for those that read the same, and write.
         stored: bytes of a parameter on disk.
         value: bytes of a value that layers compute with.
     """
@@ -37,6 +38,7 @@ class Sizes:
     active: int
     attention: int
     embedding: int
+    ends: int
     stored: int
     value: int = FLOAT32
 
@@ -53,6 +55,7 @@ class Cost:
         memory: bytes while it works on one layer, after the layer's weights are solved.
         before: bytes before the layers are solved, of which `states` are a part.
         states: bytes of hidden states in files.
+        disk: bytes of the artefact beside codes and floats.
         copies: matrices of a weight's size, float32, while that is solved.
         doubles: matrices of a Hessian's size, in its own type, while a weight is solved.
         singles: the same, float32 copies of float64 ones.
@@ -64,6 +67,7 @@ class Cost:
     memory: int = 0
     before: int = 0
     states: int = 0
+    disk: int = 0
     copies: int = 0
     doubles: int = 0
     singles: int = 0

@@ -12,6 +12,7 @@ from kurtail_pl.methods.cache import CacheFormat, bits_name
 from kurtail_pl.methods.defaults import default_cache, default_format
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.method import plain, validated
+from kurtail_pl.methods.side import Side
 
 
 def _activations() -> Quantizer:
@@ -37,10 +38,11 @@ class Scheme:
             (PrefixQuant, arXiv 2410.05265): they take the attention that goes nowhere else, so that no token of the
             text needs massive activations for it; null for none.
         layer_bits: bits of the weights of each decoder layer; null for those of `weights` in all of them.
+        side: a part of each weight that stays in floating point and reads inputs that are not quantized.
 
     Raises:
-        ConfigError: when `attention_output` or `activation_scales` has another value, `layer_bits` stands beside
-            weights that stay float, or static scales beside what has several for a token.
+        ConfigError: when `attention_output` or `activation_scales` has another value, `layer_bits` or a side stands
+            beside weights that stay float, or static scales beside what has several for a token.
     """
 
     weights: Format | None = field(default_factory=default_format)
@@ -51,10 +53,15 @@ class Scheme:
     activation_scales: Literal["token", "static"] = "token"
     prefix: list[int] | None = None
     layer_bits: list[int] | None = None
+    side: Side | None = None
 
     def __post_init__(self) -> None:
         if self.layer_bits is not None:
             self._require_weights_of(self.layer_bits)
+        if self.side is not None and self.weights is None:
+            raise ConfigError(
+                "side is given and weights is null; it stands beside rounded weights: give both, or neither"
+            )
         if self.attention_output not in ("token", "head"):
             raise ConfigError(f"attention_output is {self.attention_output!r}; write token or head")
         if self.centre and self.activations is None:

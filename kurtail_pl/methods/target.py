@@ -71,5 +71,7 @@ def beside_the_quantizers(scheme: Scheme, runtime: str) -> Iterator[str]:
         yield f"{runtime} subtracts no centre from what linears read: write quantization.scheme.centre: false"
     if scheme.static:
         yield f"{runtime} gives each token its own scales: write quantization.scheme.activation_scales: token"
+    if scheme.side is not None:
+        yield f"{runtime} adds nothing to the product of a rounded weight: write quantization.scheme.side: null"
     if scheme.prefix is not None:
         yield f"{runtime} puts no tokens before a text: write quantization.scheme.prefix: null"

@@ -97,6 +97,13 @@ class Architecture:
         """Linears of a layer that write the MLP's output into the residual stream."""
         return tuple(f"{mlp}.{self.down}" for mlp in self.gated_mlps(layer))
 
+    def readers_alike(self, layer: nn.Module) -> list[tuple[str, ...]]:
+        """All linears of a layer, those together that read the same inputs."""
+        found = [self.attention_readers, (self.output,)]
+        for mlp in self.gated_mlps(layer):
+            found += [self.gate_and_up(mlp), (f"{mlp}.{self.down}",)]
+        return found
+
     def linears(self, layer: nn.Module) -> tuple[str, ...]:
         """All linears of a layer, in the order in which data reaches them."""
         return (*self.attention_readers, self.output, *self.mlp_readers(layer), *self.mlp_writers(layer))

@@ -19,7 +19,7 @@ from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix,
 from kurtail_pl.surgery.exact import exact_class
 from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of, mlp_widths
-from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.surgery.linear import QuantizedLinear, put_side, side_buffers
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 
 
@@ -80,6 +80,8 @@ def require_scheme_fits(config: PretrainedConfig, scheme: Scheme) -> None:
     inputs = (config.hidden_size, config.num_attention_heads * head_dim, *mlp_widths(config))
     if scheme.weights is not None:
         scheme.weights.require("weights", inputs)
+    if scheme.side is not None:
+        scheme.side.require(inputs)
     if scheme.activations is not None:
         require_groups("activations", scheme.activations.group_size, inputs)
     if scheme.cache is not None:
@@ -117,7 +119,10 @@ def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Ro
 
 
 def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
-    """Make every equipped module expect what quantization adds to a checkpoint: prefix, centres, grids and codes."""
+    """Make every equipped module expect what quantization adds to a checkpoint.
+
+    That is a prefix, centres, grids, codes and sides.
+    """
     architecture = architecture_of(model.config)
     heads, head_dim = model.config.num_key_value_heads, head_dim_of(model.config)
     for index, layer in enumerate(layers_of(model, architecture)):
@@ -139,6 +144,19 @@ def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
                     module.fix_grid(Grid(one, None if module.activations.symmetric else one))
                 if quantizer is not None:
                     module.expect_codes(quantizer)
+        if scheme.side is not None:
+            for linears in readers_alike(layer, architecture):
+                buffers = side_buffers(linears, scheme.side)
+                empty = {name: torch.empty(b.shape, dtype=b.dtype, device="meta") for name, b in buffers.items()}
+                put_side(linears, scheme.side, empty)
+
+
+def readers_alike(layer: nn.Module, architecture: Architecture) -> list[list[QuantizedLinear]]:
+    """All linears of an equipped decoder layer, those together that read the same inputs."""
+    return [
+        [cast(QuantizedLinear, layer.get_submodule(name)) for name in names]
+        for names in architecture.readers_alike(layer)
+    ]
 
 
 def set_clips(model: PreTrainedModel, clips: Sequence[Mapping[str, float]]) -> None:

@@ -33,7 +33,7 @@ class IntegerWeight(NamedTuple):
 @cache
 def processor_multiplies_integers() -> bool:
     """Whether products of int8 are faster than those of floats here: VNNI, which processors have from 2019 on."""
-    return bool(torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported())
+    return bool(torch.cpu._is_vnni_supported()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def multiplies(activations: Quantizer | None, weights: Format | None) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, fake_quantize, quantize
-from kurtail_pl.methods import Format
-from kurtail_pl.methods.format import Tensors
+from kurtail_pl.methods import Format, Side
+from kurtail_pl.methods.format import Buffer, Tensors
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.integers import (
     IntegerWeight,
@@ -23,6 +25,8 @@ from kurtail_pl.surgery.rotations import OnlineHadamard
 
 class QuantizedLinear(Exact):
     """``y = Q_a(x H - c) W^T + b`` with an optional online rotation H, activation quantizer Q_a and packed weight W.
+
+    Beside the weight there may be a side S (`put_side`), which adds ``(x H - c) S^T``.
 
     The centre c, ``[in]``, is there after `subtract`: the mean of the rotated inputs, whose product with the weight the
     bias holds. After `fix_grid` all tokens share one grid of Q_a, `input_scale` and `input_zero_point`, ``[1]`` both;
@@ -49,7 +53,10 @@ class QuantizedLinear(Exact):
         self.rotation = None if rotation is None else OnlineHadamard(rotation)
         self.activations = activations
         self.weights: Format | None = None
+        self.side: Side | None = None
         self._names: tuple[str, ...] = ()
+        # Who holds what linears share, where that is another one; in a tuple, which makes it no part of this module.
+        self._lender: tuple[QuantizedLinear, ...] = ()
         self.weight: Tensor | None = linear.weight
         self._integers: tuple[list[tuple[Tensor, int]], IntegerWeight] | None = None
         self.bias = linear.bias
@@ -99,7 +106,7 @@ class QuantizedLinear(Exact):
         return self.weights.unpack(self.stored(), self.in_features)
 
     def dense_weight(self) -> Tensor:
-        """The weight as floats, ``[out, in]``."""
+        """The weight as floats, ``[out, in]``, without its side."""
         weight = self.weight  # Read once: it may be computed from rotations that learn.
         if weight is not None:
             return weight
@@ -116,9 +123,9 @@ class QuantizedLinear(Exact):
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the weight multiplies: the input rotated, centred and quantized, ``[..., in]``."""
-        return self._quantized(self.turn(x))
+        return self._quantize(self.turn(x))
 
-    def _quantized(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor) -> Tensor:
         return x if self.activations is None else fake_quantize(x, self.activations, self.input_grid(x.dtype))
 
     def input_grid(self, dtype: torch.dtype) -> Grid | None:
@@ -137,9 +144,14 @@ class QuantizedLinear(Exact):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         x = self.turn(x)
+        y = self._product(x)
+        return y if self.side is None else y + self.side.product(x, self.side_tensors())
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Of turned inputs, quantized, and the weight."""
         weight = self._integer_weight(x)
         if weight is None:
-            return F.linear(self._quantized(x), self.dense_weight().to(x.dtype), self.bias)
+            return F.linear(self._quantize(x), self.dense_weight().to(x.dtype), self.bias)
         assert self.activations is not None
         rows = quantize(x.flatten(0, -2), self.activations, self.input_grid(x.dtype))
         product = integer_product(rows, self.activations, weight).view(*x.shape[:-1], -1)
@@ -167,3 +179,40 @@ class QuantizedLinear(Exact):
         ):
             self._integers = made_from, integer_weight(self.quantized(), self.activations)
         return self._integers[1]
+
+    def side_tensors(self) -> Tensors:
+        """The tensors of its side: what linears share that read the same inputs is the first one's."""
+        assert self.side is not None
+        lender, names = (*self._lender, self)[0], self.side.buffers(self.out_features, self.in_features)
+        return {name: getattr(lender if name in self.side.shared else self, _in_state(name)) for name in names}
+
+
+def side_buffers(linears: Sequence[QuantizedLinear], side: Side) -> dict[str, Buffer]:
+    """The tensors of one side for linears that read the same inputs: for their weights, one above the other."""
+    return side.buffers(sum(linear.out_features for linear in linears), linears[0].in_features)
+
+
+def put_side(linears: Sequence[QuantizedLinear], side: Side, tensors: Tensors) -> None:
+    """Put a side beside the weights of linears that read the same inputs; what they share the first one holds.
+
+    Args:
+        linears: in the order of their rows.
+        side: of their weights, one above the other.
+        tensors: its own; what is not shared has a row for each output of all linears.
+    """
+    first, start = linears[0], 0
+    for linear in linears:
+        linear.side, linear._lender = side, () if linear is first else (first,)
+        rows = slice(start, start + linear.out_features)
+        for name, tensor in tensors.items():
+            if name not in side.shared:
+                # A file holds no tensors that share their memory.
+                linear.register_buffer(_in_state(name), tensor[rows].clone())
+            elif linear is first:
+                linear.register_buffer(_in_state(name), tensor)
+        start = rows.stop
+
+
+def _in_state(name: str) -> str:
+    """Name of a side's tensor among those of a linear."""
+    return f"side_{name}"

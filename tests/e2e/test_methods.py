@@ -73,6 +73,38 @@ def test_from_a_recipe_to_an_artefact(
     assert "ONNX dequantizes evenly spaced integers with integer zero points alone" in capsys.readouterr().err
 
 
+def test_svdquant_down_the_road(
+    kurtail: Callable[..., None], even: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its sides in the file, by two names for linears that read the same; what the page, inspect and an export say."""
+    flags = [GROUPS, "--quantization.scheme.activations.group_size=16", "--quantization.scheme.side.rank=8"]
+    place = recipe.parent
+    kurtail(place, "fit", "--config", recipe, "--data.capture.model", even, "--config", "svdquant", *flags)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    tensors = {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
+    sides = {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".side_" in name}
+    layer = "model.layers.1."
+    assert {name.removeprefix(layer): shape for name, shape in sides.items() if name.startswith(layer)} == {
+        "self_attn.q_proj.side_down": (8, 64), "self_attn.q_proj.side_up": (64, 8),
+        "self_attn.k_proj.side_up": (32, 8), "self_attn.v_proj.side_up": (32, 8),
+        "self_attn.o_proj.side_down": (8, 64), "self_attn.o_proj.side_up": (64, 8),
+        "mlp.gate_proj.side_down": (8, 64), "mlp.gate_proj.side_up": (96, 8), "mlp.up_proj.side_up": (96, 8),
+        "mlp.down_proj.side_down": (8, 96), "mlp.down_proj.side_up": (64, 8),
+    }  # fmt: skip
+    evaluated = json.loads((folder / "results.json").read_text())["evaluation"]
+    assert math.isfinite(evaluated["perplexity"])
+    assert "beside them a side of rank 8 in 16 bits" in (folder / "README.md").read_text()
+    capsys.readouterr()
+    kurtail(place, "inspect", folder)
+    assert "- beside the quantizers: a side of rank 8 in 16 bits" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
+    assert "quantize with side: null" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "fit", "--config", recipe, "--config", "svdquant", "--target", "onnxruntime", "--overwrite")
+    assert "write quantization.scheme.side: null" in capsys.readouterr().err
+
+
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model with packed weights, and with the floats that they stand for."""
     packed, unpacked = kurtail_pl.load(folder), kurtail_pl.load(folder)

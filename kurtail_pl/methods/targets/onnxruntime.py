@@ -30,6 +30,8 @@ class ONNXRuntime(Target):
     def lacks(self, scheme: Scheme) -> Iterator[str]:
         """What has no type in ONNX, or no place in the cache."""
         weights = scheme.weights
+        if scheme.side is not None:
+            yield f"the graph has rounded weights alone: write {SCHEME}.side: null"
         if weights is not None and weights.integers is None:
             yield (
                 f"ONNX has evenly spaced weights with integer zero points alone: write {SCHEME}.weights: "

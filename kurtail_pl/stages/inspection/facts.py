@@ -90,13 +90,14 @@ def _of_artefact(folder: Path) -> Facts:
         "a prefix": scheme.prefix is not None,
         "a clip of its own at each site": bool(card.get("clips")),
     }
+    beside = [] if scheme.side is None else [scheme.side.sentence()]
     return Facts(
         kind="artefact",
         weights=FLOAT if scheme.weights is None else scheme.weights.sentence(),
         activations=FLOAT if scheme.activations is None else str(scheme.activations),
         cache=FLOAT if scheme.cache is None else scheme.cache.sentence(),
         online=tuple(NUMBERS[name] for name in rotations.online),
-        own=tuple(name for name, there in own.items() if there),
+        own=(*(name for name, there in own.items() if there), *beside),
     )
 
 

@@ -77,7 +77,7 @@ def quantize(run: Run, spec: QuantizeSpec) -> StagePlan:
     models = 2 if spec.needs_float_model else 1
     costs = [method.cost(s) for method in spec.methods]
     measured = sensitivity.cost(s) if spec.bits is not None else Cost()
-    kept = sum(cost.states for cost in costs)
+    kept, beside = sum(cost.states for cost in costs), sum(cost.disk for cost in costs)
     if calibration:
         kept += models * run.states(spec.text) + calibration * s.widest * value
     embedding = s.embedding * FLOAT32
@@ -93,7 +93,7 @@ def quantize(run: Run, spec: QuantizeSpec) -> StagePlan:
         kept,
         max(embedding + s.embedding * FLOAT16, solved, measured.before),
         max(embedding, solved + run.window(spec.text)) + SEARCH_BYTES,
-        JOINED * (s.stack // 2 + 2 * s.embedding * FLOAT16) + kept + measured.states,
+        JOINED * (s.stack // 2 + 2 * s.embedding * FLOAT16 + beside) + kept + measured.states,
         flops,
         sum(cost.passes for cost in costs),
         "fewer calibration windows (quantization.text.windows)",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypedDict
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from kurtail_pl.maths.quantizers import Quantized
 from kurtail_pl.methods import Format, Moments, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Site, Tuning
@@ -18,6 +16,7 @@ from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fix_grid, received_by
 from kurtail_pl.stages.quantization.float_layer import FloatLayer, set_aside
 from kurtail_pl.stages.quantization.moments import moments_of
+from kurtail_pl.stages.quantization.weights import Notes, WeightSolver
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.experts import routed
@@ -29,19 +28,6 @@ Inputs = Callable[[], Iterable[Tensor]]
 """The inputs of linears, window by window, ``[1, tokens, in]``; made anew whenever they are needed."""
 
 
-class Notes(TypedDict):
-    """What was not as usual.
-
-    `fallbacks` are linears rounded to nearest, or not matched, because their Hessian was not positive definite,
-    `expert_tokens` how many calibration tokens the router sent to each expert, and `borrowers` experts that borrowed
-    tokens of others.
-    """
-
-    fallbacks: list[str]
-    expert_tokens: dict[str, int]
-    borrowers: list[str]
-
-
 class LayerSolver:
     """Turns the weights of decoder layers into codes.
 
@@ -51,7 +37,7 @@ class LayerSolver:
 
     Args:
         walker: runs the layers.
-        scheme: what is calibrated, which needs inputs.
+        scheme: what is calibrated, which needs inputs, and the side of the weights.
         rounder: turns weights into codes.
         match: matches each weight to its quantized inputs first; None leaves the weights as they are. The walker's
             layers must quantize.
@@ -68,12 +54,12 @@ class LayerSolver:
         ranks: Ranks = ALONE,
         by_attention: bool = False,
     ) -> None:
-        self.walker, self.scheme, self.rounder = walker, scheme, rounder
-        self.match, self.ranks, self.by_attention = match, ranks, by_attention
+        self.walker, self.scheme, self.ranks, self.by_attention = walker, scheme, ranks, by_attention
         self._weights: Format | None = None
         self._exact: FloatLayer | None = None
         self._tuning: Tuning | None = None
         self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
+        self._solver = WeightSolver(rounder, match, scheme.side, self.notes)
 
     def solve_layer(
         self,
@@ -163,7 +149,9 @@ class LayerSolver:
             self._calibrate((down,), (linear,), read_by_down)
             exact_inputs = exact.down_inputs(mlp, wanted()) if exact and wanted else None
             moments = self._moments(linear, read_by_down(), exact_inputs)
-        self._pack(layer, prefix, (down,), moments)
+        solved = _linears(layer, prefix, (down,))
+        self._solver.take_side(solved, moments, self._weights)
+        self._solver.pack(solved, moments, self._weights)
 
     def _experts(self, layer: nn.Module, prefix: str, normed: Inputs) -> None:
         """Quantize every expert on the tokens routed to it."""
@@ -171,7 +159,7 @@ class LayerSolver:
         assert architecture.router is not None
         router, mlps = layer.get_submodule(architecture.router), architecture.gated_mlps(layer)
         index = [routed(router, x.flatten(0, 1)) for x in normed()]
-        needs_tokens = bool(self.rounder.needs) or self.scheme.static
+        needs_tokens = bool(self._solver.needs) or self.scheme.static
         for number, mlp in enumerate(mlps):
             chosen = [(window == number).any(-1) for window in index]
             if needs_tokens:
@@ -214,11 +202,14 @@ class LayerSolver:
         linears = [layer.get_submodule(name) for name in names]
         self._calibrate(names, linears, inputs)
         apart = () if received is None else (self.walker.architecture.value,)
-        together = tuple(name for name in names if name not in apart)
-        self._pack(layer, prefix, together, self._moments(linears[0], inputs(), wanted() if wanted else None))
+        together = [name for name in names if name not in apart]
+        moments = self._moments(linears[0], inputs(), wanted() if wanted else None)
+        self._solver.take_side(_linears(layer, prefix, names), moments, self._weights)
+        self._solver.pack(_linears(layer, prefix, together), moments, self._weights)
         if apart:
+            del moments  # Which would be the largest thing beside those that follow.
             moments = self._moments(linears[0], inputs(), wanted() if wanted else None, received)
-            self._pack(layer, prefix, apart, moments)
+            self._solver.pack(_linears(layer, prefix, apart), moments, self._weights)
 
     def _calibrate(self, names: Iterable[str], linears: Iterable[nn.Module], inputs: Inputs) -> None:
         """Give linears that read the same inputs what the scheme takes from these."""
@@ -241,45 +232,18 @@ class LayerSolver:
         counts: Sequence[Tensor] | None = None,
     ) -> Moments:
         """Of what the linear's weight multiplies, over all tokens as they count; None where a product has no use."""
-        solves = self._weights is not None and bool(self.rounder.needs)
-        if not solves and self.match is None:
+        solves, matches = self._weights is not None and bool(self._solver.needs), self._solver.match is not None
+        if not solves and not matches:
             return Moments(None, None)
         assert isinstance(linear, QuantizedLinear)
-        crossed = self.match is not None or wanted is not None
+        crossed = matches or wanted is not None
         found = moments_of(linear, inputs, wanted, counts, crossed, self.walker.device)
         return Moments(*(None if part is None else self.ranks.sum(part) for part in found))
 
-    def _pack(self, layer: nn.Module, prefix: str, names: tuple[str, ...], moments: Moments) -> None:
-        """Match the weights of linears that read the same inputs to these, and quantize them."""
-        for name in names:
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, QuantizedLinear)
-            assert linear.weight is not None
-            weight = self._matched(f"{prefix}.{name}", linear.weight, moments)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if self._weights is not None:
-                linear.pack(self._codes(f"{prefix}.{name}", weight, moments, self._weights), self._weights)
 
-    def _matched(self, name: str, weight: Tensor, moments: Moments) -> Tensor:
-        if self.match is not None and moments.hessian is not None and moments.cross is not None:
-            try:
-                return self.match.tuned(weight, moments)
-            except LinAlgError:
-                log.warning("%s: the Hessian is not positive definite; its weight is not matched", name)
-                self._note_fallback(name)
-        return weight
-
-    def _codes(self, name: str, weight: Tensor, moments: Moments, weights: Format) -> Quantized:
-        try:
-            return self.rounder.codes(weight, weights, moments)
-        except LinAlgError:
-            log.warning("%s: the Hessian is not positive definite; its weight is rounded to nearest", name)
-            self._note_fallback(name)
-            return weights.nearest(weight)
-
-    def _note_fallback(self, name: str) -> None:
-        if name not in self.notes["fallbacks"]:
-            self.notes["fallbacks"].append(name)
+def _linears(layer: nn.Module, prefix: str, names: Iterable[str]) -> dict[str, QuantizedLinear]:
+    """Linears of a layer, by their names in the model."""
+    return {f"{prefix}.{name}": cast(QuantizedLinear, layer.get_submodule(name)) for name in names}
 
 
 def _evenly(candidates: Tensor, count: int, ranks: Ranks) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kurtail_pl.artefact.shards import ShardWriter, named
+from kurtail_pl.artefact.skeleton import bits_per_weight
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.methods.tuner import Block, Site, Tuning
 from kurtail_pl.ranks import Ranks
@@ -159,6 +160,7 @@ class Rounding:
             "scheme": self.scheme.to_dict(),
             **self.solver.notes,
             "clips": self.clips,
+            "bits_per_weight": bits_per_weight(self.walker.model, self.scheme),
             "sensitivities": self.work.state.get("sensitivities"),
             "versions": versions(),
         }
@@ -180,9 +182,7 @@ def _state(name: str, module: nn.Module, architecture: Architecture) -> dict[str
 
 def _sites(layer: nn.Module, architecture: Architecture) -> list[Site]:
     """What has one clip in a decoder layer: linears that read the same inputs, its keys, its values."""
-    readers = [architecture.attention_readers, (architecture.output,)]
-    for mlp in architecture.gated_mlps(layer):
-        readers += [architecture.gate_and_up(mlp), (f"{mlp}.{architecture.down}",)]
+    readers = architecture.readers_alike(layer)
     inputs = [Site("activations", {name: layer.get_submodule(name) for name in names}) for names in readers]
     attention = {architecture.attention: layer.get_submodule(architecture.attention)}
     return [*inputs, Site("keys", attention), Site("values", attention)]

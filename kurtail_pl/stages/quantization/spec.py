@@ -81,14 +81,17 @@ class QuantizeSpec:
 
     @property
     def rounding(self) -> str:
-        """Short name of how weights are rounded, and to what where that is not integers."""
-        weights = self.scheme.weights
-        return "-".join(part for part in ("" if weights is None else weights.label, self.rounder.label) if part)
+        """Short name of how weights are rounded, to what where that is not integers, and beside which side."""
+        weights, side = self.scheme.weights, self.scheme.side
+        labels = ("" if weights is None else weights.label, self.rounder.label, "" if side is None else side.label)
+        return "-".join(label for label in labels if label)
 
     @property
     def needs(self) -> Needs:
-        """What the rounder asks for, where it has something to do."""
-        return Needs.NOTHING if self.scheme.weights is None else self.rounder.needs
+        """What rounder and side ask for, where they have something to do."""
+        if self.scheme.weights is None:
+            return Needs.NOTHING
+        return self.rounder.needs | (Needs.NOTHING if self.scheme.side is None else self.scheme.side.needs)
 
     @property
     def needs_float_model(self) -> bool:
@@ -109,7 +112,7 @@ class QuantizeSpec:
     def methods(self) -> list[Method]:
         """What works on weights, cache and clips."""
         weights = [] if self.scheme.weights is None else [self.scheme.weights, self.rounder]
-        others = (self.scheme.cache, self.matching, self.clips, self.bits)
+        others = (self.scheme.side, self.scheme.cache, self.matching, self.clips, self.bits)
         return [*weights, *(method for method in others if method is not None)]
 
     def to_dict(self) -> dict[str, Any]:

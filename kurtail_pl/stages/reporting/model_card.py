@@ -35,7 +35,7 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         + _target(card.get("quantize") or {})
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
-        f"Weights on disk: {gigabytes(results['disk_bytes'])}.\n{tasks}\n"
+        f"Weights on disk: {gigabytes(results['disk_bytes'])}{_bits_per_weight(card)}.\n{tasks}\n"
         "Weights are stored as packed integers; activations and the KV cache are quantized at run time, with the "
         "numbers that an integer kernel gives. `kurtail.json` holds every setting, seed, version and hash.\n\n"
         "```python\nimport kurtail_pl\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -104,6 +104,8 @@ def _weights(scheme: Scheme, quantize: dict[str, Any]) -> str:
         said.append(Rounder.from_dict(quantize["rounder"]).sentence())
         if matching := quantize.get("matching"):
             said.append(WeightTuner.from_dict(matching).sentence())
+    if scheme.side is not None:
+        said.append(f"beside them {scheme.side.sentence()}")
     bits = "" if scheme.layer_bits is None else f"; but with bits of each layer's own, {_bits(scheme.layer_bits)}"
     return ", ".join(said) + bits
 
@@ -117,6 +119,12 @@ def _activations(scheme: Scheme) -> str:
     if scheme.static:
         said += "; one calibrated scale for all tokens of each input"
     return said
+
+
+def _bits_per_weight(card: dict[str, Any]) -> str:
+    """What a number of a linear's weight takes; nothing where these are float, or the artefact is older."""
+    bits = card.get("bits_per_weight")
+    return "" if bits is None else f", {bits:.3g} bits for each number of a linear, scales and all else included"
 
 
 def _bits(layers: list[int]) -> str:

@@ -148,6 +148,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.clips": "kurtail_pl.methods.SearchedClips",
         "quantization.matching": "kurtail_pl.methods.Matching",
         "quantization.bits": "kurtail_pl.methods.SensitiveBits",
+        "quantization.scheme.side": "kurtail_pl.methods.LowRank",
     }
     written: dict[str, tuple[str, Any]] = {
         "trainer.logger": ("false", False),
@@ -175,7 +176,10 @@ def another(path: str, value: Any) -> tuple[str, Any]:
     return "elsewhere", "elsewhere"
 
 
-CLASSES = ("model.init_args.scheduler", "quantization.matching", "quantization.clips", "quantization.bits")
+CLASSES = (
+    "model.init_args.scheduler", "quantization.matching", "quantization.clips", "quantization.bits",
+    "quantization.scheme.side",
+)  # fmt: skip
 """Settings that are null, and may be an object of a class."""
 OPTIONAL = {
     "fusion.scales": "seed", "fusion.signs": "candidates", 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import NVFP4, FloatZero, Format, Normal, Uniform
+from kurtail_pl.methods import NVFP4, FloatZero, Format, LowRank, Normal, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.text import TextSpec
@@ -112,6 +112,11 @@ def test_blocks_of_sixty_four(make_artefact: MakeArtefact, tmp_path: Path) -> No
 def test_a_centre_where_there_is_no_bias(make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact("qwen3", activations=Quantizer(8), centre=True)
     assert refused(artefact, tmp_path, r"o_proj has a bias.*scheme\.centre: false")
+
+
+def test_a_side(make_artefact: MakeArtefact, tmp_path: Path) -> None:
+    artefact = make_artefact("llama3", side=LowRank(4))
+    assert refused(artefact, tmp_path, r"a side of rank 4 in 16 bits, .* quantize with scheme\.side: null")
 
 
 def test_a_prefix(make_artefact: MakeArtefact, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from kurtail_vllm.exporter import VLLM
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import FloatZero, Normal, PerTokenHead, Q4_0Cache, SearchedClips, Sinks, Uniform
+from kurtail_pl.methods import FloatZero, LowRank, Normal, PerTokenHead, Q4_0Cache, SearchedClips, Sinks, Uniform
 from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
@@ -27,6 +27,7 @@ A4, A8 = Quantizer(4), Quantizer(8)
         ({"weights": Uniform(3)}, "q_proj has weights of 3 bits; vLLM's kernels read 4 and 8"),
         ({"layer_bits": [4, 2, 8]}, r"layers\.1\.self_attn\.q_proj has weights of 2 bits"),
         ({"activations": A4, "centre": True}, "quantize with centre: false"),
+        ({"side": LowRank(4)}, "a side of rank 4 in 16 bits, .* vLLM does not add: quantize with side: null"),
         ({"prefix": [5, 7]}, r"prefix is \[5, 7\].*quantize with prefix: null"),
         ({"cache": PerTokenHead(sinks=Sinks(2, 8))}, "quantize with sinks: null"),
         ({"cache": PerTokenHead(centre_keys=True)}, "quantize with centre_keys: false"),

@@ -17,7 +17,7 @@ from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import PerTokenHead
+from kurtail_pl.methods import LowRank, PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture.stage import CaptureSpec
@@ -158,6 +158,9 @@ def test_bits_by_layer_are_nothing_to_learn_through() -> None:
     with pytest.raises(ConfigError, match="quantized_weights is true and layer_bits are given"):
         SpinQuantModule(SIZES, Aim(Scheme(layer_bits=[4, 4, 4, 4])), quantized_weights=True)
     assert module(Scheme(layer_bits=[4, 4, 4, 4])).scheme == A4
+    with pytest.raises(ConfigError, match="quantized_weights is true and side is given"):
+        SpinQuantModule(SIZES, Scheme(side=LowRank(2)), quantized_weights=True)
+    assert module(Scheme(side=LowRank(2))).scheme == A4
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from kurtail_pl.cli.export import exporters
-from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, WeightTuner
+from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, Side, WeightTuner
 from kurtail_pl.methods.method import Method
 
-SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, ClipTuner, BitTuner, WeightTuner]
+SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, Side, ClipTuner, BitTuner, WeightTuner]
 ROOT = Path(__file__).resolve().parents[3]
 FORMS = tuple(ROOT / "export" / package / "forms.py" for package in ("kurtail_onnx", "kurtail_gguf", "kurtail_vllm"))
 ALLOWED = (ROOT / "kurtail_pl" / "methods", *FORMS)
@@ -43,6 +43,7 @@ def test_no_file_names_a_method() -> None:
         "HQQ",
         "PerTokenHead",
         "SearchedClips",
+        "LowRank",
         "SensitiveBits",
         "Matching",
     }
@@ -65,7 +66,7 @@ def test_no_other_package_names_an_exporter() -> None:
 @pytest.mark.parametrize("seam", SEAMS)
 def test_every_method_has_a_file_and_a_sentence(seam: type[Method]) -> None:
     for kind in seam.kinds().values():
-        assert re.fullmatch(r"kurtail_pl\.methods\.(formats|caches|rounders|tuners)\.\w+", kind.__module__)
+        assert re.fullmatch(r"kurtail_pl\.methods\.(formats|caches|rounders|sides|tuners)\.\w+", kind.__module__)
         sentence = kind().sentence()
         assert sentence
         assert not sentence.endswith(".")

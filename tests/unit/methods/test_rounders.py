@@ -13,7 +13,9 @@ from kurtail_pl.methods import GPTQ, HQQ, MXFP4, NVFP4, RTN, FloatZero, Format, 
 from kurtail_pl.methods.cost import Sizes
 
 NOTHING = Moments(None, None)
-SIZES = Sizes(layers=1, hidden=8, widest=8, wide=64, stack=64, layer=64, active=64, attention=8, embedding=80, stored=4)
+SIZES = Sizes(
+    layers=1, hidden=8, widest=8, wide=64, stack=64, layer=64, active=64, attention=8, embedding=80, ends=16, stored=4
+)
 FORMATS: list[Format] = [
     Normal(2), Normal(3), Normal(4), Normal(4, 16), Uniform(3), Uniform(4, False, group_size=16),
     FloatZero(3, group_size=16), MXFP4(), NVFP4(), Uniform(4, False, 16, "float16"),

@@ -7,7 +7,7 @@ import pytest
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import NVFP4, Format, Normal, PerTokenHead, Sinks, Uniform
+from kurtail_pl.methods import NVFP4, Format, LowRank, Normal, PerTokenHead, Sinks, Uniform
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 
 CACHE2 = Quantizer(2, symmetric=False)
@@ -50,6 +50,7 @@ def test_defaults_are_the_papers() -> None:
         Scheme(weights=Uniform(3, group_size=16), layer_bits=[2, 8]),
         Scheme(weights=Normal(3, 16), layer_bits=[2, 8]),
         Scheme(weights=NVFP4()),
+        Scheme(side=LowRank(8, rounds=3, weighted=False)),
         Scheme(weights=Uniform(4, False, 32, "float16")),
     ],
 )
@@ -74,7 +75,7 @@ def test_plain_data_names_every_setting() -> None:
 
 def test_cards_of_before_there_were_other_scales_are_read() -> None:
     data = Scheme(cache=None).to_dict()
-    for key in ("attention_output", "layer_bits", "activation_scales", "prefix"):
+    for key in ("attention_output", "layer_bits", "activation_scales", "prefix", "side"):
         del data[key]
     assert Scheme.from_dict(data) == Scheme(cache=None)
 
@@ -136,6 +137,9 @@ def cache_of(**settings: Any) -> dict[str, Any]:
         (cache_of(keys={"bits": "4"}), "PerTokenHead.keys.bits is '4': Input should be a valid integer"),
         (cache_of(sinks={"tokens": "1"}), "PerTokenHead.sinks.tokens is '1'"),
         ({"cache": {"kind": "Uniform", "settings": {}}}, "'Uniform' is no cache format of this version"),
+        ({"side": {"kind": "LowRank", "settings": {"rank": 0}}}, "side.rank is 0; give a positive number"),
+        ({"side": {"kind": "LowRank", "settings": {"rounds": 0}}}, "side.rounds is 0; give a positive number"),
+        ({"side": {"kind": "Uniform", "settings": {}}}, "'Uniform' is no side of this version"),
         ({"keys": None}, "Scheme.keys is None: Unexpected"),
         ({"prefix": ["a"]}, "Scheme.prefix.0 is 'a'"),
         ({"centre": "yes"}, "Scheme.centre is 'yes'"),
@@ -146,6 +150,11 @@ def cache_of(**settings: Any) -> dict[str, Any]:
 def test_unusable_data_raises(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Scheme.from_dict(data)
+
+
+def test_a_side_of_weights_that_stay_float_is_refused() -> None:
+    with pytest.raises(ConfigError, match="side is given and weights is null"):
+        Scheme(weights=None, side=LowRank())
 
 
 def test_centring_what_is_not_quantized_is_refused() -> None:

@@ -8,8 +8,8 @@ from kurtail_pl.maths.hadamard import HadamardFactors, random_hadamard_factors
 from kurtail_pl.maths.normal_grid import normal_levels
 from kurtail_pl.maths.quantizers import Clip, Grid, Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
-from kurtail_pl.methods import Normal, Uniform
-from kurtail_pl.surgery.linear import QuantizedLinear
+from kurtail_pl.methods import LowRank, Normal, Uniform
+from kurtail_pl.surgery.linear import QuantizedLinear, put_side
 
 IN, OUT = 48, 10
 WEIGHTS = [
@@ -266,3 +266,46 @@ def test_levels_of_the_normal_distribution(bits: int, group_size: int | None) ->
     unpacked.unpack()
     assert torch.equal(other(x), packed(x))
     assert torch.equal(unpacked(x), packed(x))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_side_reads_what_the_quantizer_reads_before_it_is_rounded(centred: bool) -> None:
+    """``Q(x H - c) Q(R)^T + (x H - c) (U V)^T + b``, all in float64."""
+    layer, x, draw = linear(), rows(), torch.Generator().manual_seed(3)
+    down, up = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((2, IN), (OUT, 2)))
+    module = QuantizedLinear(layer, factors(), Quantizer(4, clip=Clip(amount=0.9)))
+    turned, bias = x @ factors().dense(), layer.bias
+    if centred:
+        centre = torch.randn(IN, generator=draw, dtype=torch.float64)
+        module.subtract(centre)
+        turned, bias = turned - centre, layer.bias + layer.weight @ centre
+    put_side([module], LowRank(2), {"down": down, "up": up})
+    module.weight = nn.Parameter(layer.weight - up @ down, requires_grad=False)
+    # Without quantizers, the layer behind the rotation.
+    module.activations, activations = None, module.activations
+    torch.testing.assert_close(module(x), x @ factors().dense() @ layer.weight.T + layer.bias, rtol=1e-11, atol=1e-11)
+    module.activations = activations
+    quantized = round_to_nearest(module.weight.data, search_grid64(module.weight.data), Quantizer(4))
+    module.pack(quantized, Uniform(4))
+    expected = per_token(turned, 4, 0.9) @ dense(quantized).T + turned @ (up @ down).T + bias
+    torch.testing.assert_close(module(x), expected, rtol=1e-11, atol=1e-11)
+    module.unpack()
+    torch.testing.assert_close(module(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def search_grid64(weight: Tensor) -> Grid:
+    return Grid(search_grid(weight, Quantizer(4)).scale.to(weight), None)
+
+
+def test_linears_that_read_the_same_hold_what_they_share_once() -> None:
+    modules = [QuantizedLinear(linear(), None, None) for _ in range(3)]
+    draw = torch.Generator().manual_seed(3)
+    down, up = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((2, IN), (3 * OUT, 2)))
+    put_side(modules, LowRank(2), {"down": down, "up": up})
+    names = [set(module.state_dict()) - {"weight", "bias"} for module in modules]
+    assert names == [{"side_down", "side_up"}, {"side_up"}, {"side_up"}]
+    assert len({module.state_dict()["side_up"].untyped_storage().data_ptr() for module in modules}) == 3
+    assert [name for name, _ in nn.ModuleList(modules).named_modules()] == ["", "0", "1", "2"]
+    for module, part in zip(modules, up.split(OUT), strict=True):
+        expected = rows() @ (linear().weight + part @ down).T + linear().bias
+        torch.testing.assert_close(module(rows()), expected, rtol=1e-11, atol=1e-11)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kurtail_pl.cli.main import main
 from kurtail_pl.errors import ArtefactError, CheckpointError
+from kurtail_pl.methods import LowRank
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.inspection.facts import facts_of
@@ -77,6 +78,9 @@ def test_a_fused_model_is_float(fused: Path) -> None:
 def test_what_only_torch_computes_is_named(fused: Path, text: TextSpec, tmp_path: Path) -> None:
     spec = QuantizeSpec(Scheme(centre=True, prefix=[1]), text=text)
     assert facts_of(quantize(fused, spec, tmp_path / "centred")).own == ("centres", "a prefix")
+    spec = QuantizeSpec(Scheme(side=LowRank(4)), text=text)
+    (side,) = facts_of(quantize(fused, spec, tmp_path / "side")).own
+    assert side.startswith("a side of rank 4 in 16 bits")
 
 
 def test_a_plain_model(tied: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from families import FAMILIES, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips, Normal, SensitiveBits
+from kurtail_pl.methods import GPTQ, RTN, LearnedClips, LowRank, Normal, SensitiveBits
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.fusion.scales import ScaleSpec
@@ -170,6 +170,27 @@ def test_learned_clips_take_their_windows_and_three_passes_a_step() -> None:
     )
     # One layer in float32, its gradients and more, but nothing of the others.
     assert 0 < learned.memory - plain.memory < 4 * 4 * sizes_of(config).layer
+
+
+def test_a_side_is_on_the_disk_and_takes_products() -> None:
+    """Both matrices in 16 bits for queries, keys and values, the output, gate and up, and down, written twice."""
+    config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
+    sides = (None, LowRank(32), LowRank(32, rounds=4, weighted=False), LowRank(32, rounds=4))
+    specs = [QuantizeSpec(Scheme(side=side), RTN(), text=text) for side in sides]
+    none, once, rounds, weighted = (planned(config, CaptureSpec("x", text, 9), s, 0)["quantize"] for s in specs)
+    hidden, width = config.hidden_size, config.intermediate_size
+    widths = (hidden + 3 * hidden) + 2 * hidden + (hidden + 2 * width) + (width + hidden)
+    assert once.disk - none.disk == rounds.disk - none.disk == 2 * 2 * 32 * 32 * widths
+    assert none.memory == once.memory == rounds.memory
+    assert none.flops < once.flops < rounds.flops
+    assert weighted.disk - rounds.disk >= 2 * 8 * 512 * hidden * 4
+    assert weighted.flops - rounds.flops > sizes_of(config).forward(8 * 512, 512)
+    gptq, beside = (
+        planned(config, CaptureSpec("x", text, 9), QuantizeSpec(Scheme(side=side), text=text), 0)["quantize"]
+        for side in (None, LowRank(32, rounds=2))
+    )
+    # Two matrices of the widest Hessian's size more, and four of the weight's.
+    assert beside.memory - gptq.memory == 2 * width**2 * 4 + 4 * hidden * width * 4
 
 
 def test_gptaq_takes_the_float_model_along() -> None:

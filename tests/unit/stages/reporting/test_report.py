@@ -15,7 +15,7 @@ from results import results_of
 
 import kurtail_pl
 from kurtail_pl.errors import ArtefactError
-from kurtail_pl.methods import RTN, Normal
+from kurtail_pl.methods import RTN, LowRank, Normal
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.capture.stage import CaptureSpec, capture
 from kurtail_pl.stages.evaluation.results import RESULTS, evaluate_folder
@@ -152,6 +152,24 @@ def test_the_model_card_says_that_scales_are_static_and_what_stands_before_texts
     card = (folder / "README.md").read_text()
     assert said in card
     assert "- before every text: float keys and values of the tokens [5, 7]\n" in card
+
+
+def test_the_model_card_says_what_stands_beside_the_weights(
+    fused: Path, text: TextSpec, store: ActivationStore, tmp_path: Path
+) -> None:
+    """Bits are those of the file: codes, scales, and both matrices of the side, over the numbers of all linears."""
+    folder = quantize(fused, QuantizeSpec(Scheme(side=LowRank(2)), RTN(), text=text), tmp_path / "side")
+    evaluate_folder(Checkpoint(folder), folder, text, store, 40)
+    report(folder)
+    card = (folder / "README.md").read_text()
+    said = "rounded to nearest, beside them a side of rank 2 in 16 bits, which reads the inputs before they are rounded"
+    assert f"- weights: 4-bit integers, symmetric, per output channel, {said}\n" in card
+    hidden, attention, cache, width = 48, 96, 32, 172
+    rows = [attention, cache, cache, hidden, width, width, hidden]
+    columns = [hidden, hidden, hidden, attention, hidden, hidden, width]
+    numbers = sum(out * read for out, read in zip(rows, columns, strict=True))
+    side = 2 * (sum(rows) + hidden + attention + hidden + width)
+    assert f"{(4 * numbers + 32 * sum(rows) + 16 * side) / numbers:.3g} bits for each number of a linear" in card
 
 
 def test_report_of_the_float_reference_has_no_model_card(artefacts: Path) -> None:
