@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import BatchEncoding, GenerationMixin
+from transformers import BatchEncoding
 
 from kurtail_pl.artefact.load import load
 from kurtail_pl.artefact.skeleton import whole_model
@@ -21,7 +21,7 @@ def prompted(checkpoint: Checkpoint, prompt: str, tokens: int) -> BatchEncoding:
     Raises:
         ConfigError: when it has no token, or with so many tokens after it is longer than the model's positions.
     """
-    found = checkpoint.tokenizer()(prompt, return_tensors="pt", return_token_type_ids=False)
+    found: BatchEncoding = checkpoint.tokenizer()(prompt, return_tensors="pt", return_token_type_ids=False)
     length = found["input_ids"].shape[1]
     if not length:
         raise ConfigError(f"the prompt is {prompt!r}; give one of at least one token")
@@ -47,5 +47,5 @@ def continuation(checkpoint: Checkpoint, prompt: str, tokens: int) -> str:
     tokenizer, start = checkpoint.tokenizer(), prompted(checkpoint, prompt, tokens)
     model = load(checkpoint.folder) if is_ours(checkpoint.folder) else whole_model(checkpoint)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    made = cast(GenerationMixin, model).generate(**start, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+    made = cast(Any, model).generate(**start, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
     return str(tokenizer.decode(made[0, start["input_ids"].shape[1] :], skip_special_tokens=True))
