@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kurtail_pl.maths.quantizers import Quantized
+from kurtail_pl.maths.relative_error import relative_errors
 from kurtail_pl.methods import Format, Moments, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Site, Tuning
@@ -30,13 +31,14 @@ Inputs = Callable[[], Iterable[Tensor]]
 
 
 class Notes(TypedDict):
-    """What was not as usual.
+    """What rounding did, and what was not as usual.
 
-    `fallbacks` are linears rounded to nearest, or not matched, because their Hessian was not positive definite,
-    `expert_tokens` how many calibration tokens the router sent to each expert, and `borrowers` experts that borrowed
-    tokens of others.
+    `errors` are those of each linear (`maths.relative_error`). `fallbacks` are linears rounded to nearest, or not
+    matched, because their Hessian was not positive definite, `expert_tokens` how many calibration tokens the router
+    sent to each expert, and `borrowers` experts that borrowed tokens of others.
     """
 
+    errors: dict[str, dict[str, float]]
     fallbacks: list[str]
     expert_tokens: dict[str, int]
     borrowers: list[str]
@@ -73,7 +75,7 @@ class LayerSolver:
         self._weights: Format | None = None
         self._exact: FloatLayer | None = None
         self._tuning: Tuning | None = None
-        self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
+        self.notes = Notes(errors={}, fallbacks=[], borrowers=[], expert_tokens={})
 
     def solve_layer(
         self,
@@ -258,7 +260,10 @@ class LayerSolver:
             weight = self._matched(f"{prefix}.{name}", linear.weight, moments)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if self._weights is not None:
-                linear.pack(self._codes(f"{prefix}.{name}", weight, moments, self._weights), self._weights)
+                codes = self._codes(f"{prefix}.{name}", weight, moments, self._weights)
+                errors = relative_errors(weight, self._weights.values(codes), moments.hessian)
+                self.notes["errors"][f"{prefix}.{name}"] = errors
+                linear.pack(codes, self._weights)
 
     def _matched(self, name: str, weight: Tensor, moments: Moments) -> Tensor:
         if self.match is not None and moments.hessian is not None and moments.cross is not None:
