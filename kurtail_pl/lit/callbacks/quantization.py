@@ -19,7 +19,7 @@ from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name
 from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.spec import calibration_windows, require_fit, tuning_windows
-from kurtail_pl.stages.reporting.page.model import write_curves
+from kurtail_pl.stages.reporting.page.model import CURVES, write_curves
 from kurtail_pl.stages.reporting.report import REPORT
 from kurtail_pl.storage.card import is_ours, read_card
 from kurtail_pl.storage.files import refuse_existing
@@ -86,7 +86,7 @@ class WeightQuantization(CheckedCallback):
         if not made:
             quantize(fused, self.spec, folder, self.overwrite, data.compute, data.ranks)
         curves = callback_of(trainer, Curves)
-        if data.ranks.leads and curves is not None and curves.steps:
+        if data.ranks.leads and curves is not None and curves.steps and not (folder / CURVES).is_file():
             write_curves(folder, curves.steps, curves.values)
 
     def _awaits_evaluation(self, folder: Path, data: StoredModel) -> bool:
