@@ -90,6 +90,7 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
     assert "The capital of France is" in printed["python"]
     assert len(printed["python"].split()) > 10
     promised = {"config.json", "rotations.safetensors", "tokenizer.json", "kurtail.json", "results.json", "report.md"}
+    promised |= {"report.html", "training.json"}
     artefact = tmp_path / "artifacts" / "smoke"
     assert promised <= {path.name for path in artefact.iterdir()}
     assert not (tmp_path / "runs" / "steps" / "store").exists()  # capture was a dry run
