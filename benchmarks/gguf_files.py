@@ -14,11 +14,12 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xllamacpp
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor, quants
 
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -28,8 +29,15 @@ FORCED = 1e4
 
 
 def rounded(path: Path, kind: GGMLQuantizationType) -> Path:
-    """A copy of a file of floats whose layers' matrices have another type."""
-    reader, out = GGUFReader(path), path.with_name(f"{path.stem}-{kind.name}.gguf")
+    """A copy of a file whose layers' matrices have another type."""
+    out = path.with_name(f"{path.stem}-{kind.name}.gguf")
+    rewrite(path, out, kind, lambda tensor: quants.dequantize(tensor.data, tensor.tensor_type))
+    return out
+
+
+def rewrite(path: Path, out: Path, kind: GGMLQuantizationType, values_of: Callable[[ReaderTensor], Any]) -> None:
+    """Copy a file, with other values of its layers' matrices, in another type."""
+    reader = GGUFReader(path)
     writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, each in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
@@ -37,15 +45,13 @@ def rounded(path: Path, kind: GGMLQuantizationType) -> Path:
             writer.add_key_value(name, each.contents(), each.types[0], inner)
     for tensor in reader.tensors:
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            values = quants.dequantize(tensor.data, tensor.tensor_type)
-            writer.add_tensor(tensor.name, quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(tensor.name, quants.quantize(values_of(tensor), kind), raw_dtype=kind)
         else:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return out
 
 
 def server_of(path: Path, context: int, cache: str, threads: int) -> Any:
