@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "kurtail_pl.cli.compare:compare",
     "export": "kurtail_pl.cli.export:export",
     "inspect": "kurtail_pl.cli.inspect:inspect",
+    "completion": "kurtail_pl.cli.completion:completion",
 }
 """Verbs whose functions take the arguments as they were typed."""
 FUNCTIONS = {
