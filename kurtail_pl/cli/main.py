@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help"):
-        print(_help())
+        print(main_help())
         return
     if verb == "--version":
         print(f"kurtail {__version__}")
@@ -90,8 +90,9 @@ def _log_to_stderr() -> None:
     log.propagate = False
 
 
-def _help() -> str:
-    lines = [f"  {verb:<10}{_sentence(*place.split(':'))}" for verb, place in VERBS.items()]
+def main_help() -> str:
+    """What `kurtail --help` prints."""
+    lines = [f"  {verb:<12}{_sentence(*place.split(':'))}" for verb, place in VERBS.items()]
     return "\n".join(
         [
             "usage: kurtail VERB [options]   (kurtail VERB --help shows a verb's options)",
