@@ -1,18 +1,16 @@
-# make demo: quantize SmolLM2-135M with KurTail and its baselines, and print the table.
+# make demo: quantize SmolLM2-135M, in two parts: float, RTN and KurTail first, then the baselines with GPTQ.
 # make test: lint, types, import contract, tests.
 # make docs: the site, into the folder site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RECIPE := smollm2-135m
 # A test is one thread and up to 1 GB. Each worker runs a row of neighbours, which share what their module made.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test docs env clean
 
 demo: env
-	$(BIN)/kurtail fit --config $(RECIPE) --overwrite
-	$(BIN)/kurtail compare --config $(RECIPE)
+	$(BIN)/kurtail demo
 
 test: env
 	$(BIN)/ruff check .

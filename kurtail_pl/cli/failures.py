@@ -58,6 +58,13 @@ def failure(program: str, error: Exception) -> Failure:
     return Failure(_one_line(program, f"{text}; {TRACEBACK}=1 shows all of it; please report it"), BUG)
 
 
+def interrupted(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, which Lightning turns into an exit."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    )
+
+
 def ours_in(error: BaseException | None) -> KurtailError | None:
     """The KurtailError that an exception is, or that jsonargparse has wrapped in a ValueError."""
     while error is not None and not isinstance(error, KurtailError):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from kurtail_pl import __version__
-from kurtail_pl.cli.failures import BUG, TRACEBACK, USAGE, USER, failure
+from kurtail_pl.cli.failures import BUG, TRACEBACK, USAGE, USER, failure, interrupted
 
 COMMANDS = {
     "recipes": "kurtail_pl.cli.recipes:recipes",
@@ -19,6 +19,7 @@ COMMANDS = {
     "fit": "kurtail_pl.cli.trainer:fit",
     "validate": "kurtail_pl.cli.trainer:validate",
     "compare": "kurtail_pl.cli.compare:compare",
+    "demo": "kurtail_pl.cli.demo:demo",
     "export": "kurtail_pl.cli.export:export",
     "inspect": "kurtail_pl.cli.inspect:inspect",
     "completion": "kurtail_pl.cli.completion:completion",
@@ -64,10 +65,10 @@ def _run(verb: str, arguments: list[str]) -> None:
         else:
             function(arguments)
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning turns Ctrl-C into an exit.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+        if not interrupted(error):
             raise
-        print(f"kurtail {verb}: interrupted; what was finished is kept", file=sys.stderr)
+        said = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        print(f"kurtail {verb}: {said or 'interrupted; what was finished is kept'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # Who reads what is printed has gone, as `head` does: nothing is to be said, nor flushed at the end.

@@ -12,6 +12,7 @@ from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.planning.plan import plan
+from kurtail_pl.stages.planning.run import StagePlan
 from kurtail_pl.stages.planning.table import misfits
 from kurtail_pl.storage.files import free_disk, refuse_existing
 
@@ -33,17 +34,21 @@ def require_sensible(trainer: L.Trainer) -> None:
         raise ConfigError(f"the recipe has {twice} twice; keep one")
 
 
-def require_room(trainer: L.Trainer, data: StoredModel) -> None:
-    """Raise ConfigError when a recipe does not fit this machine."""
+def planned(trainer: L.Trainer, data: StoredModel) -> list[StagePlan]:
+    """What each stage of a recipe takes; nothing where a trainer has none of its last stages."""
     quantization, evaluation = callback_of(trainer, WeightQuantization), callback_of(trainer, Evaluation)
     if quantization is None or evaluation is None:
-        return
+        return []
     fusion = callback_of(trainer, Fusion) or Fusion()
-    data.compute.torch_device  # noqa: B018, refuses a device that is not there
-    stages = plan(
+    return plan(
         data.checkpoint.config, data.capture_spec, data.learning(), quantization.spec, evaluation.text,
         resident_memory(), data.compute, fusion.scales, fusion.signs,
     )  # fmt: skip
-    found = misfits(stages, free_memory(), free_disk(data.store_folder), device_memory())
+
+
+def require_room(trainer: L.Trainer, data: StoredModel) -> None:
+    """Raise ConfigError when a recipe does not fit this machine."""
+    data.compute.torch_device  # noqa: B018, refuses a device that is not there
+    found = misfits(planned(trainer, data), free_memory(), free_disk(data.store_folder), device_memory())
     if found:
         raise ConfigError(f"the recipe does not fit this machine: {'; '.join(found)}")

@@ -42,6 +42,7 @@ from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.methods.targets import TargetName
+from kurtail_pl.progress import draws_bars, plan_shown
 from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
@@ -203,6 +204,8 @@ class KurtailCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, "tensorboard")
         if not module.learns:
             kwargs["max_epochs"] = 0
+        if plan_shown() is not None:
+            kwargs["enable_progress_bar"] = False
         quantization: WeightQuantization = self._get(self.config_init, "quantization")
         quantization.overwrite = self._get(self.config, "overwrite")
         if quantization.out is None:
@@ -229,7 +232,7 @@ class KurtailCLI(LightningCLI):
             yield callback
             if isinstance(callback, WeightQuantization) and keep is not None:
                 yield keep
-        if not sys.stderr.isatty():
+        if not draws_bars():
             yield StepLines()
 
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch, listed
 from kurtail_pl.lit.aim import Aim
+from kurtail_pl.lit.curves import Curves
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.lit.sizes import ModelSizes
@@ -143,8 +144,8 @@ class RotationModule(L.LightningModule):
         self.log_dict({f"kurtosis_site/{site}": value for site, value in zip(sites, values, strict=True)})
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Whatever the trainer, an interrupted training can be resumed."""
-        return [InterruptBetweenSteps()]
+        """Whatever the trainer, an interrupted training can be resumed, and its curves are kept."""
+        return [Curves(), InterruptBetweenSteps()]  # An interrupted step is on the curves.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer for all rotations; its moments are kept for each matrix."""

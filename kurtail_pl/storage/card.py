@@ -18,7 +18,7 @@ from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.storage.files import sha256_of, write_json
 from kurtail_pl.storage.mark import CARD as CARD
 from kurtail_pl.storage.mark import require_card
-from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object, require_format, require_inside
+from kurtail_pl.storage.records import OTHERS_TOO, Number, fields_of, read_object, require_format, require_inside
 from kurtail_pl.storage.rotation_file import FILE as ROTATIONS
 from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.surgery.rotations import Rotations
@@ -62,6 +62,7 @@ class _Card:
     clips: list[dict[str, float]] | None = None
     quantize: _Quantize | None = None
     rounding: str = ""
+    errors: dict[str, dict[str, Number]] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     borrowers: list[str] = field(default_factory=list)
     expert_tokens: dict[str, int] = field(default_factory=dict)

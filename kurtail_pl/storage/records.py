@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from kurtail_pl.errors import KurtailError, shortened
 from kurtail_pl.methods.method import adapter_of
@@ -17,6 +17,8 @@ LONGEST_NAME = 255
 """A file's name has at most this many bytes on every file system that is in use."""
 MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 """pydantic gives the error that an entry is missing these names."""
+Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
+"""JSON has whole numbers of any length, and no float is that large."""
 OTHERS_TOO = ConfigDict(strict=True, extra="ignore")
 """The pydantic configuration of dataclasses that describe only part of what a file holds."""
 

@@ -58,6 +58,8 @@ def test_an_interrupted_run_goes_on_to_the_same_rotations(
     resumed, expected = (load_file(root / "rotations.safetensors") for root in (runs, undisturbed / "runs"))
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    curves = [place / "artifacts" / "tied-kurtail-w4a4kv4" / "training.json" for place in (recipe.parent, undisturbed)]
+    assert curves[0].read_text() == curves[1].read_text()
 
 
 def test_an_interrupted_run_says_so_in_its_exit_code(interrupted: tuple[int, str]) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/start.md", "docs/guides/memory.md", "docs/guides/steps.md", "docs/guides/export.md")
 """All pages with commands in blocks of bash; `test_documents` sees to it that there is no other in docs."""
 SHORTER = [
+    (r"^demo$", "demo --config smollm2-135m"),
     (r"--config smollm2-135m", "--config smollm2-135m --config smoke --config cut.yaml"),
     (r"runs/smollm2-135m(/kurtail)?", "runs/smoke"),
     (r"artifacts/smollm2-135m-kurtail-w4a4kv4", "artifacts/smoke"),
@@ -83,12 +84,13 @@ def test_the_readmes_commands_work_in_its_order(start: Callable[..., subprocess.
                     done.append(arguments)
 
     stages = {"capture", "fuse", "quantize", "eval", "report", "figures"}
-    assert set(printed) >= {"fit", "compare", "plan", "python", *stages, "export", "generate"}
+    assert set(printed) >= {"fit", "compare", "demo", "plan", "python", *stages, "export", "generate"}
     for method in ("float", "rtn", "gptq", "quarot", "kurtail"):
         assert f"| {method} " in printed["report"]
     assert "The capital of France is" in printed["python"]
     assert len(printed["python"].split()) > 10
     promised = {"config.json", "rotations.safetensors", "tokenizer.json", "kurtail.json", "results.json", "report.md"}
+    promised |= {"report.html", "training.json"}
     artefact = tmp_path / "artifacts" / "smoke"
     assert promised <= {path.name for path in artefact.iterdir()}
     assert not (tmp_path / "runs" / "steps" / "store").exists()  # capture was a dry run

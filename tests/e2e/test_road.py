@@ -95,7 +95,7 @@ def table_rows(markdown: str) -> list[list[str]]:
 def test_the_folder_is_complete(road: Road) -> None:
     names = {path.name for path in road.folders["kurtail"].iterdir()}
     assert names >= {"config.json", "rotations.safetensors", "tokenizer.json", "kurtail.json", "README.md"}
-    assert names >= {"results.json", "report.md", "model.safetensors"}
+    assert names >= {"results.json", "report.md", "report.html", "training.json", "model.safetensors"}
     assert list(road.place.rglob("*.partial")) == []
     card = json.loads((road.folders["kurtail"] / "kurtail.json").read_text())
     assert card["quantize"] == road.in_cards

@@ -59,6 +59,7 @@ def test_the_smoke_recipe_runs(installed: Path, tied: Path, text_file: Path, tmp
     texts = [f"--{place}.text.source={text_file}" for place in ("data.init_args.capture", "evaluation")]
     run(installed, tmp_path, "fit", "--config", "smoke", f"{MODEL}={tied}", *texts)
     assert (tmp_path / "artifacts" / "smoke" / "results.json").is_file()
+    assert (tmp_path / "artifacts" / "smoke" / "report.html").is_file()  # Its template is in the wheel.
     assert "capture" in run(
         installed, tmp_path, "plan", "--config", "kurtail-plus", "--config", "smoke", f"{MODEL}={tied}"
     )

@@ -15,6 +15,7 @@ from kurtail_onnx.run.generate import Sampling, generate
 from kurtail_onnx.run.session import open_session
 
 from kurtail_pl.artefact.load import load
+from kurtail_pl.stages.reporting.page.model import write_curves
 from kurtail_pl.stages.reporting.report import report
 from kurtail_pl.storage.activations import ActivationStore, Origin
 from kurtail_pl.storage.resume import resumable_folder
@@ -63,6 +64,27 @@ def results(samples: Samples, place: Path) -> Target:
         report(folder)
 
     return json_target(1500, file, use)
+
+
+@target
+def training(samples: Samples, place: Path) -> Target:
+    """Curves, to the page."""
+    folder = copied(samples.artefact, place)
+    write_curves(folder, [1, 2], {"loss/total": [2.0, 1.0], "kurtosis/r1/mean": [4.0, 3.0]})
+    return json_target(400, folder / "training.json", lambda: report(folder))
+
+
+@target
+def drawn(samples: Samples, place: Path) -> Target:
+    """Numbers of figures, to the page."""
+    folder = copied(samples.artefact, place)
+    (folder / "figures").mkdir()
+    numbers = {"vanilla": [[9.0, 8.0], [7.0, 6.0]], "quarot": [[2.0, 3.0], [2.0, 3.0]]}
+    surface = {"vanilla": [[1.0, 8.0], [2.0, 9.0]], "quarot": [[1.0, 2.0], [2.0, 1.0]]}
+    file = folder / "figures" / "figures.json"
+    summary = {"kurtosis": numbers, "rounding_error": numbers, "layer001.ffn_in": {"surface": surface}}
+    file.write_text(json.dumps(summary))
+    return json_target(800, file, lambda: report(folder))
 
 
 @target

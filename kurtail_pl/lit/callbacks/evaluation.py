@@ -23,7 +23,7 @@ LONG_WINDOWS = TextSpec(windows=6, seqlen=2048)
 
 
 class Evaluation(CheckedCallback):
-    """Writes `results.json`, `report.md` and the model card of the artefact.
+    """Writes `results.json`, `report.md`, `report.html` and the model card of the artefact.
 
     Args:
         text: evaluation text.

@@ -10,6 +10,7 @@ import lightning as L
 from kurtail_pl.lit.callbacks.fusion import FUSED, Fusion
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of, require_before
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
+from kurtail_pl.lit.curves import Curves
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.methods.scheme import Scheme
@@ -18,6 +19,7 @@ from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name
 from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.spec import calibration_windows, require_fit, tuning_windows
+from kurtail_pl.stages.reporting.page.model import CURVES, write_curves
 from kurtail_pl.stages.reporting.report import REPORT
 from kurtail_pl.storage.card import is_ours, read_card
 from kurtail_pl.storage.files import refuse_existing
@@ -28,7 +30,7 @@ ARTEFACTS = Path("artifacts")
 
 
 class WeightQuantization(CheckedCallback):
-    """Writes the artefact folder.
+    """Writes the artefact folder, with the curves of the training that led to it.
 
     Args:
         out: the folder; null for `artifacts/<model>-<method>-<bits>`.
@@ -83,6 +85,9 @@ class WeightQuantization(CheckedCallback):
         data.ranks.barrier()  # All have looked before the first evaluates.
         if not made:
             quantize(fused, self.spec, folder, self.overwrite, data.compute, data.ranks)
+        curves = callback_of(trainer, Curves)
+        if data.ranks.leads and curves is not None and curves.steps and not (folder / CURVES).is_file():
+            write_curves(folder, curves.steps, curves.values)
 
     def _awaits_evaluation(self, folder: Path, data: StoredModel) -> bool:
         """Whether an interrupted run of the same recipe left its artefact there, not or not wholly measured."""

@@ -35,7 +35,8 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
         compute: device and floating-point type of the model; log-likelihoods are added in float64.
 
     Returns:
-        ``perplexity`` with text, windows, seqlen, dtype, predicted tokens, the text's hash and the cost.
+        ``perplexity`` with text, windows, seqlen, dtype, threads of the CPU, predicted tokens, the text's hash and the
+        cost.
 
     Raises:
         ArtefactError: when the folder is ours and a file of it is missing or damaged.
@@ -64,6 +65,7 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
     return {
         "perplexity": value,
         **settings,
+        "threads": torch.get_num_threads(),
         "tokens": int(metric.tokens),
         "text_sha256": windows.text_sha256,
         "cost": meter.to_dict(),

@@ -24,7 +24,7 @@ from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text, write_json
 from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
-from kurtail_pl.storage.records import OTHERS_TOO, fields_of, read_object
+from kurtail_pl.storage.records import OTHERS_TOO, Number, fields_of, read_object
 from kurtail_pl.streaming.compute import AUTO, Compute
 
 RESULTS = "results.json"
@@ -155,16 +155,12 @@ class _Origin:
     model_sha256: str
 
 
-_Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
-"""JSON has whole numbers of any length, and no float is that large."""
-
-
 @with_config(OTHERS_TOO)
 @dataclass(frozen=True)
 class _Cost:
-    seconds: _Number
-    cpu_seconds: _Number
-    peak_bytes: _Number
+    seconds: Number
+    cpu_seconds: Number
+    peak_bytes: Number
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    perplexity: _Number
+    perplexity: Number
     source: str
     windows: int
     seqlen: int
@@ -192,10 +188,10 @@ class _Evaluation:
 
 @dataclass(frozen=True)
 class _Kurtosis:
-    mean: _Number
-    max: _Number
+    mean: Number
+    max: Number
     rows: int
-    sites: dict[str, _Number]
+    sites: dict[str, Number]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class LayerSolver:
         self._weights: Format | None = None
         self._exact: FloatLayer | None = None
         self._tuning: Tuning | None = None
-        self.notes = Notes(fallbacks=[], borrowers=[], expert_tokens={})
+        self.notes = Notes(errors={}, fallbacks=[], borrowers=[], expert_tokens={})
         self._solver = WeightSolver(rounder, match, scheme.side, self.notes)
 
     def solve_layer(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from kurtail_pl.maths.quantizers import Quantized
+from kurtail_pl.maths.relative_error import relative_errors
 from kurtail_pl.methods import Format, Moments, Needs, Rounder, Side, WeightTuner
 from kurtail_pl.surgery.linear import QuantizedLinear, put_side
 
@@ -18,13 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class Notes(TypedDict):
-    """What was not as usual.
+    """What rounding did, and what was not as usual.
 
-    `fallbacks` are linears rounded to nearest, not matched, or with a side fitted to their weight alone, because their
-    Hessian was not positive definite, `expert_tokens` how many calibration tokens the router sent to each expert, and
-    `borrowers` experts that borrowed tokens of others.
+    `errors` are those of each linear (`maths.relative_error`). `fallbacks` are linears rounded to nearest, not matched,
+    or with a side fitted to their weight alone, because their Hessian was not positive definite, `expert_tokens` how
+    many calibration tokens the router sent to each expert, and `borrowers` experts that borrowed tokens of others.
     """
 
+    errors: dict[str, dict[str, float]]
     fallbacks: list[str]
     expert_tokens: dict[str, int]
     borrowers: list[str]
@@ -84,7 +86,9 @@ class WeightSolver:
             weight = self._matched(name, linear.weight, moments)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if weights is not None:
-                linear.pack(self._codes(name, weight, moments, weights), weights)
+                codes = self._codes(name, weight, moments, weights)
+                self.notes["errors"][name] = relative_errors(weight, weights.values(codes), moments.hessian)
+                linear.pack(codes, weights)
 
     def _matched(self, name: str, weight: Tensor, moments: Moments) -> Tensor:
         if self.match is not None and moments.hessian is not None and moments.cross is not None:

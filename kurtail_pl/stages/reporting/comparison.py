@@ -1,4 +1,4 @@
-"""The comparison of several models in one table: Markdown, JSON and a picture."""
+"""The comparison of several models in one table: Markdown, JSON, a picture and a page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, read_results
 from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
+from kurtail_pl.stages.reporting.page import Table, page_of, read_model, write_page
+from kurtail_pl.stages.reporting.page.charts import bars
+from kurtail_pl.stages.reporting.page.section import Section
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.card import CARD, is_ours, read_card
@@ -38,6 +41,7 @@ class Group:
         weights: how they are rounded, such as ``rtn``; ``-`` where they stay float.
         seeds: of the rotations.
         values: for each seed, the measured numbers by name; absent ones were not measured.
+        folders: the measured ones.
     """
 
     method: str
@@ -45,6 +49,12 @@ class Group:
     weights: str
     seeds: list[int]
     values: list[dict[str, float]]
+    folders: list[Path]
+
+    @property
+    def name(self) -> str:
+        """All that tells it from the others."""
+        return " ".join(dict.fromkeys((self.method, self.bits, *([] if self.weights == "-" else [self.weights]))))
 
     def of(self, name: str) -> list[float]:
         """A number of every seed; empty when any lacks it."""
@@ -79,9 +89,10 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
         scheme = Scheme.from_dict(results["scheme"])
         rounding = read_card(row.folder)["rounding"] if is_ours(row.folder) else "-"
         key = results["method"], scheme.name, rounding if scheme.weights is not None else "-"
-        group = groups.setdefault(key, Group(*key, [], []))
+        group = groups.setdefault(key, Group(*key, [], [], []))
         group.seeds.append(row.seed)
         group.values.append(numbers_of(results))
+        group.folders.append(row.folder)
     cells = list(dict.fromkeys((group.bits, group.weights) for group in groups.values()))
     return sorted(groups.values(), key=lambda g: (g.method != FLOAT_METHOD, cells.index((g.bits, g.weights))))
 
@@ -102,7 +113,7 @@ def gap_closed(group: Group, quarot: Group | None, reference: Group) -> float | 
 
 
 def write_comparison(rows: Sequence[Row], folder: Path) -> str:
-    """Write `compare.md`, `compare.json` and `compare.png`; returns the Markdown.
+    """Write `compare.md`, `compare.json`, `compare.png` and `report.html`; returns the Markdown.
 
     Args:
         rows: measured folders, all of one model on one text; the first is the float model.
@@ -116,15 +127,29 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> str:
         (recovery(g, reference, scored), gap_closed(g, peers.get((g.bits, g.weights)), reference)) for g in groups
     ]
     columns, lines = _columns(groups), [_line(g, *more) for g, more in zip(groups, derived, strict=True)]
-    table = markdown(columns, [[line[column] for column in columns] for line in lines])
     results = read_results(rows[0].folder)
-    text = f"{table}\n\n{_caption(results, groups, scored)}"
+    table = Table(columns, [[line[column] for column in columns] for line in lines], _caption(results, groups, scored))
+    text = f"{markdown(table.columns, table.rows)}\n\n{table.note}\n"
     write_text(folder / TABLE, f"# {results['model']}\n\n{text}")
     write_json(folder / DATA, _data(rows, groups, derived, results))
     chart = {(g.method, g.weights, g.bits): g.of("perplexity") for g in groups}
     with whole_file(folder / CHART) as temporary:
         draw_perplexity(chart, results["model"]).savefig(temporary, format="png")
+    _write_page(groups, table, results["model"], folder)
     return text
+
+
+def _write_page(groups: list[Group], table: Table, title: str, folder: Path) -> None:
+    """The comparison as a page; of a group its first seed is shown, and the best group's folder in full."""
+    models = [read_model(group.folders[0], group.name) for group in groups]
+    ours = [model for model in models if model.card] or models
+    chief = min(ours, key=lambda model: model.results["evaluation"]["perplexity"])
+    methods = list(dict.fromkeys(group.method for group in groups))
+    colours = {group.name: methods.index(group.method) for group in groups}
+    chart = bars("Perplexity", {group.name: group.of("perplexity") for group in groups}, colours, "lower is better")
+    several = "Below this table, of several seeds the first is shown." if len(groups[-1].seeds) > 1 else ""
+    first = Section("Methods", several, [chart], [table])
+    write_page(folder, page_of(title, models, chief, first))
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -177,7 +202,7 @@ def _caption(results: dict[str, Any], groups: list[Group], scored: bool) -> str:
         f"tokens, {evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
         f"{results['kurtosis']['rows']} rows kept out of training. Recovery: of the float model's {kept}. Gap closed: "
         "from QuaRot's perplexity to the float model's. Seconds to learn, and to learn, fuse and quantize; peak "
-        "resident memory of any stage, the largest of all seeds.\n"
+        "resident memory of any stage, the largest of all seeds."
     )
 
 

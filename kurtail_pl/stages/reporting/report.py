@@ -1,16 +1,19 @@
-"""The table of methods, and the Markdown pages that travel with an artefact."""
+"""The table of methods, and the pages that travel with an artefact."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, RESULTS, read_results
-from kurtail_pl.stages.evaluation.tasks.table import measured_alike, tasks_note, tasks_table
+from kurtail_pl.stages.evaluation.tasks.table import measured_alike, tasks_lines, tasks_note
 from kurtail_pl.stages.reporting.model_card import model_card
+from kurtail_pl.stages.reporting.page import Table, page_of, read_model, write_page
+from kurtail_pl.stages.reporting.page.section import Section
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.card import is_ours, read_card, require_sound
@@ -64,33 +67,35 @@ def row(results: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def comparison(folder: Path) -> str:
-    """The table of a folder's results and its siblings', with what was measured."""
-    results = siblings(folder)
+def _note(results: Sequence[dict[str, Any]]) -> str:
+    """What the table's numbers were measured on."""
     evaluation = results[0]["evaluation"]
     return (
-        f"{markdown(COLUMNS, [row(r) for r in results])}\n\n"
         f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
-        f"learn, fuse and quantize; peak resident memory of any stage.\n{_tasks(read_results(folder), results)}"
+        "learn, fuse and quantize; peak resident memory of any stage."
     )
 
 
-def _tasks(own: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table of tasks of a folder and of those beside it that were asked the same; empty when there is none."""
+def _tasks(own: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table | None:
+    """The table of tasks of a folder and of those beside it that were asked the same; None when there is none."""
     if "tasks" not in own:
-        return ""
+        return None
     columns = [
         (results["method"], results["tasks"])
         for results in rows
         if "tasks" in results and measured_alike(results["tasks"], own["tasks"])
     ]
-    return f"\n{tasks_table(columns)}\n\n{tasks_note(own['tasks'])}\n"
+    return Table(*tasks_lines(columns), tasks_note(own["tasks"]))
+
+
+def _markdown(table: Table) -> str:
+    return f"{markdown(table.columns, table.rows)}\n\n{table.note}\n"
 
 
 def report(folder: Path) -> str:
-    """Write `report.md` and the model card of an artefact and return the comparison.
+    """Write `report.md`, `report.html` and the model card of an artefact and return the comparison, in Markdown.
 
     Raises:
         ArtefactError: when the folder has no results, or a file of the artefact is missing or damaged.
@@ -98,23 +103,34 @@ def report(folder: Path) -> str:
     if not folder.is_dir():
         raise ArtefactError(f"artefact {folder} does not exist; name a folder that kurtail fit or quantize made")
     require_sound(folder)
-    text = comparison(folder)
-    exceptions = _exceptions(read_card(folder)) if is_ours(folder) else ""
+    own, found = read_results(folder), siblings(folder)
+    methods, tasks = Table(COLUMNS, [row(results) for results in found], _note(found)), _tasks(own, found)
+    text = _markdown(methods) + ("" if tasks is None else f"\n{_markdown(tasks)}")
+    card = read_card(folder) if is_ours(folder) else {}
+    exceptions = _exceptions(card)
+    said = (
+        "\n".join(["\n## Exceptions\n", *(f"- `{name}`: {why}" for name, why in exceptions), ""]) if exceptions else ""
+    )
     with alone_with(folder / REPORT):
-        write_text(folder / REPORT, f"# {folder.name}\n\n{text}{exceptions}")
-        if is_ours(folder):
-            own = read_results(folder)
-            page = model_card(folder, read_card(folder), own, _tasks(own, [own]))
-            write_text(folder / MODEL_CARD, page + exceptions)
+        write_text(folder / REPORT, f"# {folder.name}\n\n{text}{said}")
+        tables = Section("Methods", tables=[table for table in (methods, tasks) if table is not None])
+        unlike = Section("Exceptions", tables=[Table(("linear", "what was done"), exceptions)]) if exceptions else None
+        model = read_model(folder)
+        write_page(folder, page_of(folder.name, [model], model, tables, unlike))
+        if card:
+            own_tasks = _tasks(own, [own])
+            page = model_card(folder, card, own, "" if own_tasks is None else f"\n{_markdown(own_tasks)}")
+            write_text(folder / MODEL_CARD, page + said)
     return text
 
 
-def _exceptions(card: dict[str, Any]) -> str:
-    """Weights that were not quantized as the rest; empty when there are none."""
+def _exceptions(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """Weights that were not quantized as the rest, and what was done with them."""
     fallbacks, borrowers, tokens = (card.get(key, {}) for key in ("fallbacks", "borrowers", "expert_tokens"))
-    lines = [f"- `{name}`: left to plain rounding, its Hessian was not positive definite" for name in fallbacks]
-    lines += [
-        f"- `{name}`: {tokens.get(name, 0)} calibration tokens of its own, the rest borrowed from its block"
-        for name in borrowers
+    return [
+        *((name, "left to plain rounding, its Hessian was not positive definite") for name in fallbacks),
+        *(
+            (name, f"{tokens.get(name, 0)} calibration tokens of its own, the rest borrowed from its block")
+            for name in borrowers
+        ),
     ]
-    return "\n".join(["\n## Exceptions\n", *lines, ""]) if lines else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import PageReader
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
@@ -123,6 +124,10 @@ def _content(path: Path, root: Path) -> Any:
             ).hexdigest()
     if path.suffix == ".md":
         return table_without_cost(path.read_text())
+    if path.suffix == ".html":
+        page = PageReader(path.read_text().replace(f"{root}/", ""))
+        tables = {title: list(map(_columns_without_cost, found)) for title, found in page.tables.items()}
+        return page.titles, page.sections, {title: found for title, found in tables.items() if title != "Cost"}
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -143,6 +148,11 @@ def _is_cost(key: str) -> bool:
 
 
 COSTLY = ("seconds", "peak memory", "learn s", "learn CPU s", "all s")
+
+
+def _columns_without_cost(lines: list[list[str]]) -> list[list[str]]:
+    head = [name.strip() for name in lines[0]]
+    return [[cell for name, cell in zip(head, line, strict=True) if name not in COSTLY] for line in lines]
 
 
 def table_without_cost(text: str) -> list[list[str]]:

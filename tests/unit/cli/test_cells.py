@@ -26,11 +26,11 @@ def recipe(*roundings: str, **fusion: Any) -> Recipe:
 
 def test_scaled_channels_and_chosen_signs_are_the_methods_own() -> None:
     """As learned rotations are: neither QuaRot nor the unrotated model has them. All have the same rotations online."""
-    own = {"scales": {"parts": ["values"]}, "signs": {"candidates": 4}, "online": ["mlp_hidden"]}
+    own = {"scales": {"parts": ["values"]}, "signs": {"candidates": 4}, "online": ["mlp_hidden"], "block_size": 4}
     cells = list(cells_of([recipe("float", **own)], ["float"], None))
     hadamards = [cell.settings["model"]["init_args"].get("hadamard") for cell in cells]
     assert hadamards == [False, True, None]
-    none = {"scales": None, "signs": None, "online": ["mlp_hidden"]}
+    none = {"scales": None, "signs": None, "online": ["mlp_hidden"], "block_size": 4}
     assert [cell.settings["fusion"] for cell in cells] == [none, none, own]
 
 

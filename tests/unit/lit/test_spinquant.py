@@ -159,7 +159,7 @@ def test_bits_by_layer_are_nothing_to_learn_through() -> None:
         SpinQuantModule(SIZES, Aim(Scheme(layer_bits=[4, 4, 4, 4])), quantized_weights=True)
     assert module(Scheme(layer_bits=[4, 4, 4, 4])).scheme == A4
     with pytest.raises(ConfigError, match="quantized_weights is true and side is given"):
-        SpinQuantModule(SIZES, Scheme(side=LowRank(2)), quantized_weights=True)
+        SpinQuantModule(SIZES, Aim(Scheme(side=LowRank(2))), quantized_weights=True)
     assert module(Scheme(side=LowRank(2))).scheme == A4
 
 

@@ -17,7 +17,12 @@ def measured_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def tasks_table(models: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Markdown of what `evaluate_tasks` found, accuracies and standard errors in %.
+    """Markdown of what `evaluate_tasks` found; see `tasks_lines`."""
+    return markdown(*tasks_lines(models))
+
+
+def tasks_lines(models: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of what `evaluate_tasks` found, accuracies and standard errors in %.
 
     Args:
         models: name of the column and result of each; all were asked the same questions.
@@ -29,7 +34,7 @@ def tasks_table(models: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         if name == ZERO_SHOT[-1] and results[0]["mean"] is not None:
             cells = [_percent(result["mean"], result["mean_stderr"]) for result in results]
             lines.append(_line("0-shot (mean of 8)", {}, cells))
-    return markdown(["task", *DETAILS, *(name for name, _ in models)], lines)
+    return ["task", *DETAILS, *(name for name, _ in models)], lines
 
 
 def _lines_of(name: str, tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:

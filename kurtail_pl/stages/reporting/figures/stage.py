@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
+from kurtail_pl.maths.objectives import rounding_error
 from kurtail_pl.maths.orthogonal import orthogonality_error
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.maths.sensitivity import sensitivity
 from kurtail_pl.progress import track
 from kurtail_pl.stages.reporting.figures.histogram import densities, draw_histogram
@@ -30,6 +32,8 @@ from kurtail_pl.surgery.rotations import Rotations
 PAPER_LAYERS = (1, 15)
 """Those of Fig. 1."""
 BITS = 4
+ROUNDED = Quantizer(BITS)
+"""Whose error is measured at each block input."""
 FRACTIONS = torch.linspace(0.5, 2.0, 151, dtype=torch.float64)
 SENSITIVITY_VALUES, HISTOGRAM_VALUES, SURFACE_TOKENS = 1 << 18, 1 << 16, 512
 """Enough for smooth curves; whole rows, the first ones of the held-out rows, which are in random order."""
@@ -85,12 +89,14 @@ def figures(
         raise ConfigError(f"rows is {rows}; the store {store.folder} has {total}: ask for 1 to {total}")
     pages, reductions = Pages(), Reductions(method)
     values: dict[str, list[Tensor]] = {name: [] for name in bases}
+    errors: dict[str, list[Tensor]] = {name: [] for name in bases}
     with new_folder(folder, overwrite) as partial:
         for place, site in enumerate(track(block_sites(store.shape.layers), "figures")):
             normed = rms_norm(store.read(site, total - rows, total), rms_norm_eps)
             views = {name: normed if basis is None else normed @ basis for name, basis in bases.items()}
             for name, view in views.items():
                 values[name].append(kurtosis(view.double().flatten()))
+                errors[name].append(rounding_error(view, Tensor.mean, ROUNDED))
             reductions.update(site, views)
             if place // 2 in chosen:
                 _site_pages(pages, site, views, method)
@@ -98,8 +104,9 @@ def figures(
         pages.figures["kurtosis_by_layer"] = draw_kurtosis_by_layer(by_layer)
         pages.tables["max_reduction"] = reductions.markdown()
         numbers = {name: _plain(found) for name, found in by_layer.items()}
+        rounded = {name: _plain(torch.stack(found).view(-1, 2)) for name, found in errors.items()}
         pages.summary.update(model=store.origin.model, method=method, rows=rows)
-        pages.summary.update(kurtosis=numbers, max_reduction=reductions.to_dict())
+        pages.summary.update(kurtosis=numbers, rounding_error=rounded, max_reduction=reductions.to_dict())
         for tag, figure in pages.figures.items():
             figure.savefig(partial / f"{tag.replace('/', '-')}.png")
         write_text(partial / TABLE, pages.tables["max_reduction"])

@@ -10,6 +10,8 @@ from PIL import Image
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.reporting.comparison import Row, groups_of, write_comparison
 from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
+from kurtail_pl.storage.rotation_file import write_rotations
+from kurtail_pl.surgery.rotations import Rotations
 
 COST = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 5e8}
 
@@ -37,6 +39,7 @@ def write(folder: Path, method: str, perplexity: float, rounding: str = "gptq", 
         card = {"format": 3, "method": method, "scheme": scheme.to_dict(), "source": source, "cost": {}, "sha256": {}}
         card |= {"rounding": rounding, "quantize": {"rounder": {"kind": rounding.upper(), "settings": {}}}}
         (folder / "kurtail.json").write_text(json.dumps(card))
+        write_rotations(folder / "rotations.safetensors", Rotations())
     return folder
 
 
