@@ -14,7 +14,7 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 from kurtail_pl.cli.completion import WITH_RECIPES, help_of
-from kurtail_pl.cli.main import main_help
+from kurtail_pl.cli.main import main_help, sentence
 
 ASKED = re.compile(r"^<!-- kurtail ([a-z]*)(.*?) ?--help -->$", re.M)
 BOILERPLATE = re.compile(
@@ -37,6 +37,6 @@ def _help(verb: str, *arguments: str) -> str:
         return main_help()
     _, description, *sections = BOILERPLATE.sub("", help_of(verb, *arguments)).strip().split("\n\n")
     if verb in WITH_RECIPES:
-        description = f"usage: kurtail {verb} [options]"
+        description = sentence(verb)
         sections = [each for each in sections if each.startswith(("options:", "Other options"))]
     return "\n\n".join([description, *sections])

@@ -18,7 +18,7 @@ from kurtail_pl.cli.main import VERBS, main
 from kurtail_pl.cli.recipes import BASE, FOLDER, shipped
 from kurtail_pl.cli.usage import SettingsParser
 
-WITH_RECIPES = ("plan", "fit", "validate", "compare")
+WITH_RECIPES = ("plan", "fit", "validate", "compare", "demo")
 """These verbs take every setting of a recipe as an option."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.]*")
 SCRIPT = """\

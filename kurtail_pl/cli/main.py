@@ -93,7 +93,7 @@ def _log_to_stderr() -> None:
 
 def main_help() -> str:
     """What `kurtail --help` prints."""
-    lines = [f"  {verb:<12}{_sentence(*place.split(':'))}" for verb, place in VERBS.items()]
+    lines = [f"  {verb:<12}{sentence(verb)}" for verb in VERBS]
     return "\n".join(
         [
             "usage: kurtail VERB [options]   (kurtail VERB --help shows a verb's options)",
@@ -105,8 +105,9 @@ def main_help() -> str:
     )
 
 
-def _sentence(module: str, function: str) -> str:
-    """First line of a function's docstring, from its source: importing it would bring torch."""
+def sentence(verb: str) -> str:
+    """First line of its function's docstring, from the source: importing it would bring torch."""
+    module, function = VERBS[verb].split(":")
     found = importlib.util.find_spec(module)
     assert found is not None
     assert found.origin is not None
