@@ -22,7 +22,7 @@ test: env
 # What builds the site is no part of the environment of the tests, and is installed when it is asked for.
 docs: env
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 env: $(VENV)/.complete
 

@@ -27,6 +27,8 @@ OUTSIDE = {
     "CHANGELOG.md": "project/changelog.md",
 }
 """Pages of the checkout, and where the site has them."""
+SHOWN = {"configs/base.yaml": "reference/recipe.md", "README.md": "index.md"}
+"""Files that a page of the site stands for."""
 INSIDE = {page: source for source, page in OUTSIDE.items()}
 LINK = re.compile(r"(\[[^\]]*\])\(([^)\s]+)\)")
 
@@ -49,9 +51,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not path or re.match(r"https?:|mailto:", target):
             return link[0]
         wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        there = OUTSIDE.get(wanted, wanted.removeprefix("docs/") if wanted.startswith("docs/") else None)
+        there = (OUTSIDE | SHOWN).get(wanted, wanted.removeprefix("docs/") if wanted.startswith("docs/") else None)
         if there is None:
-            return text[1:-1] if wanted != "README.md" else f"{text}({_relative('index.md', here)})"
+            return text[1:-1]
         return f"{text}({_relative(there, here)}{'#' if anchor else ''}{anchor})"
 
     return LINK.sub(turned, markdown)

@@ -35,7 +35,7 @@ def quantize(
     """
     recipes = [recipe] if isinstance(recipe, str) else recipe
     given = {"data.capture.model": model, "data.capture.text.source": text, "quantization.out": out}
-    settings = {**{name: str(value) for name, value in given.items() if value is not None}, **dict(_flat(overrides))}
+    settings = {**{name: str(value) for name, value in given.items() if value is not None}, **dict(flat(overrides))}
     arguments = [f"--config={name}" for name in recipes]
     arguments += [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()
@@ -50,10 +50,10 @@ def quantize(
     return quantization.folder(cli.model, cli.datamodule)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Settings by their dotted names."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "kurtail_pl.cli.demo:demo",
     "export": "kurtail_pl.cli.export:export",
     "inspect": "kurtail_pl.cli.inspect:inspect",
+    "completion": "kurtail_pl.cli.completion:completion",
 }
 """Verbs whose functions take the arguments as they were typed."""
 FUNCTIONS = {
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help"):
-        print(_help())
+        print(main_help())
         return
     if verb == "--version":
         print(f"kurtail {__version__}")
@@ -90,8 +91,9 @@ def _log_to_stderr() -> None:
     log.propagate = False
 
 
-def _help() -> str:
-    lines = [f"  {verb:<10}{_sentence(*place.split(':'))}" for verb, place in VERBS.items()]
+def main_help() -> str:
+    """What `kurtail --help` prints."""
+    lines = [f"  {verb:<12}{sentence(verb)}" for verb in VERBS]
     return "\n".join(
         [
             "usage: kurtail VERB [options]   (kurtail VERB --help shows a verb's options)",
@@ -103,8 +105,9 @@ def _help() -> str:
     )
 
 
-def _sentence(module: str, function: str) -> str:
-    """First line of a function's docstring, from its source: importing it would bring torch."""
+def sentence(verb: str) -> str:
+    """First line of its function's docstring, from the source: importing it would bring torch."""
+    module, function = VERBS[verb].split(":")
     found = importlib.util.find_spec(module)
     assert found is not None
     assert found.origin is not None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
 ]
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as here:
+        here.bind(("127.0.0.1", 0))
+        port: int = here.getsockname()[1]
+    return port
 
 
 def test_two_gloo_processes_learn_the_same_rotations(
@@ -91,3 +100,31 @@ def test_pooled_moments_are_those_of_all_values() -> None:
     assert (kurtosis(halves).mean(0) - whole).abs().min() > 0.01
     gradients = [torch.autograd.grad(k.sum(), values)[0] for k in (pooled, whole)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_two_nodes_that_slurm_started(
+    start: Callable[..., subprocess.Popen[str]],
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unused_port: int,
+) -> None:
+    """Each process finds its place in what SLURM's `srun` sets, one process on each of two nodes."""
+    variables = {
+        "JOB_ID": "1", "JOB_NAME": "kurtail", "NTASKS": "2", "NTASKS_PER_NODE": "1", "NODELIST": "localhost",
+        "JOB_NODELIST": "localhost", "LOCALID": "0",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_PORT", str(unused_port))
+    nodes = ["--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.num_nodes", 2]
+    short = ["--data.init_args.steps", 5]
+    processes = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        monkeypatch.setenv("SLURM_NODEID", rank)
+        processes.append(start(tmp_path, "fit", "--config", recipe, "--trainer.strategy", "ddp", *nodes, *short))
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert said[0].count("shared by 2 processes") == 2
+    assert (tmp_path / "artifacts" / "tied-kurtail-w4a4kv4" / "results.json").is_file()

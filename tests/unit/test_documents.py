@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,10 @@ def test_no_page_names_a_folder_of_its_author() -> None:
     if found.returncode > 1:
         pytest.skip("this is no checkout of git")
     assert found.stdout == ""
+
+
+def test_badges_say_what_the_project_file_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = re.findall(r"img\.shields\.io/badge/([^)]*)\)", (ROOT / "README.md").read_text())
+    oldest, licence = project["requires-python"].removeprefix(">="), project["license"].replace("-", "_")
+    assert badges == [f"licence-{licence}-blue", f"python-{oldest}_and_newer-blue", "arXiv-2503.01483-b31b1b"]

@@ -47,6 +47,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> N
         "compare": "--overwrite",
         "capture": "--spec.text.seqlen",
         "recipes": "--help",
+        "completion": "--help",
         "inspect": "path",
     }
     assert required.get(verb, "--config") in printed
