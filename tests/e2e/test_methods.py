@@ -22,10 +22,17 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
 ]
 GROUPS = "--quantization.scheme.weights.group_size=16"
+WEIGHTS = ["--quantization.scheme.weights=kurtail_pl.methods.Progressive", GROUPS]
 ROADS = {
     "mxfp4 by gptq": (["--config", "mxfp4"], {"codes", "scale"}, torch.uint8),
     "nvfp4 by gptq": (["--config", "nvfp4"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
     "nvfp4 by rtn": (["--config", "nvfp4", "--config", "rtn"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
+    "qoq's weights": (WEIGHTS, {"codes", "row_scale", "group_scale", "zero_point"}, torch.uint8),
+    "qoq's weights refined": (
+        [*WEIGHTS, "--quantization.rounder.refine=2"],
+        {"codes", "row_scale", "group_scale", "zero_point"},
+        torch.uint8,
+    ),
     "hqq": (["--config", "hqq", GROUPS], {"codes", "scale", "zero_point"}, torch.float32),
     "higgs by gptq": (["--config", "higgs", "--config", "gptq"], {"codes", "scale"}, torch.float32),
 }

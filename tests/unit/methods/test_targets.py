@@ -19,6 +19,7 @@ from kurtail_pl.methods import (
     LowRank,
     Normal,
     PerTokenHead,
+    Progressive,
     Q4_0Cache,
     SearchedClips,
     Sinks,
@@ -48,6 +49,10 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
     [
         ("onnxruntime", {"weights": Normal()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
         ("onnxruntime", {"weights": FloatZero(symmetric=False)}, "kurtail_pl.methods.Uniform"),
+        *(
+            (name, {"weights": Progressive(32)}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform")
+            for name in ("onnxruntime", "llama.cpp", "vllm")
+        ),
         ("onnxruntime", {"weights": Uniform(3)}, "scheme.weights.bits: 4"),
         ("onnxruntime", {"activations": Quantizer(6)}, "scheme.activations.bits: 4"),
         ("onnxruntime", {"cache": PerTokenHead(sinks=Sinks())}, "scheme.cache.sinks: null"),
