@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,8 @@ from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Format, Tensors
 from kurtail_pl.methods.formats.uniform import SEARCH_PASSES
 
+CODES = Quantizer(4, symmetric=False)
+"""In steps of their group."""
 INT8 = 127
 """Largest int8 whose negative is one too."""
 REACH = 120
@@ -55,13 +57,9 @@ class Progressive(Format):
         """The search of a plain grid, and one through the integers."""
         return Cost(passes=SEARCH_PASSES * (1 + LARGEST / 80) * float(sizes.stack))
 
-    @property
-    def _quantizer(self) -> Quantizer:
-        return Quantizer(self.bits, symmetric=False, group_size=self.group_size)
-
     def grid(self, weight: Tensor) -> Grid:
         """Rows' scales by the search of a plain grid; of each group the integer with the least error of that kind."""
-        searched = search_grid(weight, self._quantizer)
+        searched = search_grid(weight, replace(CODES, group_size=self.group_size))
         grouped = split_groups(weight if weight.dtype == torch.float64 else weight.float(), self.group_size)
         empty = grouped.abs().amax(-1) == 0
         row = _row_scale(searched._replace(scale=searched.scale.masked_fill(empty, 0)))
@@ -84,7 +82,7 @@ class Progressive(Format):
 
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Half to even."""
-        return self._quantizer.on_grid(x, scale, zero_point)
+        return CODES.on_grid(x, scale, zero_point)
 
     def values(self, quantized: Quantized) -> Tensor:
         """``(codes - zero_point) * scale``."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.maths.scales import balanced_scale, range_power
+from kurtail_pl.maths.scales import range_power
 from kurtail_pl.stages.fusion.channels import Channels, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.stages.fusion.rules import AbsMax, Balanced, Rule
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
@@ -41,14 +42,21 @@ class ScaleSpec:
             go by what channels hold about their mean.
         text: its windows go through the original model, in float64, beside the probes; a few thousand tokens do.
         seed: draws the windows.
+        rule: ``balanced`` gives each channel the scale with which the output errs least (`balanced_scale`), ``absmax``
+            shares the largest magnitudes between inputs and weights, as SmoothQuant and QServe do.
+        alpha: of ``absmax``: how much of the range of inputs goes into the weights, from 0 to 1.
+        key_alpha: of ``absmax``: how much of the range of keys goes into the queries, from 0 to 1.
 
     Raises:
-        ConfigError: for no parts, or others than these.
+        ConfigError: for no parts, or others than these, another rule, or an alpha outside [0, 1].
     """
 
     parts: list[Part] = field(default_factory=lambda: ["values", "mlp_hidden"])
     text: TextSpec = field(default_factory=_short_windows)
     seed: int = 0
+    rule: Literal["balanced", "absmax"] = "balanced"
+    alpha: float = 0.5
+    key_alpha: float = 0.5
 
     def __post_init__(self) -> None:
         require_seed("scales.seed", self.seed)
@@ -56,6 +64,21 @@ class ScaleSpec:
             raise ConfigError(
                 f"scales.parts is {self.parts}; name some of {', '.join(get_args(Part))}, or write scales: null"
             )
+        if self.rule not in ("balanced", "absmax"):
+            raise ConfigError(f"scales.rule is {self.rule!r}; write balanced or absmax")
+        for name in ("alpha", "key_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"scales.{name} is {getattr(self, name)}; give a number from 0 to 1")
+
+    @property
+    def chosen_rule(self) -> Rule:
+        """The rule, with its numbers."""
+        return Balanced() if self.rule == "balanced" else AbsMax(self.alpha, self.key_alpha)
+
+    def among(self, parts: Sequence[Part]) -> ScaleSpec | None:
+        """The same for some parts alone; None where it has none of them."""
+        kept = [part for part in self.parts if part in parts]
+        return replace(self, parts=kept) if kept else None
 
 
 def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
@@ -77,16 +100,22 @@ class Measured:
     """What scales go by, measured on a text as it goes through the original layers, one after the other.
 
     Args:
-        parts: as in `ScaleSpec`; none measure nothing.
+        scales: whose channels; None measures nothing.
         architecture: record of the family.
         head_dim: size of a head.
         normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
     """
 
     def __init__(
-        self, parts: Sequence[Part], architecture: Architecture, head_dim: int, normed: Callable[[Tensor], Tensor]
+        self,
+        scales: ScaleSpec | None,
+        architecture: Architecture,
+        head_dim: int,
+        normed: Callable[[Tensor], Tensor],
     ) -> None:
-        self.parts, self.architecture, self.head_dim, self.normed = parts, architecture, head_dim, normed
+        self.parts: Sequence[Part] = () if scales is None else scales.parts
+        self.rule: Rule = Balanced() if scales is None else scales.chosen_rule
+        self.architecture, self.head_dim, self.normed = architecture, head_dim, normed
         self.channels = Channels()
 
     @property
@@ -136,26 +165,26 @@ class ScaleChannels(Transform):
     def fold(self, layer: nn.Module, index: int) -> bool:
         """By what the text held."""
         names, found, parts = self.measured.architecture, self.measured.channels, self.measured.parts
-        for name, squares in found.inputs.items():
-            weight = folding.linear_of(layer, name).weight.square().sum(0)
+        rule = self.measured.rule
+        for name, channels in found.inputs.items():
+            held, read = rule.held(channels), rule.read(folding.linear_of(layer, name).weight)
             if name == names.output:
                 # The query heads of a group read the same values.
-                held, read = (self._of_group(x).flatten() for x in (squares, weight))
-                scale = balanced_scale(held, read).view(self.kv_heads, self.measured.head_dim)
-                folding.scale_values(layer, names, scale)
+                scale = rule.scale(self._of_group(held).flatten(), self._of_group(read).flatten())
+                folding.scale_values(layer, names, scale.view(self.kv_heads, self.measured.head_dim))
             else:
                 mlp = name.removesuffix(f".{names.down}")
-                folding.scale_hidden(layer, names, mlp, balanced_scale(squares, weight))
+                folding.scale_hidden(layer, names, mlp, rule.scale(held, read))
         if "keys" in parts:
-            energies = found.keys.variance, self._of_group(found.queries.energy)
-            pair = self._rope_pairs().to(energies[0].device)
-            keys, queries = (x.new_zeros(len(x), int(pair.max()) + 1).index_add(1, pair, x) for x in energies)
-            folding.scale_keys(layer, names, balanced_scale(keys, queries)[:, pair])
+            counted = rule.varied(found.keys), self._of_group(rule.held(found.queries))
+            pair = self._rope_pairs().to(counted[0].device)
+            keys, queries = (rule.paired(x, pair) for x in counted)
+            folding.scale_keys(layer, names, rule.keys(keys, queries)[:, pair])
         return bool(parts)
 
     def _of_group(self, x: Tensor) -> Tensor:
-        """Sum over the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
-        return x.view(self.kv_heads, -1, self.measured.head_dim).sum(1)
+        """Of the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
+        return self.measured.rule.joined(x.view(self.kv_heads, -1, self.measured.head_dim), 1)
 
     def _rope_pairs(self) -> Tensor:
         """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
@@ -173,22 +202,22 @@ class ScaleNorms(Transform):
 
     def fold(self, layer: nn.Module, index: int) -> bool:
         """By what the text held."""
-        names, found = self.measured.architecture, self.measured.channels
+        names, found, rule = self.measured.architecture, self.measured.channels, self.measured.rule
         linears = {names.attention_norm: names.attention_readers, names.mlp_norm: names.mlp_readers(layer)}
         for name, spread in found.normed.items():
             # A router, which reads the MLP norm too, is not quantized.
-            read = torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]).square().sum(0)
-            scale = balanced_scale(spread.variance, read, range_power(len(read)))
+            read = rule.read(torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]))
+            scale = rule.scale(rule.varied(spread), read, range_power(len(read)))
             # In bfloat16, so that no type that the norm's weight is kept in rounds it.
             folding.scale_norm(layer, names, name, scale.bfloat16().to(scale.dtype))
         return bool(found.normed)
 
 
 def scale_channels(
-    walker: Walker, parts: Sequence[Part], normed: Callable[[Tensor], Tensor] = lambda states: states
+    walker: Walker, scales: ScaleSpec | None, normed: Callable[[Tensor], Tensor] = lambda states: states
 ) -> ScaleChannels:
     """Scales of the layers of a walker's model; `normed` as in `Measured`."""
     config, architecture = walker.checkpoint.config, walker.architecture
     frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
-    measured = Measured(parts, architecture, head_dim_of(config), normed)
+    measured = Measured(scales, architecture, head_dim_of(config), normed)
     return ScaleChannels(measured, config.num_key_value_heads, 2 * len(frequencies))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.fusion.passes import Fuser
-from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, scale_windows
+from kurtail_pl.stages.fusion.scales import ScaleSpec, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import Windows
@@ -92,7 +92,7 @@ def fuse(
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
                 rotations = chosen.signed(checkpoint, rotations, work, compute)
-                gate = Fuser(walker, rotations, work, chosen.parts, chosen.tokens).run(meter)
+                gate = Fuser(walker, rotations, work, chosen.scales, chosen.tokens).run(meter)
             _write_rest(checkpoint, rotations, work.folder, {"method": method, "gate": gate, "recipe": recipe}, meter)
     log.info(
         "fused into %s in %.0f s; logits changed by %.1e (float64) and %.1e (float32) relative",
@@ -132,11 +132,6 @@ class _Chosen:
         }
 
     @property
-    def parts(self) -> Sequence[Part]:
-        """Whose channels are scaled."""
-        return () if self.scales is None else self.scales.parts
-
-    @property
     def tokens(self) -> Tensor:
         """Windows that their scales are measured on."""
         nothing = torch.empty(0, PROBE_TOKENS, dtype=torch.long)
@@ -148,7 +143,7 @@ class _Chosen:
             return rotations
         if "signs" not in work.state:
             tokens = self.sign_text.tokens
-            work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.parts, compute)
+            work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.scales, compute)
         return with_signs(rotations, self.signs, work.state["signs"])
 
 
