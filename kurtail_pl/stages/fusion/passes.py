@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.artefact.shards import ShardWriter, named
-from kurtail_pl.stages.fusion.scales import ScaleNorms, ScaleSpec, scale_channels
+from kurtail_pl.stages.fusion.scales import ReorderChannels, ScaleNorms, ScaleSpec, scale_channels
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.streaming.hidden import HiddenStates
@@ -120,6 +120,7 @@ class Fuser:
         scaled = scale_channels(self.walker, scales, self._normed)
         return [
             scaled,
+            ReorderChannels(scaled.measured, scaled.kv_heads),
             FoldNorms(architecture, rotations.residual is not None or scaled.measured.norms),
             RotateResidual(architecture, rotations.residual),
             ScaleNorms(scaled.measured),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.scales import range_power
-from kurtail_pl.stages.fusion.channels import Channels, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.stages.fusion.channels import Channels, Held, measured_inputs, measured_keys, measured_norms
 from kurtail_pl.stages.fusion.rules import AbsMax, Balanced, Rule
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -20,10 +20,11 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.families import architecture_of
-from kurtail_pl.surgery.rotations import head_dim_of
+from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.transform import Transform
 
 Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
+Ordered = Literal["values", "mlp_hidden"]
 
 
 def _short_windows() -> TextSpec:
@@ -46,9 +47,13 @@ class ScaleSpec:
             shares the largest magnitudes between inputs and weights, as SmoothQuant and QServe do.
         alpha: of ``absmax``: how much of the range of inputs goes into the weights, from 0 to 1.
         key_alpha: of ``absmax``: how much of the range of keys goes into the queries, from 0 to 1.
+        reorder: ``values``, ``mlp_hidden`` or both: their channels are sorted by the largest magnitude that they had
+            before they were scaled, values within their head, so that those of a group of inputs are alike (QServe).
+            No rotation may mix them afterwards: no R2 for values, no R5 for `mlp_hidden`.
 
     Raises:
-        ConfigError: for no parts, or others than these, another rule, or an alpha outside [0, 1].
+        ConfigError: for no parts and nothing to reorder, or others than these, another rule, or an alpha outside
+            [0, 1].
     """
 
     parts: list[Part] = field(default_factory=lambda: ["values", "mlp_hidden"])
@@ -57,13 +62,16 @@ class ScaleSpec:
     rule: Literal["balanced", "absmax"] = "balanced"
     alpha: float = 0.5
     key_alpha: float = 0.5
+    reorder: list[Ordered] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_seed("scales.seed", self.seed)
-        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+        if not (self.parts or self.reorder) or not set(self.parts) <= set(get_args(Part)):
             raise ConfigError(
                 f"scales.parts is {self.parts}; name some of {', '.join(get_args(Part))}, or write scales: null"
             )
+        if not set(self.reorder) <= set(get_args(Ordered)):
+            raise ConfigError(f"scales.reorder is {self.reorder}; name some of {', '.join(get_args(Ordered))}, or none")
         if self.rule not in ("balanced", "absmax"):
             raise ConfigError(f"scales.rule is {self.rule!r}; write balanced or absmax")
         for name in ("alpha", "key_alpha"):
@@ -76,9 +84,20 @@ class ScaleSpec:
         return Balanced() if self.rule == "balanced" else AbsMax(self.alpha, self.key_alpha)
 
     def among(self, parts: Sequence[Part]) -> ScaleSpec | None:
-        """The same for some parts alone; None where it has none of them."""
+        """The same for some parts alone, in the order that they have; None where it has none of them."""
         kept = [part for part in self.parts if part in parts]
-        return replace(self, parts=kept) if kept else None
+        return replace(self, parts=kept, reorder=[]) if kept else None
+
+    def require_order(self, rotations: Rotations) -> None:
+        """Raise ConfigError when channels are to be reordered that a rotation mixes."""
+        mixed = {"values": ("R2", rotations.value), "mlp_hidden": ("R5", rotations.mlp_hidden)}
+        for part in self.reorder:
+            number, rotation = mixed[part]
+            if rotation is not None:
+                raise ConfigError(
+                    f"scales.reorder is {self.reorder} and {number} mixes the channels of {part}, whatever their "
+                    f"order; leave {part} out of reorder, or the rotation out"
+                )
 
 
 def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
@@ -114,6 +133,7 @@ class Measured:
         normed: Callable[[Tensor], Tensor],
     ) -> None:
         self.parts: Sequence[Part] = () if scales is None else scales.parts
+        self.reorder: Sequence[Ordered] = () if scales is None else scales.reorder
         self.rule: Rule = Balanced() if scales is None else scales.chosen_rule
         self.architecture, self.head_dim, self.normed = architecture, head_dim, normed
         self.channels = Channels()
@@ -123,12 +143,19 @@ class Measured:
         """Whether what norms give is scaled."""
         return bool({"attention_input", "mlp_input"} & set(self.parts))
 
+    def inputs(self, parts: Sequence[str]) -> Iterator[tuple[str, Held]]:
+        """Of the linears that read some parts, values or `mlp_hidden`: their names, and what they read."""
+        for name, channels in self.channels.inputs.items():
+            if ("values" if name == self.architecture.output else "mlp_hidden") in parts:
+                yield name, channels
+
     @contextmanager
     def watching(self, layer: nn.Module) -> Iterator[None]:
         """While an original layer runs, what its channels hold."""
         names, found = self.architecture, Channels()
-        inputs = [names.output] if "values" in self.parts else []
-        inputs += names.mlp_writers(layer) if "mlp_hidden" in self.parts else ()
+        measured = {*self.parts, *self.reorder}
+        inputs = [names.output] if "values" in measured else []
+        inputs += names.mlp_writers(layer) if "mlp_hidden" in measured else ()
         norms = {"attention_input": names.attention_norm, "mlp_input": names.mlp_norm}
         with ExitStack() as stack:
             stack.enter_context(measured_inputs(layer, inputs, found))
@@ -166,7 +193,7 @@ class ScaleChannels(Transform):
         """By what the text held."""
         names, found, parts = self.measured.architecture, self.measured.channels, self.measured.parts
         rule = self.measured.rule
-        for name, channels in found.inputs.items():
+        for name, channels in self.measured.inputs(parts):
             held, read = rule.held(channels), rule.read(folding.linear_of(layer, name).weight)
             if name == names.output:
                 # The query heads of a group read the same values.
@@ -190,6 +217,37 @@ class ScaleChannels(Transform):
         """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
         channel, half = torch.arange(self.measured.head_dim), self.rotary // 2
         return torch.where(channel < self.rotary, channel % half, channel - half)
+
+
+@dataclass(frozen=True)
+class ReorderChannels(Transform):
+    """Sorts channels by the largest magnitude that they had in the original layer, largest first.
+
+    Args:
+        measured: what the channels hold.
+        kv_heads: key and value heads.
+    """
+
+    measured: Measured
+    kv_heads: int
+
+    sentence = "reordering the channels"
+
+    def fold(self, layer: nn.Module, index: int) -> bool:
+        """Values within their head, for all query heads of a group."""
+        names = self.measured.architecture
+        for name, channels in self.measured.inputs(self.measured.reorder):
+            if name == names.output:
+                of_heads = channels.largest.view(self.kv_heads, -1, self.measured.head_dim).amax(1)
+                folding.reorder_values(layer, names, _largest_first(of_heads))
+            else:
+                mlp = name.removesuffix(f".{names.down}")
+                folding.reorder_hidden(layer, names, mlp, _largest_first(channels.largest))
+        return bool(self.measured.reorder)
+
+
+def _largest_first(x: Tensor) -> Tensor:
+    return torch.argsort(x, dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def fuse(
 
     Raises:
         CheckpointError: when the rotations are not of the model's sizes.
-        ConfigError: when channels are to be scaled that this family cannot scale, or the rotations are another model's.
+        ConfigError: when channels are to be scaled that this family cannot scale, or reordered that a rotation mixes,
+            or the rotations are another model's.
         GateError: when a fold changes the output; nothing is kept.
         TextError: when the text of the scales or signs is too short.
         ArtefactError: when the folder exists.
@@ -78,6 +79,8 @@ def fuse(
     """
     require_rotations_of(checkpoint.config, rotations, "the rotations")
     require_learned_on(rotations, checkpoint.sha256, checkpoint.folder)
+    if scales is not None:
+        scales.require_order(rotations)
     chosen = _Chosen.of(checkpoint, scales, signs)
     recipe = _recipe(checkpoint, rotations, method, chosen)
     compute = Compute(device)

@@ -182,6 +182,51 @@ def test_largest_magnitudes_change_nothing(
     assert change(tiny, folder) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama3", "phi3", "mixtral"])
+@pytest.mark.parametrize("parts", [[], ["values", "mlp_hidden", "keys"]], ids=["alone", "scaled"])
+def test_reordered_channels_change_nothing(
+    family: str, parts: list[Part], tied: Path, text: TextSpec, tmp_path: Path
+) -> None:
+    """Of linears with biases, of one that makes gate and up, of experts; under R1, which mixes none of them."""
+    tiny_family(family).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    rotations = Rotations(residual=random_rotations(checkpoint.config, 2).residual)
+    spec = replace(scaling(text), parts=parts, rule="absmax", reorder=["values", "mlp_hidden"])
+    assert change(checkpoint.folder, fuse(checkpoint, rotations, "test", tmp_path / "fused", scales=spec)) < 1e-4
+
+
+@torch.no_grad()
+def test_channels_are_sorted_by_their_largest_magnitude(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
+    """As transformers' own linears read them, before and after, the scales measured on the original order."""
+    spec = replace(scaling(text), parts=[], reorder=["values", "mlp_hidden"])
+    folder = fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused", scales=spec)
+    windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=0).tokens
+    found = []
+    for path in (tiny, folder):
+        model, seen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64), []
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].abs().amax((0, 1))))
+        model(windows)
+        found.append(seen)
+    for number, (before, after) in enumerate(zip(*found, strict=True)):
+        if number % 2 == 0:
+            # Three query heads read each of two KV heads, whose order is by the largest of the three.
+            before, after = (x.view(2, 3, 16).amax(1) for x in (before, after))
+        assert not torch.equal(before, before.sort(descending=True).values)
+        torch.testing.assert_close(after, before.sort(descending=True).values, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("part", "number"), [("values", "R2"), ("mlp_hidden", "R5")])
+def test_channels_that_a_rotation_mixes_are_not_reordered(
+    part: str, number: str, tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path
+) -> None:
+    spec = replace(scaling(text), reorder=[part])
+    with pytest.raises(ConfigError, match=rf"scales.reorder is \['{part}'\] and {number} mixes the channels of {part}"):
+        fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=spec)
+
+
 def test_parts_that_are_not_named_are_not_scaled(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     fused = Checkpoint(fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused", scales=scaling(text, "values")))
     original = Checkpoint(tiny)
@@ -237,6 +282,8 @@ def test_scales_need_text_and_channels(tiny: Path, rotations: Rotations, text: T
     for parts in ([], ["queries"]):
         with pytest.raises(ConfigError, match=r"scales.parts is \["):
             ScaleSpec(parts)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"scales.reorder is \['keys'\]; name some of values, mlp_hidden"):
+        ScaleSpec(reorder=["keys"])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match=r"scales.rule is 'largest'; write balanced or absmax"):
         ScaleSpec(rule="largest")  # type: ignore[arg-type]
     for name in ("alpha", "key_alpha"):
