@@ -52,7 +52,7 @@ class Format(Method):
 
     @property
     def integers(self) -> Quantizer | None:
-        """The evenly spaced integers, zero points among them, that its codes are; None for other levels."""
+        """Evenly spaced integers, zero points among them, where its codes are some, with one scale each; else None."""
         return None
 
     def storable(self, grid: Grid) -> Grid:

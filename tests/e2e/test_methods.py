@@ -76,6 +76,9 @@ def test_from_a_recipe_to_an_artefact(
     assert torch.equal(before, after)
     card = (folder / "README.md").read_text()
     assert "rounded" in card
+    if "group_scale" in stored:
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
+        return
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, "export", "--artefact", folder, "--out", "onnx")
     assert "ONNX dequantizes evenly spaced integers with integer zero points alone" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,12 +19,14 @@ CODES = Quantizer(4, symmetric=False)
 INT8 = 127
 """Largest int8 whose negative is one too."""
 REACH = 120
-"""What the group that reaches furthest spans in a row's own steps. No whole step beside it then leaves int8: of
-``REACH / m``, rounded, times m is at most 127 for each m from 8 to 15, the codes on the longer side of a zero point."""
+"""Steps of its row that the group which reaches furthest spans. Scales rounded to whole steps then never leave int8: m
+times the nearest integer to ``REACH / m`` is at most 127 for every m from 8 to 15, the codes on the longer side of a
+zero point."""
 LARGEST = 15
-"""Of the integers; a zero point in the middle has eight codes on one side, and eight times 16 is beyond int8."""
+"""Of the integers that groups have: a zero point leaves eight codes on one side at least, and eight times 16 is beyond
+int8."""
 SMALLEST = 2.0**-100
-"""Of a row's own scale, which a row of zeros has, too."""
+"""A row's own scale is at least that, in a row of zeros, too."""
 DIGITS = 8
 """Bits of a bfloat16: times an integer of four bits and a code of four it is exact in float32."""
 
@@ -44,7 +45,7 @@ class Progressive(Format):
 
     group_size: int | None = 128
 
-    bits: ClassVar[int] = 4  # type: ignore[misc]
+    bits = 4
     label = "progressive"
     even = True
     fits_scales = False
