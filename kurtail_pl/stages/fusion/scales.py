@@ -49,7 +49,7 @@ class ScaleSpec:
         key_alpha: of ``absmax``: how much of the range of keys goes into the queries, from 0 to 1.
         reorder: ``values``, ``mlp_hidden`` or both: their channels are sorted by the largest magnitude that they had
             before they were scaled, values within their head, so that those of a group of inputs are alike (QServe).
-            No rotation may mix them afterwards: no R2 for values, no R5 for `mlp_hidden`.
+            No rotation may mix them afterwards: no R2 or R4 for values, no R5 for `mlp_hidden`.
 
     Raises:
         ConfigError: for no parts and nothing to reorder, or others than these, another rule, or an alpha outside
@@ -90,10 +90,13 @@ class ScaleSpec:
 
     def require_order(self, rotations: Rotations) -> None:
         """Raise ConfigError when channels are to be reordered that a rotation mixes."""
-        mixed = {"values": ("R2", rotations.value), "mlp_hidden": ("R5", rotations.mlp_hidden)}
-        for part in self.reorder:
-            number, rotation = mixed[part]
-            if rotation is not None:
+        mixed: list[tuple[Ordered, str, object]] = [
+            ("values", "R2", rotations.value),
+            ("values", "R4", rotations.attention_output),
+            ("mlp_hidden", "R5", rotations.mlp_hidden),
+        ]
+        for part, number, rotation in mixed:
+            if part in self.reorder and rotation is not None:
                 raise ConfigError(
                     f"scales.reorder is {self.reorder} and {number} mixes the channels of {part}, whatever their "
                     f"order; leave {part} out of reorder, or the rotation out"

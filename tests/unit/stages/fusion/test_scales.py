@@ -218,11 +218,12 @@ def test_channels_are_sorted_by_their_largest_magnitude(tiny: Path, text: TextSp
         torch.testing.assert_close(after, before.sort(descending=True).values, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("part", "number"), [("values", "R2"), ("mlp_hidden", "R5")])
+@pytest.mark.parametrize(("part", "number"), [("values", "R2"), ("values", "R4"), ("mlp_hidden", "R5")])
 def test_channels_that_a_rotation_mixes_are_not_reordered(
     part: str, number: str, tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path
 ) -> None:
-    spec = replace(scaling(text), reorder=[part])
+    spec, field = replace(scaling(text), reorder=[part]), {"R2": "value", "R4": "attention_output", "R5": "mlp_hidden"}
+    rotations = Rotations(**{field[number]: getattr(rotations, field[number])})
     with pytest.raises(ConfigError, match=rf"scales.reorder is \['{part}'\] and {number} mixes the channels of {part}"):
         fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=spec)
 
