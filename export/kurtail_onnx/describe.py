@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from kurtail_onnx.forms import cache_integers_of
+from kurtail_onnx.forms import cache_integers_of, weight_integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.model import cache_parts
@@ -145,7 +145,7 @@ def _quantizers(source: Source, spec: Settings) -> dict[str, Any]:
     cache = cache_integers_of(scheme.cache)
     assert cache is not None
     parts = {
-        "weights": None if scheme.weights is None else scheme.weights.integers,
+        "weights": weight_integers_of(scheme.weights),
         "activations": spec.activations(scheme),
         "attention_output": spec.output_activations(scheme, source.head_dim),
         **cache._asdict(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kurtail_onnx.card import notes
-from kurtail_onnx.forms import CacheIntegers, cache_integers_of
+from kurtail_onnx.forms import CacheIntegers, cache_integers_of, weight_integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES
 from kurtail_onnx.graph.linear import KERNEL_BLOCK
 from kurtail_onnx.settings import Settings
@@ -57,7 +57,7 @@ class ONNX(Settings):
         return notes(description, checks)
 
     def _reasons(self, scheme: Scheme) -> Iterator[str]:
-        weights = None if scheme.weights is None else scheme.weights.integers
+        weights = weight_integers_of(scheme.weights)
         cache = cache_integers_of(scheme.cache)
         parts = {"weights": weights, "activations": self.activations(scheme)}
         yield from _not_in_a_graph(scheme, weights, cache)

@@ -1,12 +1,15 @@
-"""What formats of caches are in ONNX: one function for each that has a form there."""
+"""What formats of weights and caches are in ONNX: one function for each that has a form there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import singledispatch
 from typing import NamedTuple
 
+from torch import Tensor
+
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import CacheFormat, PerTokenHead
+from kurtail_pl.methods import CacheFormat, Format, PerTokenHead, Progressive
 
 
 class CacheIntegers(NamedTuple):
@@ -30,3 +33,26 @@ def _(cache: PerTokenHead) -> CacheIntegers | None:
 @cache_integers_of.register
 def _(cache: None) -> CacheIntegers:
     return CacheIntegers(None, None)
+
+
+@singledispatch
+def weight_integers_of(weights: Format | None) -> Quantizer | None:
+    """The integers that a graph dequantizes by a scale for each output or group; None for a format without."""
+    return None if weights is None else weights.integers
+
+
+@weight_integers_of.register
+def _(weights: Progressive) -> Quantizer:
+    return Quantizer(weights.bits, symmetric=False, group_size=weights.group_size)
+
+
+@singledispatch
+def scales_of(weights: Format, stored: Callable[[str], Tensor]) -> Tensor:
+    """Scales ``[out, groups]`` of those integers; `stored` reads a tensor of the weight by its name."""
+    return stored("scale")
+
+
+@scales_of.register
+def _(weights: Progressive, stored: Callable[[str], Tensor]) -> Tensor:
+    # Of eight bits and four: exact in float32.
+    return stored("row_scale").float() * stored("group_scale").float()

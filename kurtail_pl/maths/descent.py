@@ -32,7 +32,12 @@ class OutputError:
 
 
 def refine(
-    error: OutputError, quantized: Quantized, code_range: tuple[int, int], rounds: int, block_size: int
+    error: OutputError,
+    quantized: Quantized,
+    code_range: tuple[int, int],
+    rounds: int,
+    block_size: int,
+    fits_scales: bool = True,
 ) -> Quantized:
     """Lower the output error of codes on a grid.
 
@@ -42,6 +47,7 @@ def refine(
         code_range: smallest and largest code.
         rounds: how often all codes, and then all scales, are gone through.
         block_size: columns whose changes are passed on together; it changes nothing but the speed.
+        fits_scales: whether scales change too.
 
     Returns:
         Codes, and the grid with its new scales.
@@ -57,7 +63,8 @@ def refine(
     del lost
     for _ in range(rounds):
         _descend(error, gradient, steps, scales, zeros, code_range, block_size)
-        _fit_scales(error, gradient, steps, scales)
+        if fits_scales:
+            _fit_scales(error, gradient, steps, scales)
     codes = steps.add_(zeros.repeat_interleave(size, 0)).T.contiguous().to(quantized.codes.dtype)
     return Quantized(codes, Grid(scales.T.contiguous().to(grid.scale.dtype), grid.zero_point))
 

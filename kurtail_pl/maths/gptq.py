@@ -37,6 +37,10 @@ class Levels(Protocol):
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
 
+    @property
+    def fits_scales(self) -> bool:
+        """Whether refinement gives each group the scale that is best for its codes."""
+
     def storable(self, grid: Grid) -> Grid:
         """The nearest grid whose scales can be stored."""
 
@@ -56,8 +60,9 @@ class Settings:
         correction: ``gptaq``: the columns still to come also make up for what each column's inputs lost against the
             float model's; ``foem``: each column goes back a part of the way that errors before it have moved it, and
             that part is not passed on; null: neither.
-        refine: rounds of coordinate descent and least-squares scales (`maths.descent`) on what GPTQ, run on several
-            multiples of the grid, found best for each output channel; 0 leaves its codes and the grid as they are.
+        refine: rounds of coordinate descent and, for levels that fit them, least-squares scales (`maths.descent`) on
+            what GPTQ, run on several multiples of the grid, found best for each output channel; 0 leaves its codes and
+            the grid as they are.
 
     Raises:
         ConfigError: naming the field, its value and what is accepted.
@@ -143,7 +148,7 @@ def gptq(
     error = OutputError(weight, hessian, float(damping))
     scaled = (levels.storable(grid._replace(scale=grid.scale * ratio)) for ratio in RATIOS)
     best = _best_rows(map(solved, scaled), error)
-    refined = refine(error, best, levels.code_range, settings.refine, settings.block_size)
+    refined = refine(error, best, levels.code_range, settings.refine, settings.block_size, levels.fits_scales)
     return refined._replace(grid=levels.storable(refined.grid))
 
 

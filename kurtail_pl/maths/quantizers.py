@@ -119,6 +119,11 @@ class Quantizer:
         return 0, (1 << self.bits) - 1
 
     @property
+    def fits_scales(self) -> bool:
+        """Any scale can be stored."""
+        return True
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """Type of codes."""
         return torch.int8 if self.symmetric else torch.uint8

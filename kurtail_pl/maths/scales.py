@@ -1,4 +1,4 @@
-"""Scales of channels, at no cost at run time, with which a quantizer errs least."""
+"""Scales of channels, at no cost at run time, with which a quantizer errs less."""
 
 from __future__ import annotations
 
@@ -43,6 +43,24 @@ def balanced_scale(energy: Tensor, weight: Tensor, power: float = SPREAD) -> Ten
         Scales ``[..., n]``, their geometric mean 1; where x, or W, is zero, as if all its channels were equal.
     """
     logarithm = (_log(weight) - power / 2 * _log(energy)) / (power + 2)
+    return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
+
+
+def absmax_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Scale s of the channels of x with which ``s x`` and ``W / s`` share what both span.
+
+    ``s = weights^(1 - alpha) / inputs^alpha``: all channels of x span as much where alpha is 1, all of W where it is 0
+    (SmoothQuant, arXiv 2211.10438, equation 4, whose s is the inverse).
+
+    Args:
+        inputs: largest magnitude of each channel of x, ``[..., n]``.
+        weights: largest magnitude of what multiplies it in W, ``[..., n]``.
+        alpha: from 0 to 1.
+
+    Returns:
+        Scales ``[..., n]``, their geometric mean 1; where x, or W, is zero, as if all its channels were equal.
+    """
+    logarithm = ((1 - alpha) * _log(weights.square()) - alpha * _log(inputs.square())) / 2
     return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
 

@@ -11,6 +11,7 @@ from kurtail_pl.methods.defaults import default_cache, default_format, default_r
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
 from kurtail_pl.methods.formats.normal import Normal
+from kurtail_pl.methods.formats.progressive import Progressive
 from kurtail_pl.methods.formats.uniform import Uniform
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.rounders.gptq import GPTQ
@@ -43,6 +44,7 @@ __all__ = [
     "Needs",
     "Normal",
     "PerTokenHead",
+    "Progressive",
     "Q4_0Cache",
     "Rounder",
     "SearchedClips",

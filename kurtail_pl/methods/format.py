@@ -32,12 +32,15 @@ class Format(Method):
         group_size: inputs that share a scale; None for all.
         even: whether levels are evenly spaced, as coordinate descent on the codes asks for.
         learnable: whether `scale` is a plain number, and may learn.
+        fits_scales: whether refinement gives each group the scale that is best for its codes; not where scales that
+            can be stored lie too far apart for that.
     """
 
     bits: int
     group_size: int | None
     even: ClassVar[bool] = False
     learnable: ClassVar[bool] = False
+    fits_scales: ClassVar[bool] = True
 
     def require(self, name: str, widths: tuple[int, ...]) -> None:
         """Raise ConfigError, naming the setting, when groups do not divide the widths of a model's linears."""
@@ -49,7 +52,7 @@ class Format(Method):
 
     @property
     def integers(self) -> Quantizer | None:
-        """The evenly spaced integers, zero points among them, that its codes are; None for other levels."""
+        """Evenly spaced integers, zero points among them, where its codes are some, with one scale each; else None."""
         return None
 
     def storable(self, grid: Grid) -> Grid:

@@ -163,6 +163,38 @@ def scale_hidden(layer: nn.Module, architecture: Architecture, mlp: str, scale: 
     linear_of(layer, f"{mlp}.{architecture.down}").weight.data /= scale
 
 
+def reorder_values(layer: nn.Module, architecture: Architecture, order: Tensor) -> None:
+    """Write channels of the values in another order within their head, and read them so in `o_proj`.
+
+    Args:
+        layer: decoder layer, its values not rotated yet.
+        architecture: its record.
+        order: ``[kv_heads, head_dim]``, of each new place the channel that comes there.
+    """
+    value, output = linear_of(layer, architecture.value), linear_of(layer, architecture.output)
+    group = output.in_features // order.numel()
+    # Where one linear makes all three, values come after queries and keys.
+    _reorder_rows(value, value.out_features - order.numel(), _in_heads(order))
+    output.weight.data = output.weight.data[:, _in_heads(order.repeat_interleave(group, 0))]
+
+
+def _in_heads(order: Tensor) -> Tensor:
+    """Numbers of channels in their heads ``[heads, head_dim]`` as numbers among all, ``[heads * head_dim]``."""
+    heads, head_dim = order.shape
+    return (order + head_dim * torch.arange(heads, device=order.device).unsqueeze(1)).flatten()
+
+
+def reorder_hidden(layer: nn.Module, architecture: Architecture, mlp: str, order: Tensor) -> None:
+    """Write channels ``[width]`` of a gated MLP in another order, and read them so in its down projection."""
+    # Where one linear makes both, up comes after gate.
+    gate, up, down = (
+        linear_of(layer, f"{mlp}.{name}") for name in (architecture.gate, architecture.up, architecture.down)
+    )
+    _reorder_rows(gate, 0, order)
+    _reorder_rows(up, up.out_features - len(order), order)
+    down.weight.data = down.weight.data[:, order]
+
+
 def flip_hidden(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> bool:
     """Give the channels that R5 turns the signs that it has not itself; returns whether there are any."""
     flipped = False
@@ -181,6 +213,14 @@ def _scale_rows(linear: nn.Linear, first: int, scale: Tensor) -> None:
     linear.weight.data[rows] *= scale.unsqueeze(1)
     if linear.bias is not None:
         linear.bias.data[rows] *= scale
+
+
+def _reorder_rows(linear: nn.Linear, first: int, order: Tensor) -> None:
+    """Reorder some rows of what a linear writes, the first of which is given."""
+    rows = slice(first, first + len(order))
+    linear.weight.data[rows] = linear.weight.data[rows][order]
+    if linear.bias is not None:
+        linear.bias.data[rows] = linear.bias.data[rows][order]
 
 
 def absorb_online(linear: nn.Linear, rotation: HadamardFactors) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import kurtail_pl
 from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.card import scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.equip import unpack_weights
 
@@ -22,10 +23,17 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),
 ]
 GROUPS = "--quantization.scheme.weights.group_size=16"
+WEIGHTS = ["--quantization.scheme.weights=kurtail_pl.methods.Progressive", GROUPS]
 ROADS = {
     "mxfp4 by gptq": (["--config", "mxfp4"], {"codes", "scale"}, torch.uint8),
     "nvfp4 by gptq": (["--config", "nvfp4"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
     "nvfp4 by rtn": (["--config", "nvfp4", "--config", "rtn"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
+    "qoq's weights": (WEIGHTS, {"codes", "row_scale", "group_scale", "zero_point"}, torch.uint8),
+    "qoq's weights refined": (
+        [*WEIGHTS, "--quantization.rounder.refine=2"],
+        {"codes", "row_scale", "group_scale", "zero_point"},
+        torch.uint8,
+    ),
     "hqq": (["--config", "hqq", GROUPS], {"codes", "scale", "zero_point"}, torch.float32),
     "higgs by gptq": (["--config", "higgs", "--config", "gptq"], {"codes", "scale"}, torch.float32),
 }
@@ -68,6 +76,9 @@ def test_from_a_recipe_to_an_artefact(
     assert torch.equal(before, after)
     card = (folder / "README.md").read_text()
     assert "rounded" in card
+    if "group_scale" in stored:
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
+        return
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, "export", "--artefact", folder, "--out", "onnx")
     assert "ONNX dequantizes evenly spaced integers with integer zero points alone" in capsys.readouterr().err
@@ -103,6 +114,28 @@ def test_svdquant_down_the_road(
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, "fit", "--config", recipe, "--config", "svdquant", "--target", "onnxruntime", "--overwrite")
     assert "write quantization.scheme.side: null" in capsys.readouterr().err
+
+
+def test_qoq_down_the_road(
+    kurtail: Callable[..., None], even: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that the recipe asks for, in the artefact; an order that R5 would undo is refused before any work."""
+    place = recipe.parent
+    short = ["--fusion.scales.text.windows=4", "--fusion.scales.text.seqlen=48"]
+    flags = ["--config", recipe, "--data.capture.model", even, "--config", "qoq", GROUPS, *short]
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "fit", *flags, "--fusion.online=[mlp_hidden]")
+    assert "R5 mixes the channels of mlp_hidden" in capsys.readouterr().err
+    assert not (place / "runs" / "rotations.safetensors").exists()
+    kurtail(place, "fit", *flags)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    card = json.loads((folder / "kurtail.json").read_text())
+    assert scheme_of(folder).name == "w4a8kv4"
+    assert card["fuse"]["scales"]["reorder"] == ["mlp_hidden"]
+    assert "4-bit codes on two levels of scales: an integer in groups of 16" in (folder / "README.md").read_text()
+    # Four bits, two bytes for each 16 of the 64 or 96 inputs, two bytes for each output.
+    numbers, outputs = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64, 2 * 64 + 2 * 32 + 2 * 96 + 64
+    assert card["bits_per_weight"] == pytest.approx(4 + 16 / 16 + 16 * outputs / numbers)
 
 
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:

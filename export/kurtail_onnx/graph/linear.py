@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kurtail_onnx.forms import scales_of, weight_integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, values_of
@@ -53,7 +54,7 @@ class _Weight:
     def __init__(self, source: Source, name: str, module: QuantizedLinear) -> None:
         self.source, self.name = source, name
         self.rows, self.columns = module.out_features, module.in_features
-        self.quantizer = None if module.weights is None else module.weights.integers
+        self.format, self.quantizer = module.weights, weight_integers_of(module.weights)
 
     @property
     def group(self) -> int:
@@ -74,7 +75,8 @@ class _Weight:
 
     def scale(self) -> Tensor:
         """``[out, groups]``."""
-        return self.source.tensor(f"{self.name}.scale")
+        assert self.format is not None
+        return scales_of(self.format, lambda tensor: self.source.tensor(f"{self.name}.{tensor}"))
 
     def zero_point(self) -> Tensor:
         """``[out, groups]`` uint8."""

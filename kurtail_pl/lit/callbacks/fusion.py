@@ -54,11 +54,13 @@ class Fusion(CheckedCallback):
         self.scales, self.signs, self.online, self.block_size = scales, signs, online, block_size
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
-        """Refuse scales and blocks that the model cannot have, and texts too short."""
+        """Refuse scales, orders and blocks that the model cannot have, and texts too short."""
         if self.block_size is not None:
             require_blocks(data.checkpoint.config, self.block_size)
         if self.scales is not None:
             scale_windows(data.checkpoint, self.scales)
+            if self.scales.reorder:
+                self.scales.require_order(module.rotations(data.checkpoint.config).keeping(self.online))
         if self.signs is not None:
             sign_windows(data.checkpoint, self.signs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +16,61 @@ from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.attention import watched_scores
 
 
-class Spread:
-    """Mean squares of channels over all tokens seen, ``[..., n]``."""
+class Held(ABC):
+    """What channels hold over all tokens seen, ``[..., n]``."""
 
     def __init__(self) -> None:
+        self._largest: Tensor | None = None
+
+    def see(self, rows: Tensor) -> None:
+        """Count tokens in: ``[..., tokens, n]``."""
+        largest = rows.abs().amax(-2)
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest magnitude."""
+        assert self._largest is not None
+        return self._largest
+
+    @property
+    @abstractmethod
+    def energy(self) -> Tensor:
+        """Squares, as they count."""
+
+
+class Shares(Held):
+    """Shares of channels in their tokens' sums of squares, so that massive tokens count as any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: Tensor | None = None
+
+    def see(self, rows: Tensor) -> None:
+        """Count tokens in: ``[tokens, n]``."""
+        super().see(rows)
+        squares = rows.square()
+        size = squares.sum(-1, keepdim=True)
+        sums = (squares / size.clamp(min=torch.finfo(size.dtype).tiny)).sum(0)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    @property
+    def energy(self) -> Tensor:
+        """Sum of the shares over tokens."""
+        assert self._sums is not None
+        return self._sums
+
+
+class Spread(Held):
+    """Mean squares of channels, all tokens alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._sums: Tensor | None = None
 
     def see(self, rows: Tensor) -> None:
         """Count tokens in: ``[..., tokens, n]``."""
+        super().see(rows)
         sums = torch.stack([part.sum(-2) for part in (torch.ones_like(rows), rows, rows.square())])
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -45,14 +93,13 @@ class Channels:
     """What was measured of one layer.
 
     Attributes:
-        inputs: of what linears read, by the linear's name, ``[in]``: the sum over tokens of the channel's part in the
-            token's sum of squares, so that massive tokens count as any other.
+        inputs: of what linears read, by the linear's name, ``[in]``.
         normed: of what norms give, by the norm's name, ``[hidden]``; all tokens are of one size there.
         keys: after RoPE, ``[kv_heads, head_dim]``.
         queries: before RoPE, which keeps the energy of two channels that it turns together, ``[heads, head_dim]``.
     """
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Shares] = field(default_factory=dict)
     normed: dict[str, Spread] = field(default_factory=dict)
     keys: Spread = field(default_factory=Spread)
     queries: Spread = field(default_factory=Spread)
@@ -63,15 +110,9 @@ def measured_inputs(layer: nn.Module, names: Iterable[str], found: Channels) -> 
     """While a layer runs, measure what some linears read."""
 
     def watch(name: str) -> RemovableHandle:
+        shares = found.inputs[name] = Shares()
         linear = folding.linear_of(layer, name)
-        sums = found.inputs[name] = linear.weight.new_zeros(linear.in_features)
-
-        def see(_: nn.Module, read: tuple[Tensor]) -> None:
-            squares = read[0].square().flatten(0, -2)
-            size = squares.sum(-1, keepdim=True)
-            sums.add_((squares / size.clamp(min=torch.finfo(size.dtype).tiny)).sum(0))
-
-        return linear.register_forward_pre_hook(see)
+        return linear.register_forward_pre_hook(lambda _, read: shares.see(read[0].flatten(0, -2)))
 
     with _removed([watch(name) for name in names]):
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.artefact.shards import ShardWriter, named
-from kurtail_pl.stages.fusion.scales import Part, ScaleNorms, scale_channels
+from kurtail_pl.stages.fusion.scales import ReorderChannels, ScaleNorms, ScaleSpec, scale_channels
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.streaming.hidden import HiddenStates
@@ -50,7 +49,7 @@ class Fuser:
     """
 
     def __init__(
-        self, walker: Walker, rotations: Rotations, work: Workplace, scaled: Sequence[Part], text: Tensor
+        self, walker: Walker, rotations: Rotations, work: Workplace, scales: ScaleSpec | None, text: Tensor
     ) -> None:
         self.walker, self.architecture, self.work = walker, walker.architecture, work
         # Not earlier: a walker made meanwhile for the same configuration, as signs are chosen by, sets it back.
@@ -62,7 +61,7 @@ class Fuser:
         self.shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
         self.text = text[:, :length]
-        self.transforms = self._transforms(scaled)
+        self.transforms = self._transforms(scales)
         generator = torch.Generator().manual_seed(0)
         self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
         shape = (3 + len(self.text), length, config.hidden_size)
@@ -115,18 +114,19 @@ class Fuser:
         self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
 
-    def _transforms(self, scaled: Sequence[Part]) -> list[Transform]:
+    def _transforms(self, scales: ScaleSpec | None) -> list[Transform]:
         """All that is done to a layer, in order."""
         architecture, rotations = self.architecture, self.rotations
-        scales = scale_channels(self.walker, scaled, self._normed)
+        scaled = scale_channels(self.walker, scales, self._normed)
         return [
-            scales,
-            FoldNorms(architecture, rotations.residual is not None or scales.measured.norms),
+            scaled,
+            ReorderChannels(scaled.measured, scaled.kv_heads),
+            FoldNorms(architecture, rotations.residual is not None or scaled.measured.norms),
             RotateResidual(architecture, rotations.residual),
-            ScaleNorms(scales.measured),
+            ScaleNorms(scaled.measured),
             RotateValues(architecture, rotations.value),
             FlipHidden(architecture, rotations),
-            RotateOnline(architecture, rotations, scales.measured.head_dim),
+            RotateOnline(architecture, rotations, scaled.measured.head_dim),
         ]
 
     def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.maths.scales import balanced_scale, range_power
-from kurtail_pl.stages.fusion.channels import Channels, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.maths.scales import range_power
+from kurtail_pl.stages.fusion.channels import Channels, Held, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.stages.fusion.rules import AbsMax, Balanced, Rule
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.families import architecture_of
-from kurtail_pl.surgery.rotations import head_dim_of
+from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 from kurtail_pl.surgery.transform import Transform
 
 Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
+Ordered = Literal["values", "mlp_hidden"]
 
 
 def _short_windows() -> TextSpec:
@@ -41,21 +43,64 @@ class ScaleSpec:
             go by what channels hold about their mean.
         text: its windows go through the original model, in float64, beside the probes; a few thousand tokens do.
         seed: draws the windows.
+        rule: ``balanced`` gives each channel the scale with which the output errs least (`balanced_scale`), ``absmax``
+            shares the largest magnitudes between inputs and weights, as SmoothQuant and QServe do.
+        alpha: of ``absmax``: how much of the range of inputs goes into the weights, from 0 to 1.
+        key_alpha: of ``absmax``: how much of the range of keys goes into the queries, from 0 to 1.
+        reorder: ``values``, ``mlp_hidden`` or both: their channels are sorted by the largest magnitude that they had
+            before they were scaled, values within their head, so that those of a group of inputs are alike (QServe).
+            No rotation may mix them afterwards: no R2 or R4 for values, no R5 for `mlp_hidden`.
 
     Raises:
-        ConfigError: for no parts, or others than these.
+        ConfigError: for no parts and nothing to reorder, or others than these, another rule, or an alpha outside
+            [0, 1].
     """
 
     parts: list[Part] = field(default_factory=lambda: ["values", "mlp_hidden"])
     text: TextSpec = field(default_factory=_short_windows)
     seed: int = 0
+    rule: Literal["balanced", "absmax"] = "balanced"
+    alpha: float = 0.5
+    key_alpha: float = 0.5
+    reorder: list[Ordered] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_seed("scales.seed", self.seed)
-        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+        if not (self.parts or self.reorder) or not set(self.parts) <= set(get_args(Part)):
             raise ConfigError(
                 f"scales.parts is {self.parts}; name some of {', '.join(get_args(Part))}, or write scales: null"
             )
+        if not set(self.reorder) <= set(get_args(Ordered)):
+            raise ConfigError(f"scales.reorder is {self.reorder}; name some of {', '.join(get_args(Ordered))}, or none")
+        if self.rule not in ("balanced", "absmax"):
+            raise ConfigError(f"scales.rule is {self.rule!r}; write balanced or absmax")
+        for name in ("alpha", "key_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"scales.{name} is {getattr(self, name)}; give a number from 0 to 1")
+
+    @property
+    def chosen_rule(self) -> Rule:
+        """The rule, with its numbers."""
+        return Balanced() if self.rule == "balanced" else AbsMax(self.alpha, self.key_alpha)
+
+    def among(self, parts: Sequence[Part]) -> ScaleSpec | None:
+        """The same for some parts alone, in the order that they have; None where it has none of them."""
+        kept = [part for part in self.parts if part in parts]
+        return replace(self, parts=kept, reorder=[]) if kept else None
+
+    def require_order(self, rotations: Rotations) -> None:
+        """Raise ConfigError when channels are to be reordered that a rotation mixes."""
+        mixed: list[tuple[Ordered, str, object]] = [
+            ("values", "R2", rotations.value),
+            ("values", "R4", rotations.attention_output),
+            ("mlp_hidden", "R5", rotations.mlp_hidden),
+        ]
+        for part, number, rotation in mixed:
+            if part in self.reorder and rotation is not None:
+                raise ConfigError(
+                    f"scales.reorder is {self.reorder} and {number} mixes the channels of {part}, whatever their "
+                    f"order; leave {part} out of reorder, or the rotation out"
+                )
 
 
 def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
@@ -77,16 +122,23 @@ class Measured:
     """What scales go by, measured on a text as it goes through the original layers, one after the other.
 
     Args:
-        parts: as in `ScaleSpec`; none measure nothing.
+        scales: whose channels; None measures nothing.
         architecture: record of the family.
         head_dim: size of a head.
         normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
     """
 
     def __init__(
-        self, parts: Sequence[Part], architecture: Architecture, head_dim: int, normed: Callable[[Tensor], Tensor]
+        self,
+        scales: ScaleSpec | None,
+        architecture: Architecture,
+        head_dim: int,
+        normed: Callable[[Tensor], Tensor],
     ) -> None:
-        self.parts, self.architecture, self.head_dim, self.normed = parts, architecture, head_dim, normed
+        self.parts: Sequence[Part] = () if scales is None else scales.parts
+        self.reorder: Sequence[Ordered] = () if scales is None else scales.reorder
+        self.rule: Rule = Balanced() if scales is None else scales.chosen_rule
+        self.architecture, self.head_dim, self.normed = architecture, head_dim, normed
         self.channels = Channels()
 
     @property
@@ -94,12 +146,19 @@ class Measured:
         """Whether what norms give is scaled."""
         return bool({"attention_input", "mlp_input"} & set(self.parts))
 
+    def inputs(self, parts: Sequence[str]) -> Iterator[tuple[str, Held]]:
+        """Of the linears that read some parts, values or `mlp_hidden`: their names, and what they read."""
+        for name, channels in self.channels.inputs.items():
+            if ("values" if name == self.architecture.output else "mlp_hidden") in parts:
+                yield name, channels
+
     @contextmanager
     def watching(self, layer: nn.Module) -> Iterator[None]:
         """While an original layer runs, what its channels hold."""
         names, found = self.architecture, Channels()
-        inputs = [names.output] if "values" in self.parts else []
-        inputs += names.mlp_writers(layer) if "mlp_hidden" in self.parts else ()
+        measured = {*self.parts, *self.reorder}
+        inputs = [names.output] if "values" in measured else []
+        inputs += names.mlp_writers(layer) if "mlp_hidden" in measured else ()
         norms = {"attention_input": names.attention_norm, "mlp_input": names.mlp_norm}
         with ExitStack() as stack:
             stack.enter_context(measured_inputs(layer, inputs, found))
@@ -136,31 +195,62 @@ class ScaleChannels(Transform):
     def fold(self, layer: nn.Module, index: int) -> bool:
         """By what the text held."""
         names, found, parts = self.measured.architecture, self.measured.channels, self.measured.parts
-        for name, squares in found.inputs.items():
-            weight = folding.linear_of(layer, name).weight.square().sum(0)
+        rule = self.measured.rule
+        for name, channels in self.measured.inputs(parts):
+            held, read = rule.held(channels), rule.read(folding.linear_of(layer, name).weight)
             if name == names.output:
                 # The query heads of a group read the same values.
-                held, read = (self._of_group(x).flatten() for x in (squares, weight))
-                scale = balanced_scale(held, read).view(self.kv_heads, self.measured.head_dim)
-                folding.scale_values(layer, names, scale)
+                scale = rule.scale(self._of_group(held).flatten(), self._of_group(read).flatten())
+                folding.scale_values(layer, names, scale.view(self.kv_heads, self.measured.head_dim))
             else:
                 mlp = name.removesuffix(f".{names.down}")
-                folding.scale_hidden(layer, names, mlp, balanced_scale(squares, weight))
+                folding.scale_hidden(layer, names, mlp, rule.scale(held, read))
         if "keys" in parts:
-            energies = found.keys.variance, self._of_group(found.queries.energy)
-            pair = self._rope_pairs().to(energies[0].device)
-            keys, queries = (x.new_zeros(len(x), int(pair.max()) + 1).index_add(1, pair, x) for x in energies)
-            folding.scale_keys(layer, names, balanced_scale(keys, queries)[:, pair])
+            counted = rule.varied(found.keys), self._of_group(rule.held(found.queries))
+            pair = self._rope_pairs().to(counted[0].device)
+            keys, queries = (rule.paired(x, pair) for x in counted)
+            folding.scale_keys(layer, names, rule.keys(keys, queries)[:, pair])
         return bool(parts)
 
     def _of_group(self, x: Tensor) -> Tensor:
-        """Sum over the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
-        return x.view(self.kv_heads, -1, self.measured.head_dim).sum(1)
+        """Of the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
+        return self.measured.rule.joined(x.view(self.kv_heads, -1, self.measured.head_dim), 1)
 
     def _rope_pairs(self) -> Tensor:
         """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
         channel, half = torch.arange(self.measured.head_dim), self.rotary // 2
         return torch.where(channel < self.rotary, channel % half, channel - half)
+
+
+@dataclass(frozen=True)
+class ReorderChannels(Transform):
+    """Sorts channels by the largest magnitude that they had in the original layer, largest first.
+
+    Args:
+        measured: what the channels hold.
+        kv_heads: key and value heads.
+    """
+
+    measured: Measured
+    kv_heads: int
+
+    sentence = "reordering the channels"
+
+    def fold(self, layer: nn.Module, index: int) -> bool:
+        """Values within their head, for all query heads of a group."""
+        names = self.measured.architecture
+        for name, channels in self.measured.inputs(self.measured.reorder):
+            if name == names.output:
+                of_heads = channels.largest.view(self.kv_heads, -1, self.measured.head_dim).amax(1)
+                folding.reorder_values(layer, names, _largest_first(of_heads))
+            else:
+                mlp = name.removesuffix(f".{names.down}")
+                folding.reorder_hidden(layer, names, mlp, _largest_first(channels.largest))
+        return bool(self.measured.reorder)
+
+
+def _largest_first(x: Tensor) -> Tensor:
+    return torch.argsort(x, dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True)
@@ -173,22 +263,22 @@ class ScaleNorms(Transform):
 
     def fold(self, layer: nn.Module, index: int) -> bool:
         """By what the text held."""
-        names, found = self.measured.architecture, self.measured.channels
+        names, found, rule = self.measured.architecture, self.measured.channels, self.measured.rule
         linears = {names.attention_norm: names.attention_readers, names.mlp_norm: names.mlp_readers(layer)}
         for name, spread in found.normed.items():
             # A router, which reads the MLP norm too, is not quantized.
-            read = torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]).square().sum(0)
-            scale = balanced_scale(spread.variance, read, range_power(len(read)))
+            read = rule.read(torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]))
+            scale = rule.scale(rule.varied(spread), read, range_power(len(read)))
             # In bfloat16, so that no type that the norm's weight is kept in rounds it.
             folding.scale_norm(layer, names, name, scale.bfloat16().to(scale.dtype))
         return bool(found.normed)
 
 
 def scale_channels(
-    walker: Walker, parts: Sequence[Part], normed: Callable[[Tensor], Tensor] = lambda states: states
+    walker: Walker, scales: ScaleSpec | None, normed: Callable[[Tensor], Tensor] = lambda states: states
 ) -> ScaleChannels:
     """Scales of the layers of a walker's model; `normed` as in `Measured`."""
     config, architecture = walker.checkpoint.config, walker.architecture
     frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
-    measured = Measured(parts, architecture, head_dim_of(config), normed)
+    measured = Measured(scales, architecture, head_dim_of(config), normed)
     return ScaleChannels(measured, config.num_key_value_heads, 2 * len(frequencies))

@@ -14,10 +14,10 @@ from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors, random_signs
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods.tuner import relative
-from kurtail_pl.stages.fusion.scales import Part, scale_channels
+from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, scale_channels
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.storage.keys import tokens_sha256
+from kurtail_pl.storage.keys import settings_key, tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.storage.rotation_file import hash_of
 from kurtail_pl.streaming.compute import AUTO, Compute
@@ -103,7 +103,7 @@ def sign_errors(
     rotations: Rotations,
     signs: SignSpec,
     windows: Tensor,
-    scaled: Sequence[Part] = (),
+    scales: ScaleSpec | None = None,
     compute: Compute = AUTO,
 ) -> dict[str, list[float]]:
     """Error of rounding behind each candidate.
@@ -116,15 +116,16 @@ def sign_errors(
         rotations: R2 turns the values before R4, and R4 and R5 are the first candidates.
         signs: how many candidates.
         windows: of tokens, ``[any number, any length]``.
-        scaled: channels that will be scaled; here the scales are measured on the same windows.
+        scales: channels that will be scaled; here the scales are measured on the same windows.
         compute: device and floating-point type of the layers.
     """
+    scales = None if scales is None else scales.among(SCALED)
     recipe = {
         "model_sha256": checkpoint.sha256,
         "rotations_sha256": hash_of(rotations),
         "tokens_sha256": tokens_sha256(windows),
         "signs": [signs.candidates, signs.seed],
-        "scaled": list(scaled),
+        "scales": None if scales is None else settings_key(scales),
         "dtype": compute.dtype,
     }
     draws = drawn(rotations, signs)
@@ -132,15 +133,15 @@ def sign_errors(
         return {}
     with resumable_work(recipe) as work:
         walker = Walker(checkpoint, dtype=compute.torch_dtype, device=compute.torch_device)
-        scales = scale_channels(walker, [part for part in SCALED if part in scaled])
+        scaled = scale_channels(walker, scales)
         value = None if rotations.value is None else rotations.value.to(walker.device, walker.dtype)
         values = RotateValues(walker.architecture, value)
         sums: dict[str, list[float]] = work.state.setdefault("sums", {name: [0.0] * signs.candidates for name in draws})
         hidden = walker.hidden_states(windows, work)
         for index, layer in walker.layers("signs of R4 and R5", work):
-            with scales.watching(layer):
+            with scaled.watching(layer):
                 hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
-            scales.fold(layer, index)
+            scaled.fold(layer, index)
             values.fold(layer, index)
             with _rounded(layer, walker.architecture, draws) as found:
                 for states in hidden.before:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.fusion.passes import Fuser
-from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, scale_windows
+from kurtail_pl.stages.fusion.scales import ScaleSpec, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_errors, sign_windows, with_signs
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import Windows
@@ -69,7 +69,8 @@ def fuse(
 
     Raises:
         CheckpointError: when the rotations are not of the model's sizes.
-        ConfigError: when channels are to be scaled that this family cannot scale, or the rotations are another model's.
+        ConfigError: when channels are to be scaled that this family cannot scale, or reordered that a rotation mixes,
+            or the rotations are another model's.
         GateError: when a fold changes the output; nothing is kept.
         TextError: when the text of the scales or signs is too short.
         ArtefactError: when the folder exists.
@@ -78,6 +79,8 @@ def fuse(
     """
     require_rotations_of(checkpoint.config, rotations, "the rotations")
     require_learned_on(rotations, checkpoint.sha256, checkpoint.folder)
+    if scales is not None:
+        scales.require_order(rotations)
     chosen = _Chosen.of(checkpoint, scales, signs)
     recipe = _recipe(checkpoint, rotations, method, chosen)
     compute = Compute(device)
@@ -92,7 +95,7 @@ def fuse(
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
                 rotations = chosen.signed(checkpoint, rotations, work, compute)
-                gate = Fuser(walker, rotations, work, chosen.parts, chosen.tokens).run(meter)
+                gate = Fuser(walker, rotations, work, chosen.scales, chosen.tokens).run(meter)
             _write_rest(checkpoint, rotations, work.folder, {"method": method, "gate": gate, "recipe": recipe}, meter)
     log.info(
         "fused into %s in %.0f s; logits changed by %.1e (float64) and %.1e (float32) relative",
@@ -132,11 +135,6 @@ class _Chosen:
         }
 
     @property
-    def parts(self) -> Sequence[Part]:
-        """Whose channels are scaled."""
-        return () if self.scales is None else self.scales.parts
-
-    @property
     def tokens(self) -> Tensor:
         """Windows that their scales are measured on."""
         nothing = torch.empty(0, PROBE_TOKENS, dtype=torch.long)
@@ -148,7 +146,7 @@ class _Chosen:
             return rotations
         if "signs" not in work.state:
             tokens = self.sign_text.tokens
-            work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.parts, compute)
+            work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.scales, compute)
         return with_signs(rotations, self.signs, work.state["signs"])
 
 

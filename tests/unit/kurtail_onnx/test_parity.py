@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import kurtail_pl
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import PerTokenHead, Uniform
+from kurtail_pl.methods import PerTokenHead, Progressive, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.surgery.linear import QuantizedLinear
@@ -87,6 +87,8 @@ VARIANTS: dict[str, tuple[ONNX, dict[str, Quantizer | str | None]]] = {
     "kernel-groups-32": (ONNX(weights="matmulnbits"), {"weights": Uniform(4, False, group_size=32)}),
     "kernel-asymmetric": (ONNX(weights="matmulnbits"), {"weights": Uniform(4, False)}),
     "kernel-8-bits": (ONNX(weights="matmulnbits"), {"weights": Uniform(8)}),
+    "two-levels": (ONNX(), {"weights": Progressive(16), "activations": ASYMMETRIC}),
+    "kernel-two-levels": (ONNX(weights="matmulnbits"), {"weights": Progressive(32)}),
     "integer": (ONNX(weights="integer"), {}),
     "float-cache": (ONNX(kv="float"), {}),
 }

@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.maths.scales import balanced_scale, range_power
+from kurtail_pl.maths.scales import absmax_scale, balanced_scale, range_power
 
 DRAW = torch.Generator().manual_seed(0)
 ENERGY, WEIGHT = (torch.randn(2, 8, generator=DRAW, dtype=torch.float64) * 2).exp()
@@ -67,3 +67,26 @@ def test_silent_and_unread_channels() -> None:
     assert scale.isfinite().all()
     assert (scale > 0).all()
     assert torch.equal(balanced_scale(torch.zeros(4), torch.zeros(4)), torch.ones(4))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_largest_magnitudes_are_shared(alpha: float) -> None:
+    """Against numpy; at the ends all channels of W, or of x, span as much."""
+    inputs, weights = ENERGY.numpy(), WEIGHT.numpy()
+    scale = absmax_scale(ENERGY, WEIGHT, alpha).numpy()
+    expected = weights ** (1 - alpha) / inputs**alpha
+    np.testing.assert_allclose(scale / scale[0], expected / expected[0], rtol=1e-12)
+    np.testing.assert_allclose(np.log(scale).mean(), 0, atol=1e-12)
+    if alpha in (0, 1):
+        span = inputs * scale if alpha else weights / scale
+        np.testing.assert_allclose(span, span[0], rtol=1e-12)
+    if alpha == 0.5:
+        ratio = (inputs * scale) / (weights / scale)
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-12)
+
+
+def test_a_dead_channel_has_no_scale_of_its_own() -> None:
+    """It counts as a thousandth of the root mean square."""
+    scale = absmax_scale(torch.tensor([0.0, 1.0, 1.0]), torch.ones(3), 1.0)
+    assert scale.isfinite().all()
+    assert (scale[0] / scale[1]).item() == pytest.approx(1e3 / (2 / 3) ** 0.5, rel=1e-5)

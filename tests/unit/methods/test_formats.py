@@ -9,7 +9,7 @@ from torch import Tensor
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.normal_grid import normal_levels
 from kurtail_pl.maths.quantizers import Grid, Quantized
-from kurtail_pl.methods import MXFP4, NVFP4, FloatZero, Format, Normal, Uniform
+from kurtail_pl.methods import MXFP4, NVFP4, FloatZero, Format, Normal, Progressive, Uniform
 from kurtail_pl.methods.method import Method
 
 ROWS, COLUMNS = 6, 96
@@ -24,6 +24,7 @@ FORMATS: list[Format] = [
     Uniform(4, False),
     *(Normal(bits, group) for bits in (2, 3, 4, 5, 8) for group in (None, 8)),
     *(FloatZero(bits, group_size=group) for bits in (2, 4, 8) for group in (None, 8)),
+    *(Progressive(group) for group in (None, 8)),
     MXFP4(),
     NVFP4(),
 ]
@@ -41,6 +42,8 @@ def steps_of(weights: Format) -> Tensor:
     if isinstance(weights, Uniform):
         top = 2**weights.bits
         return torch.arange(top).double() - (top // 2 if weights.symmetric else 0)
+    if isinstance(weights, Progressive):
+        return torch.arange(16).double()
     if isinstance(weights, Normal):
         return normal_levels(weights.bits).double()
     return torch.tensor([*E2M1, *(-level for level in E2M1)], dtype=torch.float64)
@@ -153,7 +156,8 @@ def test_plain_data_and_back(weights: Format) -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [Uniform(group_size=16), Normal(group_size=16), FloatZero(group_size=16), MXFP4(), NVFP4()]
+    "weights",
+    [Uniform(group_size=16), Normal(group_size=16), FloatZero(group_size=16), MXFP4(), Progressive(16), NVFP4()],
 )
 def test_groups_that_fill_no_width_are_refused(weights: Format) -> None:
     weights.require("weights", (64, 128))

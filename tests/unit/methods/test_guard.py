@@ -38,6 +38,7 @@ def test_no_file_names_a_method() -> None:
     assert methods >= {
         "Uniform",
         "NVFP4",
+        "Progressive",
         "RTN",
         "GPTQ",
         "HQQ",

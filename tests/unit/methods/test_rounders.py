@@ -9,7 +9,21 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.gptq import gptq
-from kurtail_pl.methods import GPTQ, HQQ, MXFP4, NVFP4, RTN, FloatZero, Format, Moments, Needs, Normal, Rounder, Uniform
+from kurtail_pl.methods import (
+    GPTQ,
+    HQQ,
+    MXFP4,
+    NVFP4,
+    RTN,
+    FloatZero,
+    Format,
+    Moments,
+    Needs,
+    Normal,
+    Progressive,
+    Rounder,
+    Uniform,
+)
 from kurtail_pl.methods.cost import Sizes
 
 NOTHING = Moments(None, None)
@@ -18,7 +32,8 @@ SIZES = Sizes(
 )
 FORMATS: list[Format] = [
     Normal(2), Normal(3), Normal(4), Normal(4, 16), Uniform(3), Uniform(4, False, group_size=16),
-    FloatZero(3, group_size=16), MXFP4(), NVFP4(), Uniform(4, False, 16, "float16"),
+    FloatZero(3, group_size=16), MXFP4(), NVFP4(), Uniform(4, False, 16, "float16"), Progressive(16),
+    Progressive(None),
 ]  # fmt: skip
 
 
@@ -56,7 +71,7 @@ def test_gptq_of_inputs_without_correlation_is_rtn(weights: Format) -> None:
     torch.testing.assert_close(weights.values(found), weights.values(expected), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", [Uniform(3), Uniform(4, False, group_size=16)], ids=str)
+@pytest.mark.parametrize("weights", [Uniform(3), Uniform(4, False, group_size=16), Progressive(16)], ids=str)
 def test_refinement_lowers_the_error(weights: Format) -> None:
     weight, hessian = problem()
     plain, refined = (output_error(GPTQ(refine=n), weights, weight, hessian) for n in (0, 3))
@@ -158,7 +173,7 @@ def test_hqq_lowers_the_norm_that_it_is_for(bits: int, group_size: int | None) -
 
 
 def test_hqq_is_refused_where_zero_points_are_integers_or_missing() -> None:
-    for weights in (Uniform(), Uniform(symmetric=False), Normal(), NVFP4()):
+    for weights in (Uniform(), Uniform(symmetric=False), Normal(), NVFP4(), Progressive()):
         with pytest.raises(ConfigError, match=r"HQQ fits zero points that are any.* kurtail_pl.methods.FloatZero"):
             HQQ().require(weights)
 

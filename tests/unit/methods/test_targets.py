@@ -19,6 +19,7 @@ from kurtail_pl.methods import (
     LowRank,
     Normal,
     PerTokenHead,
+    Progressive,
     Q4_0Cache,
     SearchedClips,
     Sinks,
@@ -48,6 +49,10 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
     [
         ("onnxruntime", {"weights": Normal()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
         ("onnxruntime", {"weights": FloatZero(symmetric=False)}, "kurtail_pl.methods.Uniform"),
+        *(
+            (name, {"weights": Progressive(32)}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform")
+            for name in ("llama.cpp", "vllm")
+        ),
         ("onnxruntime", {"weights": Uniform(3)}, "scheme.weights.bits: 4"),
         ("onnxruntime", {"activations": Quantizer(6)}, "scheme.activations.bits: 4"),
         ("onnxruntime", {"cache": PerTokenHead(sinks=Sinks())}, "scheme.cache.sinks: null"),
@@ -93,6 +98,10 @@ def test_what_a_runtime_lacks_is_refused_by_its_setting(name: TargetName, change
 @pytest.mark.parametrize("weights", [MXFP4(), NVFP4(), Uniform(8, scales="float16"), Uniform(4, False, 32, "float16")])
 def test_llama_cpp_has_other_blocks_too(weights: Any) -> None:
     TARGETS["llama.cpp"].require(replace(FITS["llama.cpp"], weights=weights), None)
+
+
+def test_onnx_multiplies_two_levels_of_scales() -> None:
+    TARGETS["onnxruntime"].require(replace(FITS["onnxruntime"], weights=Progressive(32)), None)
 
 
 @pytest.mark.parametrize("name", ["llama.cpp", "vllm"])

@@ -89,6 +89,17 @@ def scale_norms(model: PreTrainedModel) -> None:
             folding.scale_norm(layer, LLAMA, norm, torch.rand(48, generator=draw, dtype=torch.float64) + 0.5)
 
 
+def orders(*shape: int) -> Tensor:
+    """A permutation in each row, another one in each."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(5)).argsort(-1)
+
+
+def reorder(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        folding.reorder_values(layer, LLAMA, orders(2, 16))
+        folding.reorder_hidden(layer, LLAMA, LLAMA.mlp, orders(folding.linear_of(layer, "mlp.down_proj").in_features))
+
+
 def all_folds(model: PreTrainedModel) -> None:
     rotations = random_rotations(model.config, 1)
     fold_norms(model)
@@ -113,6 +124,7 @@ FOLDS: dict[str, Callable[[PreTrainedModel], None]] = {
     "all": all_folds,
     "scaled keys": scale_keys,
     "scaled norms": scale_norms,
+    "reordered channels": reorder,
     "scaled norms of rotated streams": lambda m: (all_folds(m), scale_norms(m))[0],
 }
 
@@ -163,6 +175,28 @@ def test_values_are_rotated_head_by_head(tiny: Path) -> None:
         torch.testing.assert_close(new.v_proj.bias, values.T @ old.v_proj.bias, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(new.o_proj.weight, old.o_proj.weight @ outputs, rtol=1e-12, atol=1e-14)
         assert torch.equal(new.o_proj.bias, old.o_proj.bias)
+
+
+@torch.no_grad()
+def test_reordering_multiplies_by_permutation_matrices(tiny: Path) -> None:
+    """One matrix for all of the MLP's channels; for values a matrix of blocks, three query heads for each KV head."""
+    before, after = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).model.layers[1] for _ in range(2))
+    width = before.mlp.down_proj.in_features
+    of_heads, hidden = orders(2, 16), torch.eye(width, dtype=torch.float64)[orders(width)]
+    folding.reorder_hidden(after, LLAMA, LLAMA.mlp, orders(width))
+    for name in ("gate_proj", "up_proj"):
+        old, new = (layer.mlp.get_submodule(name) for layer in (before, after))
+        assert torch.equal(new.weight, hidden @ old.weight)
+        if old.bias is not None:
+            assert torch.equal(new.bias, hidden @ old.bias)
+    assert torch.equal(after.mlp.down_proj.weight, before.mlp.down_proj.weight @ hidden.T)
+    folding.reorder_values(after, LLAMA, of_heads)
+    blocks = [torch.eye(16, dtype=torch.float64)[order] for order in of_heads]
+    values, heads = torch.block_diag(*blocks), torch.block_diag(*(block for block in blocks for _ in range(3)))
+    old, new = before.self_attn, after.self_attn
+    assert torch.equal(new.v_proj.weight, values @ old.v_proj.weight)
+    assert torch.equal(new.v_proj.bias, values @ old.v_proj.bias)
+    assert torch.equal(new.o_proj.weight, old.o_proj.weight @ heads.T)
 
 
 def test_absorbing_multiplies_by_the_dense_matrix(tiny: Path) -> None:

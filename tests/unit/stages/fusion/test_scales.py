@@ -137,6 +137,97 @@ def test_keys_with_norms_of_their_own_are_not_scaled(tied: Path, text: TextSpec,
     assert change(tmp_path / "model", folder) < 1e-4
 
 
+@torch.no_grad()
+def test_scales_by_largest_magnitudes(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
+    """Against what transformers' own linears and cache hold, by SmoothQuant's and QServe's formulas."""
+    spec = replace(scaling(text, "values", "mlp_hidden", "keys"), rule="absmax", alpha=0.3, key_alpha=0.8)
+    fused = Checkpoint(fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused", scales=spec))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64, attn_implementation="eager")
+    windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=0).tokens
+    for index, layer in enumerate(model.model.layers):
+        read: dict[str, list[Tensor]] = {"self_attn.o_proj": [], "mlp.down_proj": []}
+        hooks = [
+            layer.get_submodule(name).register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].flatten(0, 1)))
+            for name, seen in read.items()
+        ]
+        keys = model(windows).past_key_values.layers[index].keys
+        for hook in hooks:
+            hook.remove()
+        inputs = {name: torch.cat(seen).abs().amax(0) for name, seen in read.items()}
+        weights = {name: layer.get_submodule(name).weight.abs().amax(0) for name in read}
+        # Three query heads read what each of two KV heads holds.
+        held, reads = (part["self_attn.o_proj"].view(2, 3, 16).amax(1).flatten() for part in (inputs, weights))
+        of_keys = keys.abs().amax((0, 2)).view(2, 2, 8).amax(1).repeat(1, 2).flatten()
+        expected = {
+            "self_attn.v_proj": reads**0.7 / held**0.3,
+            "mlp.up_proj": weights["mlp.down_proj"] ** 0.7 / inputs["mlp.down_proj"] ** 0.3,
+            "self_attn.k_proj": of_keys**-0.8,
+        }
+        for name, scale in expected.items():
+            stored = fused.tensor(f"model.layers.{index}.{name}.weight").double()
+            found = stored[:, 0] / layer.get_submodule(name).weight[:, 0]
+            # A KV head's keys have a mean of their own.
+            heads = 2 if name.endswith("k_proj") else 1
+            found, wanted = (x.view(heads, -1) / x.view(heads, -1)[:, :1] for x in (found, scale))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_largest_magnitudes_change_nothing(
+    alpha: float, tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path
+) -> None:
+    """Behind rotations, norms scaled too."""
+    spec = replace(scaling(text, *get_args(Part)), rule="absmax", alpha=alpha, key_alpha=alpha)
+    folder = fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=spec)
+    assert change(tiny, folder) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama3", "phi3", "mixtral"])
+@pytest.mark.parametrize("parts", [[], ["values", "mlp_hidden", "keys"]], ids=["alone", "scaled"])
+def test_reordered_channels_change_nothing(
+    family: str, parts: list[Part], tied: Path, text: TextSpec, tmp_path: Path
+) -> None:
+    """Of linears with biases, of one that makes gate and up, of experts; under R1, which mixes none of them."""
+    tiny_family(family).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    rotations = Rotations(residual=random_rotations(checkpoint.config, 2).residual)
+    spec = replace(scaling(text), parts=parts, rule="absmax", reorder=["values", "mlp_hidden"])
+    assert change(checkpoint.folder, fuse(checkpoint, rotations, "test", tmp_path / "fused", scales=spec)) < 1e-4
+
+
+@torch.no_grad()
+def test_channels_are_sorted_by_their_largest_magnitude(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
+    """As transformers' own linears read them, before and after, the scales measured on the original order."""
+    spec = replace(scaling(text), parts=[], reorder=["values", "mlp_hidden"])
+    folder = fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused", scales=spec)
+    windows = cut_windows(Checkpoint(tiny), spec.text, "calibration", seed=0).tokens
+    found = []
+    for path in (tiny, folder):
+        model, seen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64), []
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].abs().amax((0, 1))))
+        model(windows)
+        found.append(seen)
+    for number, (before, after) in enumerate(zip(*found, strict=True)):
+        if number % 2 == 0:
+            # Three query heads read each of two KV heads, whose order is by the largest of the three.
+            before, after = (x.view(2, 3, 16).amax(1) for x in (before, after))
+        assert not torch.equal(before, before.sort(descending=True).values)
+        torch.testing.assert_close(after, before.sort(descending=True).values, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("part", "number"), [("values", "R2"), ("values", "R4"), ("mlp_hidden", "R5")])
+def test_channels_that_a_rotation_mixes_are_not_reordered(
+    part: str, number: str, tiny: Path, rotations: Rotations, text: TextSpec, tmp_path: Path
+) -> None:
+    spec, field = replace(scaling(text), reorder=[part]), {"R2": "value", "R4": "attention_output", "R5": "mlp_hidden"}
+    rotations = Rotations(**{field[number]: getattr(rotations, field[number])})
+    with pytest.raises(ConfigError, match=rf"scales.reorder is \['{part}'\] and {number} mixes the channels of {part}"):
+        fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=spec)
+
+
 def test_parts_that_are_not_named_are_not_scaled(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     fused = Checkpoint(fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "fused", scales=scaling(text, "values")))
     original = Checkpoint(tiny)
@@ -192,3 +283,10 @@ def test_scales_need_text_and_channels(tiny: Path, rotations: Rotations, text: T
     for parts in ([], ["queries"]):
         with pytest.raises(ConfigError, match=r"scales.parts is \["):
             ScaleSpec(parts)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"scales.reorder is \['keys'\]; name some of values, mlp_hidden"):
+        ScaleSpec(reorder=["keys"])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"scales.rule is 'largest'; write balanced or absmax"):
+        ScaleSpec(rule="largest")  # type: ignore[arg-type]
+    for name in ("alpha", "key_alpha"):
+        with pytest.raises(ConfigError, match=f"scales.{name} is 1.5; give a number from 0 to 1"):
+            ScaleSpec(**{name: 1.5})

@@ -77,7 +77,7 @@ def test_channels_are_scaled_before(tiny: Path, spec: SignSpec, tmp_path: Path) 
     online = random_rotations(Checkpoint(tiny).config, 1)
     rotations = Rotations(attention_output=online.attention_output, mlp_hidden=online.mlp_hidden)
     scales = ScaleSpec(["values", "mlp_hidden"], spec.text, seed=spec.seed)
-    found = sign_errors(Checkpoint(tiny), rotations, spec, windows, ["values", "mlp_hidden"])
+    found = sign_errors(Checkpoint(tiny), rotations, spec, windows, ScaleSpec())
     scaled = kurtail_pl.load(fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "scaled", scales=scales))
     for name, site in SITES.items():
         expected = [
