@@ -71,6 +71,11 @@ SETTINGS = [
     ("quantization.clips", "searchclips", "expected one of LearnedClips, SearchedClips; did you mean SearchedClips?"),
     ("quantization.bits", "sensitive", "quantization.bits is sensitive, expected one of SensitiveBits"),
     ("quantization.matching", "matched", "matching is matched, expected one of Matching; did you mean Matching?"),
+    (
+        "quantization.scheme.side",
+        "lowrank",
+        "quantization.scheme.side is lowrank, expected one of LowRank; did you mean LowRank?",
+    ),
     ("quantization.scheme.weights", "mxfp", "quantization.scheme.weights is mxfp, expected one of FloatZero, MXFP4"),
     ("quantization.scheme.weights.init_args.bitz", 4, "there is no setting bitz; did you mean bits?"),
     (
