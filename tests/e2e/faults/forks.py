@@ -144,7 +144,7 @@ def _without_cost(value: Any) -> Any:
 
 
 def _is_cost(key: str) -> bool:
-    return key == "cost" or key in HASHES or key.endswith(("seconds", "peak_bytes"))
+    return key in ("cost", "threads") or key in HASHES or key.endswith(("seconds", "peak_bytes"))
 
 
 COSTLY = ("seconds", "peak memory", "learn s", "learn CPU s", "all s")
