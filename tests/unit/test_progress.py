@@ -62,9 +62,12 @@ def test_skipped_steps_are_not_waited_for_and_none_is_gone_back_to(steps: Steps)
 
 
 def test_loops_tell_the_plan_that_is_shown(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "kurtail_pl")
+    log = logging.getLogger("kurtail_pl")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("kurtail_pl"), "propagate", True)
+        # Tests that ran a command left its own log, which caplog would listen to twice.
+        patch.setattr(log, "propagate", True)
+        patch.setattr(log, "handlers", [])
+        caplog.set_level(logging.INFO, "kurtail_pl")
         with shown(steps):
             assert list(track([3, 4], "fold layers")) == [3, 4]
             assert list(track([5], "drawing")) == [5]
