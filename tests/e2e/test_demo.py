@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -45,14 +46,10 @@ def stamps(folders: list[Path]) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
-def test_ctrl_c_leaves_the_first_part_from_which_the_second_goes_on(
-    start: Callable[..., subprocess.Popen[str]],
-    kurtail: Callable[..., None],
-    recipe: Path,
-    tied: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    place, command = recipe.parent, ["demo", "--config", recipe, "--prompt", PROMPT]
+def interrupted_in_the_second_part(
+    start: Callable[..., subprocess.Popen[str]], place: Path, command: list[object]
+) -> tuple[list[str], str, str, int]:
+    """Lines until the signal, what was printed, what was said afterwards, and the exit code."""
     process = start(place, *command)
     assert process.stderr is not None
     try:
@@ -62,10 +59,27 @@ def test_ctrl_c_leaves_the_first_part_from_which_the_second_goes_on(
             if ": gptq: " in line:
                 break
         process.send_signal(signal.SIGINT)
-        page, said = process.communicate(timeout=60)
+        page, said = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode == 130
+    return shown, page, said, process.returncode
+
+
+def test_ctrl_c_leaves_the_first_part_from_which_the_second_goes_on(
+    start: Callable[..., subprocess.Popen[str]],
+    kurtail: Callable[..., None],
+    recipe: Path,
+    tied: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place, command = recipe.parent, ["demo", "--config", recipe, "--prompt", PROMPT]
+    for _ in range(3):  # Now and then Python drops the signal, in code that cannot raise; the demo then ends as usual.
+        shown, page, said, code = interrupted_in_the_second_part(start, place, command)
+        if code != 0:
+            break
+        for folder in ("artifacts", "comparisons", "runs"):
+            shutil.rmtree(place / folder)
+    assert code == 130, said
     first = place / "comparisons" / "recipe" / "first.md"
     assert page == first.read_text() + "\n"
     *_, last = said.splitlines()
