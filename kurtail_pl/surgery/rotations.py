@@ -150,20 +150,19 @@ def random_rotations(config: PretrainedConfig, seed: int, block_size: BlockSize 
     residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed, turned_back=blocks)
     query_key = random_hadamard_factors(head_dim, online)
 
-    def drawn(name: str, n: int) -> HadamardFactors:
-        return random_hadamard_factors(n, online) if block_size is None else _blocks_of(name, n, block_size)
-
-    def signed(name: str, n: int) -> HadamardFactors:
-        factors = drawn(name, n)
-        return factors if block_size is None else replace(factors, signs=random_signs(n, online))
+    def drawn(name: str, n: int, signs: bool) -> HadamardFactors:
+        if block_size is None:
+            return random_hadamard_factors(n, online)
+        factors = _blocks_of(name, n, block_size)
+        return replace(factors, signs=random_signs(n, online)) if signs else factors
 
     return Rotations(
         residual=residual,
         value=value,
         query_key=query_key,
-        attention_output=drawn("R4", heads * head_dim),
-        mlp_hidden=signed("R5", width),
-        dense_hidden=signed("R5", dense[0]) if dense else None,
+        attention_output=drawn("R4", heads * head_dim, signs=False),
+        mlp_hidden=drawn("R5", width, signs=True),
+        dense_hidden=drawn("R5", dense[0], signs=True) if dense else None,
         origin={"seed": seed} if block_size is None else {"seed": seed, "block_size": block_size},
     )
 
