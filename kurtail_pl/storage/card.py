@@ -39,6 +39,7 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 class _Source:
     model: str
     sha256: str
+    hub: str | None = None
 
 
 @with_config(OTHERS_TOO)
@@ -47,6 +48,7 @@ class _Quantize:
     rounder: dict[str, Any]
     matching: dict[str, Any] | None = None
     clips: dict[str, Any] | None = None
+    target: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class _Card:
     fallbacks: list[str] = field(default_factory=list)
     borrowers: list[str] = field(default_factory=list)
     expert_tokens: dict[str, int] = field(default_factory=dict)
+    bits_per_weight: Number | None = None
+    calibration_text_sha256: str | None = None
+    fuse: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def read_card(folder: Path) -> dict[str, Any]:

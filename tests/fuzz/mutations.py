@@ -44,7 +44,7 @@ def places(value: Any, path: Path = ()) -> Iterator[Path]:
         yield from places(item, (*path, key))
 
 
-def _edit(value: Any, path: Path, action: str, new: Any) -> Any:
+def edit(value: Any, path: Path, action: str, new: Any) -> Any:
     """A JSON value after one edit in place; a path that an earlier edit removed changes nothing."""
     if not path:
         return new if action == "replace" else value
@@ -82,7 +82,7 @@ def edited(draw: st.DrawFn, valid: Any) -> Any:
     paths = list(places(valid))
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         action = draw(st.sampled_from(["replace", "replace", "replace", "drop", "wrap", "name", "extra"]))
-        value = _edit(value, draw(st.sampled_from(paths)), action, draw(values()))
+        value = edit(value, draw(st.sampled_from(paths)), action, draw(values()))
     return value
 
 

@@ -190,8 +190,7 @@ def _identity(model: Model) -> dict[str, str]:
         "calibration text, SHA-256": str(card.get("calibration_text_sha256") or "")[:SHORT],
         "evaluation text, SHA-256": str(evaluation.get("text_sha256") or "")[:SHORT],
     }
-    versions = card.get("versions")
-    texts |= versions if isinstance(versions, dict) else {}
+    texts |= card.get("versions", {})
     return {name: str(value) for name, value in texts.items() if value not in (None, "")}
 
 
