@@ -9,6 +9,8 @@ from dataclasses import dataclass
 WIDE = 20.0
 """Of the largest to the smallest number: from here on an axis is logarithmic."""
 TICKS = 5
+SMALLEST, LARGEST = 1e-300, 1e300
+"""Between which an axis is logarithmic: a little beyond them there are no floats."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def scale_of(values: Iterable[float], log: bool | None = None) -> Scale:
     low, high = min(found, default=0.0), max(found, default=1.0)
     if log is None:
         log = low > 0 and high / low > WIDE
-    if log and low > 0:
+    if log and low >= SMALLEST:
         room = max(math.exp(0.05 * (math.log(high) - math.log(low))), 1.05)
-        return Scale(low / room, high * room, log=True)
+        return Scale(max(low / room, SMALLEST), min(high * room, LARGEST), log=True)
     room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     return Scale(low - room, high + room)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kurtail_pl.stages.reporting.page.scale import Scale, scale_of
@@ -24,6 +24,7 @@ def test_ticks_are_round() -> None:
 
 
 @given(NUMBERS)
+@example([1.0, 4e293])  # The room beyond the last would be infinity.
 def test_all_numbers_are_on_their_axis_in_their_order(values: list[float]) -> None:
     scale = scale_of(values)
     places = [scale.at(value) for value in sorted(values)]
