@@ -1,4 +1,4 @@
-"""The commands of the README and of the guides, in their order, on four layers of SmolLM2 and with short texts."""
+"""The commands of the README and of the guides, in their order, on two layers of SmolLM2 and with short texts."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def commands(block: str) -> Iterator[list[str]]:
 
 def cut(folder: Path) -> None:
     """The model, and a recipe that names it."""
-    first_layers(folder / "models" / "smollm2-135m", 4)
+    first_layers(folder / "models" / "smollm2-135m", 2)
     model_of = {"data": {"init_args": {"capture": {"model": "models/smollm2-135m"}}}}
     (folder / "cut.yaml").write_text(json.dumps(model_of))
 
