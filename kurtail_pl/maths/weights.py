@@ -101,7 +101,7 @@ def _least(values: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
         # A range holds zero, and its ends are off by up to half a step, since the zero point is rounded.
         low, high = low.clamp(max=0) - grid.scale / 2, high.clamp(min=0) + grid.scale / 2
     beyond = torch.minimum(torch.maximum(values, low.unsqueeze(-1)), high.unsqueeze(-1)).sub_(values)
-    outside = beyond.count_nonzero(-1).clamp_(min=1)
+    outside = beyond.sign().abs_().sum(-1).clamp_(min=1)
     mean = beyond.square_().sum(-1) / outside
     return mean.pow_(ERROR_NORM / 2) * outside * (1 - LEEWAY)
 

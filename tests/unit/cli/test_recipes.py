@@ -126,6 +126,22 @@ def test_a_recipe_changes_its_own_settings_and_its_print_runs_again(
     assert yaml.safe_load(printed_config(capsys, "--config", again)) == yaml.safe_load(printed)
 
 
+def test_a_recipe_that_sets_up_a_rounder_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Over another rounder its settings would be unknown ones."""
+    for path in OVERLAYS:
+        rounder = (yaml.safe_load(path.read_text()).get("quantization") or {}).get("rounder") or {}
+        assert "class_path" in rounder or "init_args" not in rounder, path
+    printed = yaml.safe_load(
+        printed_config(capsys, *(each for name in ("rtn", "kurtail-plus", "columns-in-order") for each in ("-c", name)))
+    )
+    assert printed["quantization"]["rounder"]["class_path"] == "kurtail_pl.methods.GPTQ"
+    settings = printed["quantization"]["rounder"]["init_args"]
+    assert (settings["refine"], settings["act_order"]) == (3, False)
+    for last in ("rtn", "hqq"):
+        found = yaml.safe_load(printed_config(capsys, "--config", "kurtail-plus", "--config", last))
+        assert found["quantization"]["rounder"]["class_path"].lower() == f"kurtail_pl.methods.{last}"
+
+
 def another(path: str, value: Any) -> tuple[str, Any]:
     """A flag's value for a setting that is not its own, as written and as read."""
     words = {
