@@ -138,6 +138,22 @@ def test_qoq_down_the_road(
     assert card["bits_per_weight"] == pytest.approx(4 + 16 / 16 + 16 * outputs / numbers)
 
 
+def test_smoothquant_plus_down_the_road(kurtail: Callable[..., None], even: Path, recipe: Path) -> None:
+    """A plain float model is scaled and rounded in groups; the card has the alpha, and ONNX Runtime computes it."""
+    place, settings = (
+        recipe.parent,
+        ["text.windows=4", "text.seqlen=48", "search.step=0.5", "search.rounding.group_size=16"],
+    )
+    flags = ["--config", "smoothquant-plus", GROUPS, *(f"--fusion.scales.{setting}" for setting in settings)]
+    kurtail(place, "fit", "--config", recipe, "--data.capture.model", even, *flags)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    assert scheme_of(folder).name == "w4a16kv16"
+    note = json.loads((folder / "kurtail.json").read_text())["rotations"]["scales"]
+    sums = [sum(errors) for errors in zip(*note["errors"], strict=True)]
+    assert note["alpha"] == [0.0, 0.5, 1.0][sums.index(min(sums))]
+    kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
+
+
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model with packed weights, and with the floats that they stand for."""
     packed, unpacked = kurtail_pl.load(folder), kurtail_pl.load(folder)
