@@ -20,7 +20,7 @@ from kurtail_pl.maths.quantizers import (
     quantize,
     require_groups,
 )
-from kurtail_pl.methods.cache import CacheFormat, bits_name
+from kurtail_pl.methods.cache import NOTHING, CacheFormat, bits_name
 from kurtail_pl.methods.format import Tensors
 
 NIBBLE = 4
@@ -116,11 +116,11 @@ class PerTokenHead(CacheFormat):
             if quantizer is not None:
                 require_groups(name, quantizer.group_size, (head_dim,))
 
-    def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
+    def kept_keys(self, keys: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Fake-quantized."""
         return self._kept(keys, self.keys, first)
 
-    def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
+    def kept_values(self, values: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Fake-quantized."""
         return self._kept(values, self.values, first)
 

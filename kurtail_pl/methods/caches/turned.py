@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.methods.cache import CacheFormat, bits_name
+from kurtail_pl.methods.cache import NOTHING, CacheFormat, bits_name
+from kurtail_pl.methods.format import Tensors
 
 
 class Turn(NamedTuple):
@@ -77,11 +78,11 @@ class TurnedCache(CacheFormat):
         turn = self.value_turn(head_dim, torch.device("cpu"))
         return None if turn is None else torch.nn.functional.normalize(turn.forth.double(), dim=-1)
 
-    def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
+    def kept_keys(self, keys: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Turned, rounded, turned back."""
         return self._kept(keys, self.key_turn(keys.shape[-1], keys.device)) if self.keys else keys
 
-    def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
+    def kept_values(self, values: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Turned, rounded, turned back."""
         return self._kept(values, self.value_turn(values.shape[-1], values.device)) if self.values else values
 
