@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.format import Buffer, Tensors
 from kurtail_pl.methods.method import Method
 
+FLOAT_BITS = 16.0
+"""Of a number that is kept as a float."""
 NOTHING: Tensors = {}
 """Found by no calibration."""
 
@@ -88,12 +89,11 @@ class CacheFormat(Method):
         raise NotImplementedError(f"{type(self).__name__} has no stored form")
 
     def bits_per_number(self, part: str, kv_heads: int, head_dim: int) -> float | None:
-        """Bits of a number of ``keys`` or ``values``, all that is stored of a token included; None for a float."""
-        if not self.packs:
-            return None
-        states = torch.empty(1, kv_heads, 1, head_dim, device="meta")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.stored(part, states).values())
-        return 8 * size / (kv_heads * head_dim)
+        """Bits of a number of ``keys`` or ``values``, with all that is stored of a token; None where that is not known.
+
+        A float counts as 16, and first tokens that are kept otherwise do not count.
+        """
+        return None
 
     def quantizer(self, part: str) -> Quantizer | None:
         """Quantizer of ``keys`` or ``values`` whose clip may be set for each layer; None where there is none."""

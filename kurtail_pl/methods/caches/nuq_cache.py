@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.kmeans import BINS, best_levels, binned, on_levels
-from kurtail_pl.methods.cache import NOTHING, CacheFormat, bits_name
+from kurtail_pl.methods.cache import FLOAT_BITS, NOTHING, CacheFormat, bits_name
 from kurtail_pl.methods.cost import FLOAT32, Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Tensors
 
@@ -57,9 +57,9 @@ class NUQCache(CacheFormat):
 
     def sentence(self) -> str:
         """Both parts, and the outliers."""
-        parts = {"keys per channel before RoPE": self.keys, "values per token": self.values}
-        said = [f"{name} in {'float' if bits is None else f'{bits} bits'}" for name, bits in parts.items()]
-        return f"{', '.join(said)}, on levels found by k-means, {100 * self.outliers:g} % of outliers in 16 bits"
+        keys, values = ("float" if bits is None else f"{bits} bits" for bits in (self.keys, self.values))
+        parts = f"keys before RoPE by channel in {keys}, values by token in {values}"
+        return f"{parts}, k-means levels, {100 * self.outliers:g} % outliers"
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ class NUQCache(CacheFormat):
         """Codes, outliers with their places, and of values the range of each token."""
         own = self.keys if part == "keys" else self.values
         if own is None:
-            return None
+            return FLOAT_BITS
         ranges = 0.0 if part == "keys" else 2 * NUMBER_BITS / (kv_heads * head_dim)
         return own + OUTLIER_BITS * self.outliers + ranges
 

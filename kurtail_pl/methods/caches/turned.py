@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.methods.cache import NOTHING, CacheFormat, bits_name
+from kurtail_pl.methods.cache import FLOAT_BITS, NOTHING, CacheFormat, bits_name
 from kurtail_pl.methods.format import Tensors
 
 
@@ -72,6 +72,15 @@ class TurnedCache(CacheFormat):
     @abstractmethod
     def rounded(self, turned: Tensor, dtype: torch.dtype) -> Tensor:
         """What codes of turned rows ``[..., head_dim]`` stand for, both float32; `dtype` is the model's."""
+
+    @abstractmethod
+    def scale_bits(self, head_dim: int) -> float:
+        """Bits of scales for each number."""
+
+    def bits_per_number(self, part: str, kv_heads: int, head_dim: int) -> float:
+        """Codes and scales."""
+        kept = self.keys if part == "keys" else self.values
+        return self.bits + self.scale_bits(head_dim) if kept else FLOAT_BITS
 
     def value_basis(self, head_dim: int) -> Tensor | None:
         """The matrix of unit rows."""

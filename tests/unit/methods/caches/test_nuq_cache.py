@@ -102,7 +102,7 @@ def test_bits_count_outliers_and_ranges() -> None:
         cache = NUQCache(bits, bits)  # type: ignore[arg-type]
         assert cache.bits_per_number("keys", 8, 128) == pytest.approx(bits + 0.32)
         assert cache.bits_per_number("values", 8, 128) == pytest.approx(bits + 0.32 + 32 / 1024)
-    assert NUQCache(4, None).bits_per_number("values", 8, 128) is None
+    assert NUQCache(4, None).bits_per_number("values", 8, 128) == 16
     assert NUQCache(outliers=0.0).bits_per_number("keys", 8, 128) == 4
 
 
@@ -110,8 +110,7 @@ def test_name_sentence_and_what_is_refused() -> None:
     assert NUQCache().name == "kv4"
     assert NUQCache(3, 2).name == "k3v2"
     assert NUQCache(3).sentence() == (
-        "keys per channel before RoPE in 3 bits, values per token in 4 bits, on levels found by k-means, 1 % of "
-        "outliers in 16 bits"
+        "keys before RoPE by channel in 3 bits, values by token in 4 bits, k-means levels, 1 % outliers"
     )
     assert NUQCache().without("keys") == NUQCache(None)
     assert NUQCache(None).without("values") is NUQCache(4, None).without("keys") is None
