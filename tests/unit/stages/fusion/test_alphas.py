@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from logits import change
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.stages.fusion.alphas import alpha_errors
 from kurtail_pl.stages.fusion.channels import Shares, Spread
 from kurtail_pl.stages.fusion.scales import AlphaSearch, ScaleSpec
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.card import read_card
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 GROUP = 4
@@ -94,6 +96,27 @@ def test_a_searched_alpha_changes_nothing(per: str, tiny: Path, text: TextSpec, 
     rotations = random_rotations(Checkpoint(tiny).config, 2)
     folder = fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused", scales=searching(text, per))
     assert change(tiny, folder) < 1e-4
+
+
+def test_an_interrupted_search_goes_on(tiny: Path, text: TextSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third layer; the second run starts there and finds the same errors."""
+    checkpoint, spec = Checkpoint(tiny), searching(text)
+    assert spec.search is not None
+    windows = cut_windows(checkpoint, spec.text, "calibration", seed=0).tokens
+    whole = alpha_errors(checkpoint, Rotations(), spec, spec.search, windows)
+    advance, calls, each = Walker.advance, [], 4 * (1 + len(ALPHAS))
+
+    def advance_or_die(self: Walker, layer: nn.Module, hidden: Tensor) -> Tensor:
+        calls.append(layer)
+        if len(calls) == 2 * each + 5:
+            raise KeyboardInterrupt
+        return advance(self, layer, hidden)
+
+    monkeypatch.setattr(Walker, "advance", advance_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        alpha_errors(checkpoint, Rotations(), spec, spec.search, windows)
+    assert alpha_errors(checkpoint, Rotations(), spec, spec.search, windows) == whole
+    assert len(calls) == 2 * each + 5 + 2 * each
 
 
 def test_an_alpha_of_each_layer(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
