@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips, Uniform
+from kurtail_pl.methods import GPTQ, RTN, LearnedClips, NUQCache, Uniform
 from kurtail_pl.methods.rounders import gptq as rounder_module
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.ranks import ALONE, Ranks
@@ -34,7 +34,7 @@ WINDOWS = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0)
 
 
 def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
-    """Capture `model` and quantize `fused` twice, both under `place`, and solve the first layer of `mixture`."""
+    """Capture `model` and quantize `fused` several times, all under `place`, and solve a layer of `mixture`."""
     text = TextSpec(str(place / "text.txt"), windows=3, seqlen=64)
     for windows in (1, 3):
         spec = CaptureSpec(str(place / "model"), TextSpec(text.source, windows, 64), "all", seed=4)
@@ -46,6 +46,8 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
     learning = LearnedClips(["activations", "weights"], steps=4, windows=3, seqlen=64)
     spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, clips=learning)
     quantize(place / "fused", spec, out / "learned", ranks=ranks)
+    cache = Scheme(weights=None, activations=None, cache=NUQCache(3, 3))
+    quantize(place / "fused", QuantizeSpec(cache, text=text), out / "levels", ranks=ranks)
 
 
 @torch.no_grad()

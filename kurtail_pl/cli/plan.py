@@ -8,7 +8,7 @@ from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.planning import plan as stage
 from kurtail_pl.stages.planning.speed import probe
-from kurtail_pl.stages.planning.table import misfits, state_places, table
+from kurtail_pl.stages.planning.table import cache_line, misfits, state_places, table
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
 
@@ -32,8 +32,9 @@ def plan(arguments: list[str]) -> None:
     fusion: Fusion = made["fusion"]
     quantization: WeightQuantization = made["quantization"]
     evaluation: Evaluation = made["evaluation"]
+    config = config_of(data.capture_spec.model)
     stages = stage.plan(
-        config_of(data.capture_spec.model),
+        config,
         data.capture_spec,
         data.learning(),
         quantization.spec,
@@ -46,5 +47,7 @@ def plan(arguments: list[str]) -> None:
     print(table(stages, probe(data.compute)))
     free = free_memory()
     print(state_places(stages, free))
+    if line := cache_line(config, quantization.spec.scheme.cache):
+        print(line)
     for line in misfits(stages, free, free_disk(data.store_folder), device_memory()):
         print(f"does not fit: {line}")

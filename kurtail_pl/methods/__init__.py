@@ -5,6 +5,7 @@ A new one is a frozen dataclass in a file of its own, under the seam that it bel
 
 from kurtail_pl.methods.cache import CacheFormat
 from kurtail_pl.methods.caches.int4_per_token_head import Int4PerTokenHead
+from kurtail_pl.methods.caches.nuq_cache import NUQCache
 from kurtail_pl.methods.caches.per_token_head import PerTokenHead, Sinks
 from kurtail_pl.methods.caches.q4_0_cache import Q4_0Cache
 from kurtail_pl.methods.defaults import default_cache, default_format, default_rounder
@@ -41,6 +42,7 @@ __all__ = [
     "LowRank",
     "Matching",
     "Moments",
+    "NUQCache",
     "Needs",
     "Normal",
     "PerTokenHead",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods.format import Tensors
+from kurtail_pl.methods.format import Buffer, Tensors
 from kurtail_pl.methods.method import Method
+
+FLOAT_BITS = 16.0
+"""Of a number that is kept as a float."""
+NOTHING: Tensors = {}
+"""Found by no calibration."""
 
 
 class CacheFormat(Method):
@@ -20,9 +25,15 @@ class CacheFormat(Method):
 
     Attributes:
         centre_keys: whether each channel's mean over the calibration text is subtracted from keys before.
+        before_rope: whether keys are kept as they are before RoPE and R3; keys and values are then rounded where they
+            are made.
+        sample: tokens of the calibration text at most whose keys and values a layer's `fitted` is given; None where
+            nothing is fitted.
     """
 
     centre_keys: bool = False
+    before_rope: ClassVar[bool] = False
+    sample: ClassVar[int | None] = None
 
     @property
     @abstractmethod
@@ -42,17 +53,26 @@ class CacheFormat(Method):
     def require(self, head_dim: int) -> None:
         """Raise ConfigError, naming the setting, when it cannot keep heads of this width."""
 
+    def buffers(self, kv_heads: int, head_dim: int) -> dict[str, Buffer]:
+        """The tensors that an artefact has of each layer: what `fitted` finds."""
+        return {}
+
+    def fitted(self, keys: Tensor, values: Tensor) -> Tensors:
+        """What keys and values ``[tokens, kv_heads, head_dim]`` of a calibration text decide for their layer."""
+        return NOTHING
+
     @abstractmethod
-    def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
+    def kept_keys(self, keys: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """What attention reads of keys, in their type.
 
         Args:
             keys: centred, where that is asked for.
             first: ``[batch, 1, tokens, 1]``, true for the first tokens; None where these are nothing special.
+            found: what was fitted for the layer.
         """
 
     @abstractmethod
-    def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
+    def kept_values(self, values: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """What attention reads of values, in their type."""
 
     @property
@@ -67,6 +87,13 @@ class CacheFormat(Method):
     def read(self, part: str, stored: Tensors) -> Tensor:
         """What attention reads of it, as `kept_keys` and `kept_values` give it."""
         raise NotImplementedError(f"{type(self).__name__} has no stored form")
+
+    def bits_per_number(self, part: str, kv_heads: int, head_dim: int) -> float | None:
+        """Bits of a number of ``keys`` or ``values``, with all that is stored of a token; None where that is not known.
+
+        A float counts as 16, and first tokens that are kept otherwise do not count.
+        """
+        return None
 
     def quantizer(self, part: str) -> Quantizer | None:
         """Quantizer of ``keys`` or ``values`` whose clip may be set for each layer; None where there is none."""

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.methods import CacheFormat
+from kurtail_pl.methods.format import Tensors
 from kurtail_pl.surgery.rotations import OnlineHadamard
 
 ATTENTION = "kurtail"
@@ -52,9 +53,10 @@ def kurtail_attention(
     if not kept:
         key = _centred(module, key)
         cache: CacheFormat | None = getattr(module, "cache", None)
-        if cache is not None:
+        if cache is not None and not cache.before_rope:
             first = _first(cache.first_tokens, query, key, attention_mask, kwargs.get("position_ids"))
-            key, value = cache.kept_keys(key, first), cache.kept_values(value, first)
+            found = found_by(module)
+            key, value = cache.kept_keys(key, first, found), cache.kept_values(value, first, found)
     if getattr(module, "prefix_key", None) is not None:
         key, attention_mask = behind_prefix(module, query, key, attention_mask)
         value = _behind(module.prefix_value, value)  # type: ignore[arg-type]
@@ -120,6 +122,18 @@ def equip_attention(attention: nn.Module, rotation: HadamardFactors | None, cach
     """Give an attention module what `kurtail_attention` reads from it."""
     attention.register_module("query_key_rotation", None if rotation is None else OnlineHadamard(rotation))
     attention.cache = cache  # type: ignore[assignment]
+
+
+def put_found(attention: nn.Module, found: Tensors) -> None:
+    """Give an attention module what its cache's format found on a calibration text."""
+    for name, tensor in found.items():
+        attention.register_buffer(f"cache_{name}", tensor)
+
+
+def found_by(attention: nn.Module) -> Tensors:
+    """What its cache's format found, by name; nothing before that."""
+    buffers = attention.named_buffers(recurse=False)
+    return {name.removeprefix("cache_"): buffer for name, buffer in buffers if name.startswith("cache_")}
 
 
 def subtract_from_keys(attention: nn.Module, centre: Tensor) -> None:

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from kurtail_pl.errors import CheckpointError, ConfigError, KurtailError, reason, shortened
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.quantizers import Grid, require_groups
+from kurtail_pl.methods.format import Buffer, Tensors
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Part, Site
 from kurtail_pl.surgery.architecture import Architecture, check_layer
-from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_prefix, subtract_from_keys
+from kurtail_pl.surgery.attention import ATTENTION, equip_attention, put_found, put_prefix, subtract_from_keys
+from kurtail_pl.surgery.before_rope import keep_where_made
 from kurtail_pl.surgery.exact import exact_class
 from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of, mlp_widths
@@ -108,6 +110,8 @@ def equip_layer(
         layer.set_submodule(name, QuantizedLinear(linear, online.get(name), special.get(name, scheme.activations)))
     attention = layer.get_submodule(architecture.attention)
     equip_attention(attention, rotations.query_key, scheme.cache)
+    if scheme.cache is not None and scheme.cache.before_rope:
+        keep_where_made(layer, architecture, head_dim)
 
 
 def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> dict[str, HadamardFactors]:
@@ -121,7 +125,7 @@ def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Ro
 def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
     """Make every equipped module expect what quantization adds to a checkpoint.
 
-    That is a prefix, centres, grids, codes and sides.
+    That is a prefix, centres, grids, what a cache found, codes and sides.
     """
     architecture = architecture_of(model.config)
     heads, head_dim = model.config.num_key_value_heads, head_dim_of(model.config)
@@ -132,6 +136,8 @@ def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
             put_prefix(attention, *states)
         if scheme.centre_keys:
             subtract_from_keys(attention, torch.empty(heads, 1, head_dim, device="meta"))
+        if scheme.cache is not None:
+            put_found(attention, _empty(scheme.cache.buffers(heads, head_dim)))
         quantizer = scheme.layer_weights(index)
         for module in layer.modules():
             if isinstance(module, QuantizedLinear):
@@ -146,9 +152,12 @@ def expect_quantized(model: PreTrainedModel, scheme: Scheme) -> None:
                     module.expect_codes(quantizer)
         if scheme.side is not None:
             for linears in readers_alike(layer, architecture):
-                buffers = side_buffers(linears, scheme.side)
-                empty = {name: torch.empty(b.shape, dtype=b.dtype, device="meta") for name, b in buffers.items()}
-                put_side(linears, scheme.side, empty)
+                put_side(linears, scheme.side, _empty(side_buffers(linears, scheme.side)))
+
+
+def _empty(buffers: Mapping[str, Buffer]) -> Tensors:
+    """Tensors without memory."""
+    return {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in buffers.items()}
 
 
 def readers_alike(layer: nn.Module, architecture: Architecture) -> list[list[QuantizedLinear]]:

@@ -138,6 +138,49 @@ def test_qoq_down_the_road(
     assert card["bits_per_weight"] == pytest.approx(4 + 16 / 16 + 16 * outputs / numbers)
 
 
+def test_smoothquant_plus_down_the_road(kurtail: Callable[..., None], even: Path, recipe: Path) -> None:
+    """A plain float model is scaled and rounded in groups; the card has the alpha, and ONNX Runtime computes it."""
+    place, settings = (
+        recipe.parent,
+        ["text.windows=4", "text.seqlen=48", "search.step=0.5", "search.rounding.group_size=16"],
+    )
+    flags = ["--config", "smoothquant-plus", GROUPS, *(f"--fusion.scales.{setting}" for setting in settings)]
+    kurtail(place, "fit", "--config", recipe, "--data.capture.model", even, *flags)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    assert scheme_of(folder).name == "w4a16kv16"
+    note = json.loads((folder / "kurtail.json").read_text())["rotations"]["scales"]
+    sums = [sum(errors) for errors in zip(*note["errors"], strict=True)]
+    assert note["alpha"] == [0.0, 0.5, 1.0][sums.index(min(sums))]
+    kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
+
+
+def test_kvquant_down_the_road(
+    kurtail: Callable[..., None], even: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache alone: what is stored, what page and plan say, and that no other runtime has such a cache."""
+    place, short = recipe.parent, ["--quantization.text.windows=4", "--quantization.text.seqlen=48"]
+    flags = ["--config", recipe, "--data.capture.model", even, "--config", "kvquant", *short]
+    kurtail(place, "plan", *flags)
+    assert "4.32 bits a number of keys, 5.32 bits a number of values" in capsys.readouterr().out
+    kurtail(place, "fit", *flags)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    assert scheme_of(folder).name == "w16a16kv4"
+    tensors = {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
+    found = {
+        name.rpartition("cache_")[2]: tuple(t.shape) for name, t in tensors.items() if "1.self_attn.cache_" in name
+    }
+    assert found == {"key_low": (2, 1, 16), "key_high": (2, 1, 16), "key_levels": (16,), "value_levels": (16,)}
+    sentence = "keys before RoPE by channel in 4 bits, values by token in 4 bits, k-means levels"
+    assert sentence in (folder / "README.md").read_text()
+    results = json.loads((folder / "results.json").read_text())["evaluation"]
+    assert math.isfinite(results["perplexity"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
+    refused = capsys.readouterr().err
+    assert f"the cache keeps {sentence}" in " ".join(refused.split())
+
+
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model with packed weights, and with the floats that they stand for."""
     packed, unpacked = kurtail_pl.load(folder), kurtail_pl.load(folder)

@@ -71,6 +71,14 @@ def test_rows_are_the_same_bytes(outputs: tuple[Path, Path], windows: int) -> No
     assert manifests[0] == manifests[1]
 
 
+def test_levels_of_a_cache_are_the_same_bytes(outputs: tuple[Path, Path]) -> None:
+    """Keys and values come to the first process in the order of their windows."""
+    one, two = (load_file(folder / "levels" / "model.safetensors") for folder in outputs)
+    assert sum("cache_value_levels" in name for name in one) == 4
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("windows", [1, 3])
 def test_hessians_are_sums_over_all_windows(outputs: tuple[Path, Path], windows: int) -> None:
     """Float64 sums in another order; experts that borrow tokens borrow the same ones."""

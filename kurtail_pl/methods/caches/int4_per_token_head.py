@@ -51,6 +51,10 @@ class Int4PerTokenHead(TurnedCache):
                 f"{SMALLEST_HEAD} on, and this model's have {head_dim}; use kurtail_pl.methods.PerTokenHead"
             )
 
+    def scale_bits(self, head_dim: int) -> float:
+        """A float32 for a head, which holds the zero point."""
+        return 32 / head_dim
+
     def key_turn(self, head_dim: int, device: torch.device) -> Turn:
         """Random signs and Sylvester's Hadamard over blocks of the largest power of two that divides the width."""
         return _turn(head_dim, device)

@@ -20,7 +20,7 @@ from kurtail_pl.maths.quantizers import (
     quantize,
     require_groups,
 )
-from kurtail_pl.methods.cache import CacheFormat, bits_name
+from kurtail_pl.methods.cache import FLOAT_BITS, NOTHING, CacheFormat, bits_name
 from kurtail_pl.methods.format import Tensors
 
 NIBBLE = 4
@@ -116,11 +116,11 @@ class PerTokenHead(CacheFormat):
             if quantizer is not None:
                 require_groups(name, quantizer.group_size, (head_dim,))
 
-    def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
+    def kept_keys(self, keys: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Fake-quantized."""
         return self._kept(keys, self.keys, first)
 
-    def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
+    def kept_values(self, values: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Fake-quantized."""
         return self._kept(values, self.values, first)
 
@@ -148,6 +148,14 @@ class PerTokenHead(CacheFormat):
         if quantizer.bits <= NIBBLE:
             codes = unpack_codes(codes, quantizer.symmetric)
         return dequantize(Quantized(codes, Grid(scale, None if zero_point is None else zero_point.to(scale.dtype))))
+
+    def bits_per_number(self, part: str, kv_heads: int, head_dim: int) -> float:
+        """Codes, and for each group a float32 and the byte of its zero point."""
+        quantizer = self.quantizer(part)
+        if quantizer is None:
+            return FLOAT_BITS
+        code = NIBBLE if quantizer.bits <= NIBBLE else 8
+        return code + (32 if quantizer.symmetric else 40) / (quantizer.group_size or head_dim)
 
     def quantizer(self, part: str) -> Quantizer | None:
         """That of keys, or of values."""

@@ -46,6 +46,10 @@ class Q4_0Cache(TurnedCache):  # noqa: N801 - ggml's name
                 f"{head_dim}; use kurtail_pl.methods.PerTokenHead"
             )
 
+    def scale_bits(self, head_dim: int) -> float:
+        """A float16 for a block."""
+        return 16 / BLOCK
+
     def key_turn(self, head_dim: int, device: torch.device) -> Turn | None:
         """Sylvester's Hadamard over blocks of the largest 64 * 2^j that divides the width."""
         return None if head_dim % SMALLEST_TURN else _turn(head_dim, head_dim & -head_dim, device)

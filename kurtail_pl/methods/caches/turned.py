@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.methods.cache import CacheFormat, bits_name
+from kurtail_pl.methods.cache import FLOAT_BITS, NOTHING, CacheFormat, bits_name
+from kurtail_pl.methods.format import Tensors
 
 
 class Turn(NamedTuple):
@@ -72,16 +73,25 @@ class TurnedCache(CacheFormat):
     def rounded(self, turned: Tensor, dtype: torch.dtype) -> Tensor:
         """What codes of turned rows ``[..., head_dim]`` stand for, both float32; `dtype` is the model's."""
 
+    @abstractmethod
+    def scale_bits(self, head_dim: int) -> float:
+        """Bits of scales for each number."""
+
+    def bits_per_number(self, part: str, kv_heads: int, head_dim: int) -> float:
+        """Codes and scales."""
+        kept = self.keys if part == "keys" else self.values
+        return self.bits + self.scale_bits(head_dim) if kept else FLOAT_BITS
+
     def value_basis(self, head_dim: int) -> Tensor | None:
         """The matrix of unit rows."""
         turn = self.value_turn(head_dim, torch.device("cpu"))
         return None if turn is None else torch.nn.functional.normalize(turn.forth.double(), dim=-1)
 
-    def kept_keys(self, keys: Tensor, first: Tensor | None) -> Tensor:
+    def kept_keys(self, keys: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Turned, rounded, turned back."""
         return self._kept(keys, self.key_turn(keys.shape[-1], keys.device)) if self.keys else keys
 
-    def kept_values(self, values: Tensor, first: Tensor | None) -> Tensor:
+    def kept_values(self, values: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """Turned, rounded, turned back."""
         return self._kept(values, self.value_turn(values.shape[-1], values.device)) if self.values else values
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.attention import watched_scores
@@ -21,17 +22,34 @@ class Held(ABC):
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
+        self._magnitudes: Tensor | None = None
+        self._tokens = 0
 
-    def see(self, rows: Tensor) -> None:
-        """Count tokens in: ``[..., tokens, n]``."""
-        largest = rows.abs().amax(-2)
+    def see(self, rows: Tensor, massive: Tensor | None = None) -> None:
+        """Count tokens in.
+
+        Args:
+            rows: ``[..., tokens, n]``.
+            massive: which of them are massive tokens', ``[tokens]``; None tells by the rows themselves.
+        """
+        magnitudes = rows.abs()
+        ordinary = ~(is_massive(rows.movedim(-2, 0).flatten(1)) if massive is None else massive)
+        largest, total = magnitudes.amax(-2), magnitudes[..., ordinary, :].sum(-2)
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+        self._magnitudes = total if self._magnitudes is None else self._magnitudes + total
+        self._tokens += int(ordinary.sum())
 
     @property
     def largest(self) -> Tensor:
         """Largest magnitude."""
         assert self._largest is not None
         return self._largest
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean magnitude over the tokens that are not massive."""
+        assert self._magnitudes is not None
+        return self._magnitudes / self._tokens
 
     @property
     @abstractmethod
@@ -46,9 +64,9 @@ class Shares(Held):
         super().__init__()
         self._sums: Tensor | None = None
 
-    def see(self, rows: Tensor) -> None:
+    def see(self, rows: Tensor, massive: Tensor | None = None) -> None:
         """Count tokens in: ``[tokens, n]``."""
-        super().see(rows)
+        super().see(rows, massive)
         squares = rows.square()
         size = squares.sum(-1, keepdim=True)
         sums = (squares / size.clamp(min=torch.finfo(size.dtype).tiny)).sum(0)
@@ -68,9 +86,9 @@ class Spread(Held):
         super().__init__()
         self._sums: Tensor | None = None
 
-    def see(self, rows: Tensor) -> None:
+    def see(self, rows: Tensor, massive: Tensor | None = None) -> None:
         """Count tokens in: ``[..., tokens, n]``."""
-        super().see(rows)
+        super().see(rows, massive)
         sums = torch.stack([part.sum(-2) for part in (torch.ones_like(rows), rows, rows.square())])
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -133,8 +151,12 @@ def measured_norms(
 
     def watch(name: str) -> RemovableHandle:
         spread = found.normed[name] = Spread()
-        norm = layer.get_submodule(name)
-        return norm.register_forward_pre_hook(lambda _, read: spread.see(normed(read[0].flatten(0, -2))))
+
+        def see(_: nn.Module, read: tuple[Tensor, ...]) -> None:
+            states = read[0].flatten(0, -2)
+            spread.see(normed(states), is_massive(states))  # All tokens are of one size behind a norm.
+
+        return layer.get_submodule(name).register_forward_pre_hook(see)
 
     with _removed([watch(name) for name in names]):
         yield

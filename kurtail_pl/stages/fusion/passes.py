@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.artefact.shards import ShardWriter, named
-from kurtail_pl.stages.fusion.scales import ReorderChannels, ScaleNorms, ScaleSpec, scale_channels
+from kurtail_pl.stages.fusion.scales import ScaleSpec
+from kurtail_pl.stages.fusion.scaling import ReorderChannels, ScaleChannels, ScaleNorms, scale_channels
 from kurtail_pl.stages.meter import Meter
 from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.streaming.hidden import HiddenStates
@@ -40,6 +41,47 @@ ROWS = 4096
 """Embedding and head are folded so many rows at a time: all of them in float64 would be the largest thing in memory."""
 
 
+def transforms_of(
+    walker: Walker, rotations: Rotations, scales: ScaleSpec | None
+) -> tuple[ScaleChannels, *tuple[Transform, ...]]:
+    """All that is done to a layer, in order.
+
+    Args:
+        walker: of the original model.
+        rotations: to fuse, R1 and R2 in the type and on the device of the layers.
+        scales: of channels.
+    """
+    architecture, residual, eps = walker.architecture, rotations.residual, walker.checkpoint.config.rms_norm_eps
+
+    def normed(states: Tensor) -> Tensor:
+        """What a folded norm of the rotated model gives, by hidden states of the original one."""
+        return turned(F.rms_norm(states, states.shape[-1:], eps=eps), residual)
+
+    scaled = scale_channels(walker, scales, normed)
+    return (
+        scaled,
+        ReorderChannels(scaled.measured, scaled.kv_heads),
+        FoldNorms(architecture, residual is not None or scaled.measured.norms),
+        RotateResidual(architecture, residual),
+        ScaleNorms(scaled.measured),
+        RotateValues(architecture, rotations.value),
+        FlipHidden(architecture, rotations),
+        RotateOnline(architecture, rotations, scaled.measured.head_dim),
+    )
+
+
+def placed(rotations: Rotations, walker: Walker) -> Rotations:
+    """Rotations with R1 and R2 where a walker's layers are, in their type."""
+    matrices = (None if r is None else r.to(walker.device, walker.dtype) for r in (rotations.residual, rotations.value))
+    residual, value = matrices
+    return replace(rotations, residual=residual, value=value)
+
+
+def turned(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """Hidden states of the original model as the rotated one has them."""
+    return hidden if residual is None else hidden @ residual
+
+
 class Fuser:
     """One pass over the model: fold, gate, write.
 
@@ -54,14 +96,13 @@ class Fuser:
         self.walker, self.architecture, self.work = walker, walker.architecture, work
         # Not earlier: a walker made meanwhile for the same configuration, as signs are chosen by, sets it back.
         walker.model.set_attn_implementation(ATTENTION)
-        residual, value = (r if r is None else r.to(walker.device) for r in (rotations.residual, rotations.value))
-        self.rotations = replace(rotations, residual=residual, value=value)
+        self.rotations = placed(rotations, walker)
         config = walker.checkpoint.config
         self.eps: float = config.rms_norm_eps
         self.shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
         length = min(text.shape[1], config.max_position_embeddings)
         self.text = text[:, :length]
-        self.transforms = self._transforms(scales)
+        self.transforms = transforms_of(walker, self.rotations, scales)
         generator = torch.Generator().manual_seed(0)
         self.probe = torch.randint(config.vocab_size, (1, length), generator=generator).to(walker.device)
         shape = (3 + len(self.text), length, config.hidden_size)
@@ -97,11 +138,7 @@ class Fuser:
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
         """Hidden states as the rotated model has them."""
-        return hidden if self.rotations.residual is None else hidden @ self.rotations.residual
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        """What a folded norm of the rotated model gives, by hidden states of the original one."""
-        return self._into_residual(F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
+        return turned(hidden, self.rotations.residual)
 
     def _embedding(self) -> None:
         """Write the rotated embedding, and start the probes."""
@@ -113,21 +150,6 @@ class Fuser:
         self.hidden.before.fill([reference, self._into_residual(reference), embedding(self.probe), *text])
         self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
-
-    def _transforms(self, scales: ScaleSpec | None) -> list[Transform]:
-        """All that is done to a layer, in order."""
-        architecture, rotations = self.architecture, self.rotations
-        scaled = scale_channels(self.walker, scales, self._normed)
-        return [
-            scaled,
-            ReorderChannels(scaled.measured, scaled.kv_heads),
-            FoldNorms(architecture, rotations.residual is not None or scaled.measured.norms),
-            RotateResidual(architecture, rotations.residual),
-            ScaleNorms(scaled.measured),
-            RotateValues(architecture, rotations.value),
-            FlipHidden(architecture, rotations),
-            RotateOnline(architecture, rotations, scaled.measured.head_dim),
-        ]
 
     def _fold_layer(self, index: int, layer: nn.Module, reference: Tensor, reference_after: Tensor) -> None:
         """Fold one layer in place, comparing its output with the original's after each fold."""

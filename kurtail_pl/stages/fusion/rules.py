@@ -85,18 +85,20 @@ class AbsMax(Rule):
         alpha: how much of the range of inputs goes into the weights, from 0 to 1.
         key_alpha: how much of the range of keys goes into the queries; ``max|k|^-key_alpha`` is their scale
             (SmoothAttention of QServe, arXiv 2405.04532), whatever queries are.
+        mean: of inputs and keys, take the mean magnitude over the tokens that are not massive.
     """
 
     alpha: float
     key_alpha: float
+    mean: bool = False
 
     def held(self, channels: Held) -> Tensor:
-        """The largest magnitudes."""
-        return channels.largest
+        """The largest magnitudes, or their means."""
+        return channels.mean if self.mean else channels.largest
 
     def varied(self, channels: Spread) -> Tensor:
         """The same."""
-        return channels.largest
+        return self.held(channels)
 
     def read(self, weight: Tensor) -> Tensor:
         """The largest magnitudes."""

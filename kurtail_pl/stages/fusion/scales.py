@@ -1,27 +1,18 @@
-"""Channel scales: measured on a text as it goes through the original layer, and folded with the rotations."""
+"""Channel scales as a recipe asks for them: which channels, by which rule, measured on which text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
-import torch
-from torch import Tensor, nn
-
-from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.maths.scales import range_power
-from kurtail_pl.stages.fusion.channels import Channels, Held, measured_inputs, measured_keys, measured_norms
+from kurtail_pl.errors import ConfigError, require_seed, shortened
+from kurtail_pl.maths.quantizers import Quantizer, require_groups
 from kurtail_pl.stages.fusion.rules import AbsMax, Balanced, Rule
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
-from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery import folding
-from kurtail_pl.surgery.architecture import Architecture
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import architecture_of, mlp_widths
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
-from kurtail_pl.surgery.transform import Transform
 
 Part = Literal["values", "mlp_hidden", "keys", "attention_input", "mlp_input"]
 Ordered = Literal["values", "mlp_hidden"]
@@ -29,6 +20,35 @@ Ordered = Literal["values", "mlp_hidden"]
 
 def _short_windows() -> TextSpec:
     return TextSpec(windows=32, seqlen=64)
+
+
+@dataclass(frozen=True)
+class AlphaSearch:
+    """The alpha with which the blocks of a model err least once their weights are rounded (SmoothQuant+).
+
+    Args:
+        per: ``model`` for one alpha of all blocks, or ``block`` for one of each.
+        step: between the alphas that are tried, from 0 to 1.
+        rounding: of weights, to nearest; it stands for the scheme, which fusion does not know.
+
+    Raises:
+        ConfigError: for another `per`, or a step outside (0, 1].
+    """
+
+    per: Literal["model", "block"] = "model"
+    step: float = 0.05
+    rounding: Quantizer = field(default_factory=lambda: Quantizer(4, symmetric=False))
+
+    def __post_init__(self) -> None:
+        if self.per not in ("model", "block"):
+            raise ConfigError(f"scales.search.per is {self.per!r}; write model or block")
+        if not 0 < self.step <= 1:
+            raise ConfigError(f"scales.search.step is {self.step}; give a number above 0, and 1 at most")
+
+    @property
+    def alphas(self) -> list[float]:
+        """All that are tried."""
+        return [round(number * self.step, 9) for number in range(int(1 / self.step + 1e-9) + 1)]
 
 
 @dataclass(frozen=True)
@@ -45,23 +65,29 @@ class ScaleSpec:
         seed: draws the windows.
         rule: ``balanced`` gives each channel the scale with which the output errs least (`balanced_scale`), ``absmax``
             shares the largest magnitudes between inputs and weights, as SmoothQuant and QServe do.
-        alpha: of ``absmax``: how much of the range of inputs goes into the weights, from 0 to 1.
+        alpha: of ``absmax``: how much of the range of inputs goes into the weights, from 0 to 1; or a list, one for
+            each decoder layer.
         key_alpha: of ``absmax``: how much of the range of keys goes into the queries, from 0 to 1.
+        search: of ``absmax``: how `alpha` is found on the text instead; null takes `alpha` as it is.
+        magnitudes: of ``absmax``: the ``largest`` of each channel, or their ``mean`` over the tokens that are not
+            massive, which alone decide the largest where a model has some.
         reorder: ``values``, ``mlp_hidden`` or both: their channels are sorted by the largest magnitude that they had
             before they were scaled, values within their head, so that those of a group of inputs are alike (QServe).
             No rotation may mix them afterwards: no R2 or R4 for values, no R5 for `mlp_hidden`.
 
     Raises:
-        ConfigError: for no parts and nothing to reorder, or others than these, another rule, or an alpha outside
-            [0, 1].
+        ConfigError: for no parts and nothing to reorder, or others than these, another rule, an alpha outside [0, 1],
+            or a search or means beside the rule ``balanced``.
     """
 
     parts: list[Part] = field(default_factory=lambda: ["values", "mlp_hidden"])
     text: TextSpec = field(default_factory=_short_windows)
     seed: int = 0
     rule: Literal["balanced", "absmax"] = "balanced"
-    alpha: float = 0.5
+    alpha: float | list[float] = 0.5
     key_alpha: float = 0.5
+    search: AlphaSearch | None = None
+    magnitudes: Literal["largest", "mean"] = "largest"
     reorder: list[Ordered] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -74,14 +100,25 @@ class ScaleSpec:
             raise ConfigError(f"scales.reorder is {self.reorder}; name some of {', '.join(get_args(Ordered))}, or none")
         if self.rule not in ("balanced", "absmax"):
             raise ConfigError(f"scales.rule is {self.rule!r}; write balanced or absmax")
-        for name in ("alpha", "key_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"scales.{name} is {getattr(self, name)}; give a number from 0 to 1")
+        alphas = self.alpha if isinstance(self.alpha, list) else [self.alpha]
+        for name, values in {"alpha": alphas, "key_alpha": [self.key_alpha]}.items():
+            if not values or not all(0 <= value <= 1 for value in values):
+                found = shortened(str(getattr(self, name)), 60)
+                raise ConfigError(f"scales.{name} is {found}; give a number from 0 to 1")
+        if self.magnitudes not in ("largest", "mean"):
+            raise ConfigError(f"scales.magnitudes is {self.magnitudes!r}; write largest or mean")
+        if self.rule == "balanced" and (self.search is not None or self.magnitudes == "mean"):
+            raise ConfigError(
+                "scales.rule is balanced, which has no alpha and goes by squares; write rule: absmax, or search: null "
+                "and magnitudes: largest"
+            )
 
-    @property
-    def chosen_rule(self) -> Rule:
-        """The rule, with its numbers."""
-        return Balanced() if self.rule == "balanced" else AbsMax(self.alpha, self.key_alpha)
+    def rule_of(self, layer: int) -> Rule:
+        """The rule, with its numbers, of a decoder layer."""
+        if self.rule == "balanced":
+            return Balanced()
+        alpha = self.alpha[layer] if isinstance(self.alpha, list) else self.alpha
+        return AbsMax(alpha, self.key_alpha, self.magnitudes == "mean")
 
     def among(self, parts: Sequence[Part]) -> ScaleSpec | None:
         """The same for some parts alone, in the order that they have; None where it has none of them."""
@@ -107,178 +144,22 @@ def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
     """Windows that channels are measured on.
 
     Raises:
-        ConfigError: when keys are to be scaled that have norms of their own.
+        ConfigError: when keys are to be scaled that have norms of their own, alphas are not as many as layers, or the
+            groups of a search do not divide the widths.
         TextError: when the text is too short.
     """
+    config = checkpoint.config
+    if isinstance(scales.alpha, list) and len(scales.alpha) != config.num_hidden_layers:
+        raise ConfigError(
+            f"scales.alpha are {len(scales.alpha)} numbers and this model has {config.num_hidden_layers} layers; give "
+            "one for each, or one for all"
+        )
+    if scales.search is not None:
+        inputs = (config.hidden_size, config.num_attention_heads * head_dim_of(config), *mlp_widths(config))
+        require_groups("scales.search.rounding", scales.search.rounding.group_size, inputs)
     if "keys" in scales.parts and architecture_of(checkpoint.config).head_norms:
         raise ConfigError(
             f"scales.parts is {scales.parts} and {checkpoint.config.model_type} has norms behind q_proj and k_proj, "
             "which undo the scales of keys; leave keys out"
         )
     return cut_windows(checkpoint, scales.text, "calibration", seed=scales.seed)
-
-
-class Measured:
-    """What scales go by, measured on a text as it goes through the original layers, one after the other.
-
-    Args:
-        scales: whose channels; None measures nothing.
-        architecture: record of the family.
-        head_dim: size of a head.
-        normed: what the norms will give, without their weights and after R1, by ``[tokens, hidden]`` states.
-    """
-
-    def __init__(
-        self,
-        scales: ScaleSpec | None,
-        architecture: Architecture,
-        head_dim: int,
-        normed: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.parts: Sequence[Part] = () if scales is None else scales.parts
-        self.reorder: Sequence[Ordered] = () if scales is None else scales.reorder
-        self.rule: Rule = Balanced() if scales is None else scales.chosen_rule
-        self.architecture, self.head_dim, self.normed = architecture, head_dim, normed
-        self.channels = Channels()
-
-    @property
-    def norms(self) -> bool:
-        """Whether what norms give is scaled."""
-        return bool({"attention_input", "mlp_input"} & set(self.parts))
-
-    def inputs(self, parts: Sequence[str]) -> Iterator[tuple[str, Held]]:
-        """Of the linears that read some parts, values or `mlp_hidden`: their names, and what they read."""
-        for name, channels in self.channels.inputs.items():
-            if ("values" if name == self.architecture.output else "mlp_hidden") in parts:
-                yield name, channels
-
-    @contextmanager
-    def watching(self, layer: nn.Module) -> Iterator[None]:
-        """While an original layer runs, what its channels hold."""
-        names, found = self.architecture, Channels()
-        measured = {*self.parts, *self.reorder}
-        inputs = [names.output] if "values" in measured else []
-        inputs += names.mlp_writers(layer) if "mlp_hidden" in measured else ()
-        norms = {"attention_input": names.attention_norm, "mlp_input": names.mlp_norm}
-        with ExitStack() as stack:
-            stack.enter_context(measured_inputs(layer, inputs, found))
-            chosen = [norm for part, norm in norms.items() if part in self.parts]
-            stack.enter_context(measured_norms(layer, chosen, self.normed, found))
-            if "keys" in self.parts:
-                stack.enter_context(measured_keys(layer, names, self.head_dim, found))
-            self.channels = found
-            yield
-
-
-@dataclass(frozen=True)
-class ScaleChannels(Transform):
-    """Scales what R2, R3 and R5 will turn, before they do.
-
-    Args:
-        measured: what the channels hold.
-        kv_heads: key and value heads.
-        rotary: channels of a head that RoPE turns, the first half of them with the second.
-    """
-
-    measured: Measured
-    kv_heads: int
-    rotary: int
-
-    sentence = "scaling the channels"
-
-    @contextmanager
-    def watching(self, layer: nn.Module) -> Iterator[None]:
-        """Measure, for the scales of norms too."""
-        with self.measured.watching(layer):
-            yield
-
-    def fold(self, layer: nn.Module, index: int) -> bool:
-        """By what the text held."""
-        names, found, parts = self.measured.architecture, self.measured.channels, self.measured.parts
-        rule = self.measured.rule
-        for name, channels in self.measured.inputs(parts):
-            held, read = rule.held(channels), rule.read(folding.linear_of(layer, name).weight)
-            if name == names.output:
-                # The query heads of a group read the same values.
-                scale = rule.scale(self._of_group(held).flatten(), self._of_group(read).flatten())
-                folding.scale_values(layer, names, scale.view(self.kv_heads, self.measured.head_dim))
-            else:
-                mlp = name.removesuffix(f".{names.down}")
-                folding.scale_hidden(layer, names, mlp, rule.scale(held, read))
-        if "keys" in parts:
-            counted = rule.varied(found.keys), self._of_group(rule.held(found.queries))
-            pair = self._rope_pairs().to(counted[0].device)
-            keys, queries = (rule.paired(x, pair) for x in counted)
-            folding.scale_keys(layer, names, rule.keys(keys, queries)[:, pair])
-        return bool(parts)
-
-    def _of_group(self, x: Tensor) -> Tensor:
-        """Of the query heads of each KV head's group: ``[heads * head_dim]`` -> ``[kv_heads, head_dim]``."""
-        return self.measured.rule.joined(x.view(self.kv_heads, -1, self.measured.head_dim), 1)
-
-    def _rope_pairs(self) -> Tensor:
-        """Number, for each channel of a head, of the pair that RoPE turns together, or of the channel left alone."""
-        channel, half = torch.arange(self.measured.head_dim), self.rotary // 2
-        return torch.where(channel < self.rotary, channel % half, channel - half)
-
-
-@dataclass(frozen=True)
-class ReorderChannels(Transform):
-    """Sorts channels by the largest magnitude that they had in the original layer, largest first.
-
-    Args:
-        measured: what the channels hold.
-        kv_heads: key and value heads.
-    """
-
-    measured: Measured
-    kv_heads: int
-
-    sentence = "reordering the channels"
-
-    def fold(self, layer: nn.Module, index: int) -> bool:
-        """Values within their head, for all query heads of a group."""
-        names = self.measured.architecture
-        for name, channels in self.measured.inputs(self.measured.reorder):
-            if name == names.output:
-                of_heads = channels.largest.view(self.kv_heads, -1, self.measured.head_dim).amax(1)
-                folding.reorder_values(layer, names, _largest_first(of_heads))
-            else:
-                mlp = name.removesuffix(f".{names.down}")
-                folding.reorder_hidden(layer, names, mlp, _largest_first(channels.largest))
-        return bool(self.measured.reorder)
-
-
-def _largest_first(x: Tensor) -> Tensor:
-    return torch.argsort(x, dim=-1, descending=True, stable=True)
-
-
-@dataclass(frozen=True)
-class ScaleNorms(Transform):
-    """Scales what the norms give, after R1."""
-
-    measured: Measured
-
-    sentence = "scaling the norms"
-
-    def fold(self, layer: nn.Module, index: int) -> bool:
-        """By what the text held."""
-        names, found, rule = self.measured.architecture, self.measured.channels, self.measured.rule
-        linears = {names.attention_norm: names.attention_readers, names.mlp_norm: names.mlp_readers(layer)}
-        for name, spread in found.normed.items():
-            # A router, which reads the MLP norm too, is not quantized.
-            read = rule.read(torch.cat([folding.linear_of(layer, linear).weight for linear in linears[name]]))
-            scale = rule.scale(rule.varied(spread), read, range_power(len(read)))
-            # In bfloat16, so that no type that the norm's weight is kept in rounds it.
-            folding.scale_norm(layer, names, name, scale.bfloat16().to(scale.dtype))
-        return bool(found.normed)
-
-
-def scale_channels(
-    walker: Walker, scales: ScaleSpec | None, normed: Callable[[Tensor], Tensor] = lambda states: states
-) -> ScaleChannels:
-    """Scales of the layers of a walker's model; `normed` as in `Measured`."""
-    config, architecture = walker.checkpoint.config, walker.architecture
-    frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
-    measured = Measured(scales, architecture, head_dim_of(config), normed)
-    return ScaleChannels(measured, config.num_key_value_heads, 2 * len(frequencies))

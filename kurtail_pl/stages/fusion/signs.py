@@ -14,7 +14,8 @@ from kurtail_pl.errors import ConfigError, require_seed
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors, random_signs
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods.tuner import relative
-from kurtail_pl.stages.fusion.scales import Part, ScaleSpec, scale_channels
+from kurtail_pl.stages.fusion.scales import Part, ScaleSpec
+from kurtail_pl.stages.fusion.scaling import scale_channels
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.keys import settings_key, tokens_sha256

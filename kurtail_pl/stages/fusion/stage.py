@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import CheckpointError
 from kurtail_pl.methods.scheme import FLOAT
+from kurtail_pl.stages.fusion.alphas import alpha_errors, note, with_alphas
 from kurtail_pl.stages.fusion.passes import Fuser
 from kurtail_pl.stages.fusion.scales import ScaleSpec, scale_windows
 from kurtail_pl.stages.fusion.signs import SignSpec, sign_errors, sign_windows, with_signs
@@ -94,6 +95,7 @@ def fuse(
         require_space(folder, 2 * 4 * sum(p.numel() for p in walker.model.parameters()))
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
+                chosen, rotations = chosen.searched(checkpoint, rotations, work, compute)
                 rotations = chosen.signed(checkpoint, rotations, work, compute)
                 gate = Fuser(walker, rotations, work, chosen.scales, chosen.tokens).run(meter)
             _write_rest(checkpoint, rotations, work.folder, {"method": method, "gate": gate, "recipe": recipe}, meter)
@@ -139,6 +141,19 @@ class _Chosen:
         """Windows that their scales are measured on."""
         nothing = torch.empty(0, PROBE_TOKENS, dtype=torch.long)
         return nothing if self.scale_text is None else self.scale_text.tokens
+
+    def searched(
+        self, checkpoint: Checkpoint, rotations: Rotations, work: Workplace, compute: Compute
+    ) -> tuple[_Chosen, Rotations]:
+        """With the alphas that err least, which the rotations' origin says; as `signed` where work is taken up."""
+        scales = self.scales
+        if scales is None or scales.search is None:
+            return self, rotations
+        if "alphas" not in work.state:
+            work.state["alphas"] = alpha_errors(checkpoint, rotations, scales, scales.search, self.tokens, compute)
+        scales = with_alphas(scales, scales.search, work.state["alphas"])
+        origin = {**rotations.origin, "scales": note(scales, work.state["alphas"])}
+        return replace(self, scales=scales), replace(rotations, origin=origin)
 
     def signed(self, checkpoint: Checkpoint, rotations: Rotations, work: Workplace, compute: Compute) -> Rotations:
         """Rotations with the signs that err least; work that is taken up again has their errors in its state."""

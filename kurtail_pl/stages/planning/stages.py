@@ -51,6 +51,11 @@ def fuse(run: Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StagePla
         states = 2 * measured * s.hidden * FLOAT64
         turned = max(turned, s.layer * FLOAT64 + 6 * scales.text.seqlen * s.widest * FLOAT64)
         flops += 2 * s.forward(measured, scales.text.seqlen)
+        if scales.search is not None:
+            # Each layer is copied for an alpha, its weights rounded, and every window goes through it once more.
+            tries = len(scales.search.alphas)
+            flops += (1 + tries) * s.forward(measured, scales.text.seqlen)
+            passes += ROUNDING_PASSES * float(tries * s.stack)
     if signs is not None:
         # Every window goes twice through each layer, the second time with the candidates behind what R4 and R5 turn.
         chosen = tokens_of(signs.text)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from transformers import PretrainedConfig
+
+from kurtail_pl.methods import CacheFormat
+from kurtail_pl.methods.cache import FLOAT_BITS
 from kurtail_pl.stages.planning.run import StagePlan
 from kurtail_pl.stages.planning.speed import Speed
 from kurtail_pl.storage.files import gigabytes
+from kurtail_pl.surgery.rotations import head_dim_of
 
 
 def misfits(stages: list[StagePlan], memory: int | None, disk: int, device: int | None = None) -> list[str]:
@@ -48,6 +53,22 @@ def state_places(stages: list[StagePlan], memory: int | None) -> str:
         for place, inside in (("in memory", True), ("in files, for want of memory", False))
     }
     return "hidden states: " + "; ".join(f"{place}: {', '.join(found)}" for place, found in kept.items() if found)
+
+
+def cache_line(config: PretrainedConfig, cache: CacheFormat | None) -> str:
+    """What a token takes in the cache, and bits of a number of keys and of values, all that is stored included.
+
+    Empty where the format does not know.
+    """
+    heads, head_dim, total, said = config.num_key_value_heads, head_dim_of(config), 0.0, []
+    for part in ("keys", "values"):
+        bits = FLOAT_BITS if cache is None else cache.bits_per_number(part, heads, head_dim)
+        if bits is None:
+            return ""
+        total += bits
+        said.append(f"{bits:.2f} bits a number of {part}")
+    size = total / 8 * heads * head_dim * config.num_hidden_layers
+    return f"cache: {size / 1000:.1f} kB a token, {', '.join(said)}"
 
 
 def table(stages: list[StagePlan], speed: Speed | None) -> str:

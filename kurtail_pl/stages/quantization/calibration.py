@@ -12,9 +12,11 @@ from kurtail_pl.maths.massive import is_massive
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.maths.received import attention_received
 from kurtail_pl.maths.static_grid import BINS, count_values, static_grid
+from kurtail_pl.methods import CacheFormat
 from kurtail_pl.ranks import Ranks
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.attention import Scored, behind_prefix, subtract_from_keys, watched_scores
+from kurtail_pl.surgery.attention import Scored, behind_prefix, put_found, subtract_from_keys, watched_scores
+from kurtail_pl.surgery.before_rope import watched_states
 from kurtail_pl.surgery.linear import QuantizedLinear
 from kurtail_pl.surgery.rotations import head_dim_of
 
@@ -51,6 +53,35 @@ def centre_keys(attention: nn.Module, attended: Iterable[Tensor], ranks: Ranks, 
         windows = sum(1 for _ in attended)
     mean = ranks.sum(total) / sum(ranks.each(windows))
     subtract_from_keys(attention, as_stored(mean).to(dtype))
+
+
+def fit_cache(cache: CacheFormat, layer: nn.Module, attended: Iterable[Tensor], ranks: Ranks, walker: Walker) -> None:
+    """Let a cache's format find what it wants of a layer's keys and values, which go by as what is attended to is made.
+
+    The first process finds it for all; each brings its share of the sample, its first tokens.
+    """
+    assert cache.sample is not None
+    config, left = walker.model.config, dict.fromkeys(("keys", "values"), cache.sample // ranks.size)
+    heads, head_dim = config.num_key_value_heads, head_dim_of(config)
+    rows: dict[str, list[Tensor]] = {part: [] for part in left}
+
+    def see(part: str, states: Tensor) -> None:
+        taken = states[0].transpose(0, 1)[: left[part]].flatten(1).float().cpu()
+        left[part] -= len(taken)
+        rows[part].append(taken)
+
+    with watched_states(layer, walker.architecture, head_dim, see):
+        for _ in attended:
+            pass
+    nothing = torch.zeros(0, heads * head_dim)
+    gathered = [ranks.gather(torch.cat([nothing, *rows[part]])) for part in ("keys", "values")]
+    shapes = cache.buffers(heads, head_dim)
+    found = {name: torch.zeros(each.shape, dtype=each.dtype) for name, each in shapes.items()}
+    if ranks.leads:
+        keys, values = (torch.cat(parts).view(-1, heads, head_dim) for parts in gathered)
+        found = cache.fitted(keys, values)
+    shared = {name: as_stored(ranks.sum(tensor)).to(walker.device, walker.dtype) for name, tensor in found.items()}
+    put_found(layer.get_submodule(walker.architecture.attention), shared)
 
 
 def received_by(attention: nn.Module, attended: Iterable[Tensor]) -> list[Tensor]:

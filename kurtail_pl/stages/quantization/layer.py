@@ -13,7 +13,7 @@ from kurtail_pl.methods import Format, Moments, Rounder, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
-from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fix_grid, received_by
+from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fit_cache, fix_grid, received_by
 from kurtail_pl.stages.quantization.float_layer import FloatLayer, set_aside
 from kurtail_pl.stages.quantization.moments import moments_of
 from kurtail_pl.stages.quantization.weights import Notes, WeightSolver
@@ -118,6 +118,8 @@ class LayerSolver:
             inner = hidden.scratch(output.in_features)
             if self.scheme.centre_keys:
                 centre_keys(attention, attended(hidden.before), self.ranks, self.walker)
+            if self.scheme.cache is not None and self.scheme.cache.sample is not None:
+                fit_cache(self.scheme.cache, layer, attended(hidden.before), self.ranks, self.walker)
             if self._tuning is not None:
                 self._tuning.cache(output, attended, hidden.before)
             inner.fill(attended(hidden.before))

@@ -11,7 +11,17 @@ from kurtail_vllm.exporter import VLLM
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import FloatZero, LowRank, Normal, PerTokenHead, Q4_0Cache, SearchedClips, Sinks, Uniform
+from kurtail_pl.methods import (
+    FloatZero,
+    LowRank,
+    Normal,
+    NUQCache,
+    PerTokenHead,
+    Q4_0Cache,
+    SearchedClips,
+    Sinks,
+    Uniform,
+)
 from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
@@ -32,6 +42,7 @@ A4, A8 = Quantizer(4), Quantizer(8)
         ({"cache": PerTokenHead(sinks=Sinks(2, 8))}, "quantize with sinks: null"),
         ({"cache": PerTokenHead(centre_keys=True)}, "quantize with centre_keys: false"),
         ({"cache": Q4_0Cache()}, "no cache like keys and values in Q4_0"),
+        ({"cache": NUQCache()}, "no cache like keys before RoPE by channel in 4 bits"),
         ({"activations": Quantizer(4, clip=Clip(amount=0.9))}, r"ratio 0\.9; .*with activations\.clip\.amount: 1\.0"),
         ({"activations": Quantizer(4, clip=Clip("quantile", 0.98))}, r"quantile 0\.98; .*clip\.amount: 1\.0"),
         (

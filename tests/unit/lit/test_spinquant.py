@@ -17,7 +17,7 @@ from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import LowRank, PerTokenHead
+from kurtail_pl.methods import LowRank, NUQCache, PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture.stage import CaptureSpec
@@ -165,9 +165,15 @@ def test_bits_by_layer_are_nothing_to_learn_through() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"centre": True}, {"cache": PerTokenHead(centre_keys=True)}, {"activation_scales": "static"}, {"prefix": [1]}],
+    [
+        {"centre": True},
+        {"cache": PerTokenHead(centre_keys=True)},
+        {"cache": NUQCache()},
+        {"activation_scales": "static"},
+        {"prefix": [1]},
+    ],
     ids=str,
 )
 def test_a_scheme_that_a_text_decides_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"leave centre, cache\.centre_keys, activation_scales and prefix"):
+    with pytest.raises(ConfigError, match=r"leave centre, cache, activation_scales and prefix"):
         module(replace(A4, **change))

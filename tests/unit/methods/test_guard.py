@@ -43,6 +43,7 @@ def test_no_file_names_a_method() -> None:
         "GPTQ",
         "HQQ",
         "PerTokenHead",
+        "NUQCache",
         "SearchedClips",
         "LowRank",
         "SensitiveBits",

@@ -11,7 +11,20 @@ from families import FAMILIES, tiny_family
 from smollm2 import first_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips, LowRank, Normal, SensitiveBits
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.methods import (
+    GPTQ,
+    RTN,
+    CacheFormat,
+    Int4PerTokenHead,
+    LearnedClips,
+    LowRank,
+    Normal,
+    NUQCache,
+    PerTokenHead,
+    Q4_0Cache,
+    SensitiveBits,
+)
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.fusion.scales import ScaleSpec
@@ -21,7 +34,7 @@ from kurtail_pl.stages.planning.plan import plan
 from kurtail_pl.stages.planning.run import StagePlan
 from kurtail_pl.stages.planning.sizes import sizes_of
 from kurtail_pl.stages.planning.speed import Speed, probe
-from kurtail_pl.stages.planning.table import misfits, state_places, table
+from kurtail_pl.stages.planning.table import cache_line, misfits, state_places, table
 from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.sources import config_of
@@ -302,6 +315,26 @@ def test_hidden_states_go_to_the_disk_where_memory_is_short() -> None:
         "capture needs 2.00 GB of memory and 1.90 GB are free",
         "quantize needs 2.00 GB of memory and 1.90 GB are free",
     ]
+
+
+@pytest.mark.parametrize(
+    ("cache", "keys", "values"),
+    [
+        (None, 16.0, 16.0),
+        (PerTokenHead(), 4 + 40 / 64, 4 + 40 / 64),
+        (PerTokenHead(Quantizer(2, group_size=32), None), 4 + 32 / 32, 16.0),
+        (NUQCache(3, 2), 3.32, 2.32 + 32 / 192),
+        (Int4PerTokenHead(), 4.5, 4.5),
+        (Q4_0Cache(values=False), 4.5, 16.0),
+    ],
+    ids=["float", "integers", "keys", "nuq", "vllm", "llama.cpp"],
+)
+def test_bytes_of_the_cache(cache: CacheFormat | None, keys: float, values: float) -> None:
+    """SmolLM2's 30 layers of 3 KV heads of 64; two codes of 2 bits take a byte, as two of 4."""
+    config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30)
+    size = 30 * 3 * 64 * (keys + values) / 8 / 1000
+    said = f"{keys:.2f} bits a number of keys, {values:.2f} bits a number of values"
+    assert cache_line(config, cache) == f"cache: {size:.1f} kB a token, {said}"
 
 
 def test_table_and_probe() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from kurtail_pl.errors import ArtefactError, ResumeMismatch
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips
+from kurtail_pl.methods import GPTQ, RTN, LearnedClips, NUQCache
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -33,8 +33,9 @@ LEARNING = LearnedClips(["activations", "keys", "values", "weights"], steps=2, w
         {"scheme": Scheme(centre=True, activation_scales="static", prefix=[7])},
         {"scheme": Scheme(prefix=[7]), "rounder": GPTQ(correction="gptaq")},
         {"quantized_activations": True, "clips": LEARNING},
+        {"scheme": Scheme(weights=None, activations=None, cache=NUQCache())},
     ],
-    ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips"],
+    ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips", "cache before rope"],
 )
 def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
     settings: Any, fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
