@@ -79,6 +79,7 @@ class KurTailModule(RotationModule):
         method: name in artefacts and tables.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
+        block: see `RotationModule`.
     """
 
     def __init__(
@@ -91,9 +92,10 @@ class KurTailModule(RotationModule):
         method: str = "kurtail",
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
+        block: int | None = None,
     ) -> None:
-        super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler)
-        self.objective, self.method = objective, method
+        super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler, block)
+        self.objective, self.method, self.value_per_head = objective, method, value_per_head
         self.centre, cache = self.aim.scheme.centre, self.aim.scheme.cache
         basis = None if cache is None else cache.value_basis(sizes["head_dim"])
         self.cache = None if basis is None else cache
@@ -135,10 +137,10 @@ class KurTailModule(RotationModule):
         The RMSNorm has no weight (it is folded) and comes first: it commutes with the rotation and needs no gradient
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
         """
-        objective, losses, kurtoses = OBJECTIVES[self.objective.kind], [], []
+        objective, r1, losses, kurtoses = OBJECTIVES[self.objective.kind], self.r1, [], []
         for site in batch["residual"]:
             rows, mean = self.block_input(site)
-            rotated = rows @ self.residual
+            rotated = rows @ r1
             losses.append(objective(rotated, mean))
             with torch.no_grad():
                 kurtoses.append(kurtosis(rotated, mean))
@@ -146,14 +148,14 @@ class KurTailModule(RotationModule):
 
     def _kurtosis_r2(self, heads: Tensor) -> Tensor:
         """Of values as `o_proj` reads them, and as a cache that turns them keeps them."""
-        rotated = self._values(heads) @ self.value
+        rotated = self._values(heads) @ self.r2
         bases = [rotated] if self.basis is None else [rotated, rotated @ self.basis]
         found = [kurtosis(x.flatten(-2), lambda x: self.over_ranks(x.mean(-1, keepdim=True))) for x in bases]
         return torch.stack(found).squeeze(-1)
 
     def _values(self, heads: Tensor) -> Tensor:
         """What each R2 turns of values ``[layers, rows, heads, head_dim]``: the heads of a group are neighbours."""
-        if self.value.ndim == 3:
+        if not self.value_per_head:
             return heads.flatten(1, 2)
         grouped = heads.view(*heads.shape[:2], self.value.shape[1], -1, heads.shape[-1])
         return grouped.transpose(1, 2).flatten(2, 3)
@@ -173,8 +175,8 @@ class KurTailModule(RotationModule):
 
     def _loss_of_weights(self) -> Tensor:
         """The objective of rows of the weights, each of unit root mean square, mean over the sites."""
-        objective = OBJECTIVES[self.objective.kind]
-        return torch.stack([objective(rows @ self.residual, Tensor.mean) for rows in self.weights]).mean()
+        objective, r1 = OBJECTIVES[self.objective.kind], self.r1
+        return torch.stack([objective(rows @ r1, Tensor.mean) for rows in self.weights]).mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean of R1's objective over the sites as they count, Eq. 4's twin for every R2, and the weights' term."""

@@ -171,7 +171,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         return str(value / 2 or 0.5), value / 2 or 0.5
     if isinstance(value, int):
         return str(value + 1), value + 1
-    if value is None and path.endswith("group_size"):
+    if value is None and path.endswith(("group_size", "init_args.block")):
         return "4", 4
     return "elsewhere", "elsewhere"
 
