@@ -16,6 +16,7 @@ from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.card import scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.surgery.equip import unpack_weights
 
 pytestmark = [
@@ -136,6 +137,44 @@ def test_qoq_down_the_road(
     # Four bits, two bytes for each 16 of the 64 or 96 inputs, two bytes for each output.
     numbers, outputs = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64, 2 * 64 + 2 * 32 + 2 * 96 + 64
     assert card["bits_per_weight"] == pytest.approx(4 + 16 / 16 + 16 * outputs / numbers)
+
+
+@pytest.mark.parametrize(("name", "block"), [("mr-gptq", 32), ("mr-gptq-nvfp4", 16)])
+def test_mr_gptq_down_the_road(
+    kurtail: Callable[..., None],
+    even: Path,
+    recipe: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    block: int,
+) -> None:
+    """Inputs in 4-bit floating point too, all rotations in blocks, and an artefact that loads as it was measured."""
+    place = recipe.parent
+    kurtail(place, "fit", "--config", recipe, "--data.capture.model", even, "--config", name)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    results = json.loads((folder / "results.json").read_text())["evaluation"]
+    spec = TextSpec(str(text_file), results["windows"], results["seqlen"])
+    assert perplexity(Checkpoint(folder), spec)["perplexity"] == results["perplexity"]
+    assert math.isfinite(results["perplexity"])
+    before, after = (model(input_ids=torch.arange(9)[None]).logits for model in both(folder))
+    assert torch.equal(before, after)
+    rotations = read_rotations(folder / "rotations.safetensors")
+    assert rotations.residual is not None
+    of_blocks = torch.block_diag(*torch.ones(64 // block, block, block))
+    assert torch.equal((rotations.residual != 0).float(), of_blocks)
+    assert rotations.online == ["mlp_hidden"]
+    assert rotations.mlp_hidden is not None
+    assert rotations.mlp_hidden.block == block
+    card = (folder / "README.md").read_text()
+    assert f"4-bit floating point (E2M1), scales in {'E8M0' if block == 32 else 'E4M3'}" in card
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
+    assert "the weights are " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "fit", "--config", recipe, "--config", name, "--model.init_args.block", "24")
+    assert "block is 24, and R1 turns" in capsys.readouterr().err
 
 
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kurtail_pl.maths.microscaling import E8M0_BIAS, e4m3_scales, e8m0_scales, whole_scale
 from kurtail_pl.maths.quantizers import Grid, Quantized, split_groups
 from kurtail_pl.maths.weights import ERROR_NORM
 from kurtail_pl.methods.format import Buffer, Format, Tensors, in_scales, levels_in_scales
@@ -18,8 +19,6 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of E2M1, by the low three bits of a code; the fourth is the sign."""
 LEVELS = torch.tensor([*MAGNITUDES, *(-level for level in MAGNITUDES)], dtype=torch.float64)
 """By their codes; zero has two."""
-LARGEST_E4M3 = 448.0
-E8M0_BIAS = 127
 
 
 class _FP4(Format):
@@ -78,8 +77,7 @@ class MXFP4(_FP4):
 
     def project(self, scale: Tensor) -> Tensor:
         """By the OCP rule, 2^(floor(log2(largest)) - 2), largest being 6 scale: magnitudes of 6 to 8 become 6."""
-        exponent = torch.floor(torch.log2(scale * MAGNITUDES[-1])) - 2
-        return torch.where(scale > 0, torch.exp2(exponent.clamp(-E8M0_BIAS, E8M0_BIAS)), torch.ones_like(scale))
+        return e8m0_scales(scale * MAGNITUDES[-1], round(MAGNITUDES[-1]))
 
     def pack(self, quantized: Quantized) -> Tensors:
         """Scales as E8M0: their exponents, 127 added."""
@@ -113,20 +111,12 @@ class NVFP4(_FP4):
 
     def project(self, scale: Tensor) -> Tensor:
         """To E4M3 times the weight's own scale; a block of zeros has the smallest."""
-        whole = self._whole(scale)
-        blocks = (scale / whole).clamp(2.0**-9, LARGEST_E4M3).to(torch.float8_e4m3fn)
-        return blocks.to(scale.dtype) * whole
-
-    def _whole(self, scale: Tensor) -> Tensor:
-        """The power of two that brings the largest scale to at most 448 and above 224; from stored scales the same."""
-        largest = scale.amax()
-        exponent = torch.ceil(torch.log2(largest / LARGEST_E4M3))
-        return torch.where(largest > 0, torch.exp2(exponent), torch.ones_like(largest))
+        return e4m3_scales(scale, whole_scale(scale.amax()))
 
     def pack(self, quantized: Quantized) -> Tensors:
         """Scales of blocks as bytes, and that of the weight."""
         scale = quantized.grid.scale
-        whole = self._whole(scale)
+        whole = whole_scale(scale.amax())  # From stored scales the same.
         blocks = (scale / whole).to(torch.float8_e4m3fn).view(torch.uint8)
         return {"codes": self.packed(quantized.codes), "blocks": blocks, "tensor_scale": whole.float().reshape(1)}
 

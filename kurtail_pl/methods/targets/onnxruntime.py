@@ -48,6 +48,11 @@ class ONNXRuntime(Target):
             yield from _cache(scheme.cache)
             parts |= {"cache.keys": scheme.cache.keys, "cache.values": scheme.cache.values}
         for name, quantizer in parts.items():
+            if quantizer is not None and not quantizer.is_plain:
+                yield (
+                    f"the graph rounds to integers with float scales: write {SCHEME}.{name}.levels: integer and "
+                    f"{SCHEME}.{name}.scales: float32"
+                )
             if quantizer is not None and quantizer.bits not in (4, 8):
                 yield f"ONNX has integers of 4 and 8 bits: write {SCHEME}.{name}.bits: 4"
 

@@ -165,6 +165,10 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         return written[path]
     if path.endswith(".clip.kind"):
         return "quantile", "quantile"
+    if path.endswith(("activations.levels", "keys.levels", "values.levels")):
+        return "e2m1", "e2m1"
+    if path.endswith(("activations.scales", "keys.scales", "values.scales")):
+        return "e8m0", "e8m0"
     if isinstance(value, bool):
         return str(not value).lower(), not value
     if isinstance(value, float):

@@ -30,6 +30,7 @@ from kurtail_pl.methods.target import ONLINE
 from kurtail_pl.methods.targets import TARGETS, TargetName
 
 INT8 = Quantizer(8, group_size=32)
+FP4 = Quantizer(group_size=32, levels="e2m1", scales="e8m0")
 FITS: dict[TargetName, Scheme] = {
     "torch": Scheme(),
     "onnxruntime": Scheme(),
@@ -59,6 +60,10 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
         ("onnxruntime", {"cache": PerTokenHead(keys=Quantizer(group_size=8))}, "scheme.cache.keys.group_size: null"),
         ("onnxruntime", {"cache": PerTokenHead(values=Quantizer(2))}, "scheme.cache.values.bits: 4"),
         ("onnxruntime", {"cache": Q4_0Cache()}, "scheme.cache.class_path: kurtail_pl.methods.PerTokenHead"),
+        ("onnxruntime", {"activations": FP4}, "scheme.activations.levels: integer"),
+        ("onnxruntime", {"cache": PerTokenHead(keys=Quantizer(scales="e4m3"))}, "scheme.cache.keys.levels: integer"),
+        ("llama.cpp", {"activations": FP4}, "scheme.activations: {bits: 8"),
+        ("vllm", {"activations": FP4}, "scheme.activations.levels: integer"),
         ("llama.cpp", {"weights": Normal()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform"),
         ("llama.cpp", {"weights": FloatZero(symmetric=False)}, "scheme.weights: {class_path"),
         ("llama.cpp", {"weights": Uniform()}, "scheme.weights.scales: float16"),
