@@ -6,7 +6,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -158,6 +158,10 @@ class Quantizer:
     def nearest(self, x: Tensor) -> Tensor:
         """The level next to numbers in scales, on no side the last one; they may be overwritten."""
         return e2m1_halves(x) if self.levels == "e2m1" else rounded(x)
+
+    def in_column(self, column: int) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """`on_grid`: all columns of a weight are alike."""
+        return self.on_grid
 
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers, half to even, and what they stand for; both float, all arguments broadcast."""

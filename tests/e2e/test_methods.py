@@ -29,6 +29,12 @@ ROADS = {
     "mxfp4 by gptq": (["--config", "mxfp4"], {"codes", "scale"}, torch.uint8),
     "nvfp4 by gptq": (["--config", "nvfp4"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
     "nvfp4 by rtn": (["--config", "nvfp4", "--config", "rtn"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
+    "mxfp4+ by gptq": (["--config", "mxfp4-plus"], {"codes", "scale", "top"}, torch.uint8),
+    "nvint4 refined": (
+        ["--config", "nvint4", "--quantization.rounder.refine=1"],
+        {"codes", "blocks", "tensor_scale"},
+        torch.uint8,
+    ),
     "qoq's weights": (WEIGHTS, {"codes", "row_scale", "group_scale", "zero_point"}, torch.uint8),
     "qoq's weights refined": (
         [*WEIGHTS, "--quantization.rounder.refine=2"],
@@ -77,7 +83,7 @@ def test_from_a_recipe_to_an_artefact(
     assert torch.equal(before, after)
     card = (folder / "README.md").read_text()
     assert "rounded" in card
-    if "group_scale" in stored:
+    if "group_scale" in stored or road == "nvint4 refined":
         kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
         return
     with pytest.raises(SystemExit, match="1"):

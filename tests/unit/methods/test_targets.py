@@ -14,9 +14,11 @@ from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
 from kurtail_pl.methods import (
     MXFP4,
     NVFP4,
+    NVINT4,
     FloatZero,
     Int4PerTokenHead,
     LowRank,
+    MXFP4Plus,
     Normal,
     PerTokenHead,
     Progressive,
@@ -77,6 +79,9 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
         ("onnxruntime", {"side": LowRank()}, "scheme.side: null"),
         ("llama.cpp", {"side": LowRank()}, "scheme.side: null"),
         ("vllm", {"side": LowRank()}, "scheme.side: null"),
+        ("onnxruntime", {"weights": MXFP4Plus()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
+        ("llama.cpp", {"weights": NVINT4()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform"),
+        ("vllm", {"weights": NVINT4()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
         ("vllm", {"weights": MXFP4()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
         ("vllm", {"weights": Uniform(3)}, "scheme.weights.bits: 4"),
         ("vllm", {"weights": Uniform(symmetric=False)}, "scheme.weights.symmetric: true"),
@@ -106,7 +111,8 @@ def test_llama_cpp_has_other_blocks_too(weights: Any) -> None:
 
 
 def test_onnx_multiplies_two_levels_of_scales() -> None:
-    TARGETS["onnxruntime"].require(replace(FITS["onnxruntime"], weights=Progressive(32)), None)
+    for weights in (Progressive(32), NVINT4()):
+        TARGETS["onnxruntime"].require(replace(FITS["onnxruntime"], weights=weights), None)
 
 
 @pytest.mark.parametrize("name", ["llama.cpp", "vllm"])
