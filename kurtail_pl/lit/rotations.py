@@ -26,7 +26,7 @@ from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.maths.kurtosis import Mean, rms_norm
 from kurtail_pl.maths.objectives import rounding_error
 from kurtail_pl.maths.orthogonal import block_diagonal, diagonal_blocks, nearest_orthogonal, orthogonality_error
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.quantizers import Quantizer, split_groups
 from kurtail_pl.metrics import Kurtosis
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.storage.activations import block_sites
@@ -118,10 +118,11 @@ class RotationModule(L.LightningModule):
                 "optimizer.lr, or look for values in the model that are far too large"
             )
 
-    @property
-    def r1(self) -> Tensor:
-        """R1, ``[hidden, hidden]``."""
-        return self.residual if self.block is None else block_diagonal(self.residual)
+    def turned(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., hidden]`` turned by R1; blocks cost less than the whole matrix would."""
+        if self.block is None:
+            return rows @ self.residual
+        return torch.einsum("...ci,cij->...cj", split_groups(rows, self.block), self.residual).flatten(-2)
 
     @property
     def r2(self) -> Tensor:
@@ -149,11 +150,11 @@ class RotationModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Kurtosis and 4-bit error of every block input on rows kept out of training."""
-        self.site_kurtosis.update(rms_norm(batch["residual"], self.rms_norm_eps) @ self.r1)
+        self.site_kurtosis.update(self.turned(rms_norm(batch["residual"], self.rms_norm_eps)))
         errors = []
         for site in batch["residual"]:
             rows, mean = self.block_input(site)
-            errors.append(rounding_error(rows @ self.r1, mean, HELD_OUT))
+            errors.append(rounding_error(self.turned(rows), mean, HELD_OUT))
         rows_of_site = batch["residual"].shape[1]
         self.log("error/validation", torch.stack(errors).mean(), batch_size=rows_of_site, sync_dist=True)
 
