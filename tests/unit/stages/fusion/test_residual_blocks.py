@@ -11,6 +11,7 @@ from scipy.linalg import block_diag, hadamard
 from torch import Tensor
 from transformers import AutoConfig
 
+from kurtail_pl.cli import verbs
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.fixed import FixedRotations
@@ -20,6 +21,7 @@ from kurtail_pl.methods import MXFP4, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.rotation_file import FILE, hash_of, read_rotations
 from kurtail_pl.surgery.rotations import random_rotations
 
 SIZES = ModelSizes(layers=2, hidden_size=48, head_dim=16, kv_heads=2, rms_norm_eps=1e-6)
@@ -94,6 +96,15 @@ def test_groups_that_lie_across_blocks_are_refused() -> None:
         FixedRotations(SIZES, aim=Aim(Scheme(weights=weights)), block=8)
     with pytest.raises(ConfigError, match="block is 8 and weights has groups of 12 inputs"):
         KurTailModule(SIZES, aim=Aim(Scheme(weights=Uniform(group_size=12))), block=8)
+
+
+def test_blocks_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
+    """Of random Hadamards alone."""
+    with pytest.raises(ConfigError, match="block is 8, which is for --method quarot"):
+        verbs.fuse(str(tiny), tmp_path / "none", method="none", block=8)
+    verbs.fuse(str(tiny), tmp_path / "fused", method="quarot", seed=3, block=4)
+    expected = random_rotations(AutoConfig.from_pretrained(tiny), 3, block=4)
+    assert hash_of(read_rotations(tmp_path / "fused" / FILE)) == hash_of(expected)
 
 
 def test_a_block_of_nothing_is_refused() -> None:
