@@ -97,6 +97,11 @@ def _not_in_a_graph(scheme: Scheme, weights: Quantizer | None, cache: CacheInteg
 def _no_codes(parts: Mapping[str, Quantizer | None]) -> Iterator[str]:
     """What has no type of integers, or no scales in the cache."""
     for name, quantizer in parts.items():
+        if quantizer is not None and not quantizer.is_plain:
+            yield (
+                f"{name} are {quantizer}, and a graph rounds to integers with float scales alone: quantize with "
+                "levels: integer and scales: float32 to export, or use the artefact with kurtail_pl.load"
+            )
         if quantizer is not None and (quantizer.bits, quantizer.symmetric) not in CODE_TYPES:
             yield f"{name} have {quantizer.bits} bits; ONNX has integer types of 4 and 8 bits: quantize with those"
     for name in ("keys", "values"):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import CacheFormat, Format, PerTokenHead, Progressive
+from kurtail_pl.methods import NVINT4, CacheFormat, Format, PerTokenHead, Progressive
+from kurtail_pl.methods.formats.blocks import in_float
 
 
 class CacheIntegers(NamedTuple):
@@ -46,6 +47,11 @@ def _(weights: Progressive) -> Quantizer:
     return Quantizer(weights.bits, symmetric=False, group_size=weights.group_size)
 
 
+@weight_integers_of.register
+def _(weights: NVINT4) -> Quantizer:
+    return Quantizer(weights.bits, group_size=weights.group_size)
+
+
 @singledispatch
 def scales_of(weights: Format, stored: Callable[[str], Tensor]) -> Tensor:
     """Scales ``[out, groups]`` of those integers; `stored` reads a tensor of the weight by its name."""
@@ -56,3 +62,9 @@ def scales_of(weights: Format, stored: Callable[[str], Tensor]) -> Tensor:
 def _(weights: Progressive, stored: Callable[[str], Tensor]) -> Tensor:
     # Of eight bits and four: exact in float32.
     return stored("row_scale").float() * stored("group_scale").float()
+
+
+@scales_of.register
+def _(weights: NVINT4, stored: Callable[[str], Tensor]) -> Tensor:
+    # Of four bits, times a power of two: exact in float32.
+    return in_float(stored("blocks"), stored("tensor_scale"))

@@ -106,6 +106,11 @@ def _quantizers(name: str, form: Form, searched: bool) -> Iterator[str]:
     """Quantizers of activations that a kernel does not have, alone or beside those of the weights."""
     weights, activations = form.weights, form.activations
     assert activations is not None
+    if not activations.is_plain:
+        yield (
+            f"activations are {activations}; vLLM multiplies integers with float scales here: quantize with levels: "
+            f"integer and scales: float32, {FLOAT}"
+        )
     if activations.bits not in BITS:
         yield f"activations have {activations.bits} bits; vLLM has 4 and 8: quantize with those, {FLOAT}"
     if not activations.symmetric:

@@ -56,6 +56,7 @@ def fuse(
     signs: SignSpec | None = None,
     online: list[Online] | None = None,
     block_size: BlockSize | None = None,
+    block: int | None = None,
 ) -> None:
     """Fuse rotations, learned or random, into a model's weights.
 
@@ -73,17 +74,19 @@ def fuse(
             for all that there are.
         block_size: R4 and R5, for method quarot, mix so many neighbouring channels: a power of two, widest for the
             largest that divides each width, or null for all.
+        block: R1 and R2, for method quarot, mix so many neighbouring channels: a power of two, or null for all.
     """
     if (rotations is None) == (method is None):
         raise ConfigError(
             f"method is {method} and rotations are {rotations}; give one of the two: --rotations FILE for learned "
             "ones, or --method quarot or none"
         )
-    if block_size is not None and method != "quarot":
-        raise ConfigError(
-            f"block_size is {block_size}, which is for --method quarot; learned rotations have the blocks that they "
-            "were learned for: leave it out"
-        )
+    for name, size in (("block_size", block_size), ("block", block)):
+        if size is not None and method != "quarot":
+            raise ConfigError(
+                f"{name} is {size}, which is for --method quarot; learned rotations have the blocks that they were "
+                "learned for: leave it out"
+            )
     checkpoint = open_model(model)
     if rotations is not None:
         chosen = read_rotations(rotations)
@@ -91,7 +94,7 @@ def fuse(
         if "method" not in chosen.origin:
             raise CheckpointError(f"{rotations} does not name the method that learned it; run kurtail fit again")
     else:
-        chosen = random_rotations(checkpoint.config, seed, block_size) if method == "quarot" else Rotations()
+        chosen = random_rotations(checkpoint.config, seed, block_size, block) if method == "quarot" else Rotations()
         chosen = replace(chosen, origin={**chosen.origin, "method": method})
     fuse_stage.fuse(checkpoint, chosen.keeping(online), chosen.origin["method"], out, overwrite, device, scales, signs)
 

@@ -22,3 +22,9 @@ class Aim:
     scheme: Scheme = field(default_factory=Scheme)
     online: list[Online] | None = None
     block_size: BlockSize | None = None
+
+    @property
+    def groups(self) -> dict[str, int | None]:
+        """Sizes of the groups of inputs that share a scale, by what they are of; None for all inputs."""
+        parts = {"weights": self.scheme.weights, "activations": self.scheme.activations}
+        return {name: part.group_size for name, part in parts.items() if part is not None}

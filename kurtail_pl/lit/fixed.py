@@ -22,17 +22,25 @@ class FixedRotations(RotationModule):
         hadamard: random Hadamards for R1 to R5; false leaves the model unrotated.
         rotation_seed: decides the random Hadamards.
         aim: what is made with them.
+        block: see `RotationModule`.
 
     Raises:
-        ConfigError: when the trainer would take steps.
+        ConfigError: when the trainer would take steps, or a block is given and no Hadamards are asked for.
     """
 
     learns = False
 
     def __init__(
-        self, sizes: ModelSizes, hadamard: bool = True, rotation_seed: int = 0, aim: Aim | None = None
+        self,
+        sizes: ModelSizes,
+        hadamard: bool = True,
+        rotation_seed: int = 0,
+        aim: Aim | None = None,
+        block: int | None = None,
     ) -> None:
-        super().__init__(sizes, rotation_seed, aim=aim)
+        super().__init__(sizes, rotation_seed, aim=aim, block=block)
+        if block is not None and not hadamard:
+            raise ConfigError(f"block is {block} and hadamard is false, which rotates nothing; leave one of them out")
         self.hadamard = hadamard
         self.method = "quarot" if hadamard else "none"
 

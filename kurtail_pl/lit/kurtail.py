@@ -15,9 +15,10 @@ from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.lit.sizes import ModelSizes
-from kurtail_pl.maths.kurtosis import Mean, distance_to_uniform, kurtosis, rms_norm
+from kurtail_pl.maths.kurtosis import UNIFORM_KURTOSIS, Mean, distance_to_uniform, kurtosis, rms_norm
 from kurtail_pl.maths.massive import is_massive
-from kurtail_pl.maths.objectives import OBJECTIVES
+from kurtail_pl.maths.objectives import KURTOSES, OBJECTIVES, objective_of
+from kurtail_pl.maths.quantizers import split_groups
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.stages.capture.effects import block_effects
 from kurtail_pl.stages.capture.weight_rows import weight_rows
@@ -32,27 +33,38 @@ class Objective:
     """What R1 makes small.
 
     Args:
-        kind: a name of `maths.objectives.OBJECTIVES`: ``kurtosis`` (Eq. 4: its distance from 1.8 over all rows of a
-            site) or ``token_kurtosis``, ``range``, ``whip`` or ``wasserstein`` of each row.
+        kind: a name of `maths.objectives.OBJECTIVES`: ``kurtosis`` (Eq. 4: its distance from the target over all rows
+            of a site), ``group_kurtosis`` (that of the mean over groups), or ``token_kurtosis``, ``range``, ``whip`` or
+            ``wasserstein`` of each row; where activations have groups that share a scale, of each group.
         massive_weight: how much the row of a massive token counts, others counting 1; 0 leaves them out, which is
             right where the weights are matched to them later.
         site_weights: how much each block input counts: all ``equal`` (the paper), or each by its measured ``effect``
             on the residual stream (`stages.capture.effects.block_effects`).
         weight_term: how much the objective of rows of the weights that read the block inputs, which R1 turns too,
             counts beside that of the inputs; 0 (the paper) leaves the weights unread.
+        target: of kinds that are a kurtosis: 1.8, where levels are evenly spaced and a scale follows the largest
+            number; 3.56 is that of the distribution which the levels of E2M1 suit.
 
     Raises:
-        ConfigError: when there is no such objective, or a weight is below 0.
+        ConfigError: when there is no such objective, it has no target, no distribution has it, or a weight is below 0.
     """
 
     kind: str = "kurtosis"
     massive_weight: float = 1.0
     site_weights: Literal["equal", "effect"] = "equal"
     weight_term: float = 0.0
+    target: float = UNIFORM_KURTOSIS
 
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
             raise ConfigError(f"objective.kind is {self.kind!r}; R1 is learned by {', '.join(OBJECTIVES)}")
+        if self.target < 1:
+            raise ConfigError(f"objective.target is {self.target}; no kurtosis is below 1: 1.8 is the uniform one")
+        if self.target != UNIFORM_KURTOSIS and self.kind not in KURTOSES:
+            raise ConfigError(
+                f"objective.target is {self.target} and objective.kind is {self.kind!r}, which has none; leave the "
+                f"target out, or write one of {', '.join(KURTOSES)}"
+            )
         for name in ("massive_weight", "weight_term"):
             weight: float = getattr(self, name)
             if weight < 0:
@@ -79,6 +91,7 @@ class KurTailModule(RotationModule):
         method: name in artefacts and tables.
         optimizer: see `RotationModule`.
         scheduler: see `RotationModule`.
+        block: see `RotationModule`.
     """
 
     def __init__(
@@ -91,10 +104,12 @@ class KurTailModule(RotationModule):
         method: str = "kurtail",
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
+        block: int | None = None,
     ) -> None:
-        super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler)
-        self.objective, self.method = objective, method
+        super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler, block)
+        self.objective, self.method, self.value_per_head = objective, method, value_per_head
         self.centre, cache = self.aim.scheme.centre, self.aim.scheme.cache
+        self.group_size = self.aim.groups.get("activations")
         basis = None if cache is None else cache.value_basis(sizes["head_dim"])
         self.cache = None if basis is None else cache
         self.counts: Tensor
@@ -107,7 +122,9 @@ class KurTailModule(RotationModule):
     def settings(self) -> dict[str, Any]:
         """What decides the learned rotations, beside the data."""
         cache = None if self.cache is None else self.cache.to_dict()
-        return {**super().settings(), "objective": asdict(self.objective), "centre": self.centre, "cache": cache}
+        groups = {} if self.group_size is None else {"group_size": self.group_size}
+        objective = {"objective": asdict(self.objective), "centre": self.centre, "cache": cache}
+        return {**super().settings(), **objective, **groups}
 
     def setup(self, stage: str) -> None:
         """Read from store and model, before the first step, what the settings ask for.
@@ -135,25 +152,25 @@ class KurTailModule(RotationModule):
         The RMSNorm has no weight (it is folded) and comes first: it commutes with the rotation and needs no gradient
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
         """
-        objective, losses, kurtoses = OBJECTIVES[self.objective.kind], [], []
+        losses, kurtoses = [], []
         for site in batch["residual"]:
             rows, mean = self.block_input(site)
-            rotated = rows @ self.residual
-            losses.append(objective(rotated, mean))
+            rotated = self.turned(rows)
+            losses.append(self._objective(rotated, mean))
             with torch.no_grad():
                 kurtoses.append(kurtosis(rotated, mean))
         return torch.stack(losses), torch.stack(kurtoses), self._kurtosis_r2(batch["value"])
 
     def _kurtosis_r2(self, heads: Tensor) -> Tensor:
         """Of values as `o_proj` reads them, and as a cache that turns them keeps them."""
-        rotated = self._values(heads) @ self.value
+        rotated = self._values(heads) @ self.r2
         bases = [rotated] if self.basis is None else [rotated, rotated @ self.basis]
         found = [kurtosis(x.flatten(-2), lambda x: self.over_ranks(x.mean(-1, keepdim=True))) for x in bases]
         return torch.stack(found).squeeze(-1)
 
     def _values(self, heads: Tensor) -> Tensor:
         """What each R2 turns of values ``[layers, rows, heads, head_dim]``: the heads of a group are neighbours."""
-        if self.value.ndim == 3:
+        if not self.value_per_head:
             return heads.flatten(1, 2)
         grouped = heads.view(*heads.shape[:2], self.value.shape[1], -1, heads.shape[-1])
         return grouped.transpose(1, 2).flatten(2, 3)
@@ -171,10 +188,15 @@ class KurTailModule(RotationModule):
         total = self.over_ranks(weights.mean())
         return normed, lambda x: self.over_ranks((x.view(len(x), -1).mean(1) * weights).mean()) / total
 
+    def _objective(self, rotated: Tensor, mean: Mean) -> Tensor:
+        """Of rows ``[rows, hidden]``; where groups of them share a scale, it is that of groups."""
+        if self.group_size is not None:
+            rotated = split_groups(rotated, self.group_size)
+        return objective_of(self.objective.kind, self.objective.target)(rotated, mean)
+
     def _loss_of_weights(self) -> Tensor:
         """The objective of rows of the weights, each of unit root mean square, mean over the sites."""
-        objective = OBJECTIVES[self.objective.kind]
-        return torch.stack([objective(rows @ self.residual, Tensor.mean) for rows in self.weights]).mean()
+        return torch.stack([self._objective(self.turned(rows), Tensor.mean) for rows in self.weights]).mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean of R1's objective over the sites as they count, Eq. 4's twin for every R2, and the weights' term."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -24,13 +25,13 @@ from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.maths.kurtosis import Mean, rms_norm
 from kurtail_pl.maths.objectives import rounding_error
-from kurtail_pl.maths.orthogonal import nearest_orthogonal, orthogonality_error
-from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.orthogonal import block_diagonal, diagonal_blocks, nearest_orthogonal, orthogonality_error
+from kurtail_pl.maths.quantizers import Quantizer, split_groups
 from kurtail_pl.metrics import Kurtosis
 from kurtail_pl.optim import CayleyAdam
 from kurtail_pl.storage.activations import block_sites
 from kurtail_pl.storage.resume import differences
-from kurtail_pl.surgery.rotations import Rotations, random_fused, random_rotations
+from kurtail_pl.surgery.rotations import Rotations, random_fused, random_rotations, require_aligned
 
 HELD_OUT = Quantizer(bits=4)
 """Whose error on held-out rows is reported, whatever the scheme: recipes can stop by it."""
@@ -50,6 +51,13 @@ class RotationModule(L.LightningModule):
         aim: what is made with them; by default what base.yaml makes.
         optimizer: an optimizer on the Stiefel manifold.
         scheduler: of its step size, stepped after each iteration; None keeps the step size.
+        block: neighbouring channels that R1 mixes, as wide as the groups of a format for example; R2 mixes those of a
+            head that lie in one block. The parameters are then stacks of blocks, ``[hidden / block, block, block]`` and
+            ``[layers, ..., head_dim / k, k, k]``. None mixes all.
+
+    Raises:
+        ConfigError: when the block is no power of two that divides the residual stream, or groups of the scheme do not
+            line up with it.
     """
 
     method: str
@@ -65,6 +73,7 @@ class RotationModule(L.LightningModule):
         aim: Aim | None = None,
         optimizer: OptimizerCallable = CayleyAdam,
         scheduler: LRSchedulerCallable | None = None,
+        block: int | None = None,
     ) -> None:
         super().__init__()
         self.layers, self.rms_norm_eps, self.rotation_seed = sizes["layers"], sizes["rms_norm_eps"], rotation_seed
@@ -76,7 +85,13 @@ class RotationModule(L.LightningModule):
             rotation_seed,
             kv_heads=sizes["kv_heads"] if value_per_head else None,
             turned_back=self.aim.block_size is not None,
+            block=block,
         )
+        self.block = block
+        if block is not None:
+            require_aligned(block, self.aim.groups)
+            residual = diagonal_blocks(residual, block)
+            value = diagonal_blocks(value, math.gcd(block, sizes["head_dim"]))
         self.residual = nn.Parameter(residual.float())
         self.value = nn.Parameter(value.float())
         self.site_kurtosis = Kurtosis(sites=2 * sizes["layers"])
@@ -103,10 +118,21 @@ class RotationModule(L.LightningModule):
                 "optimizer.lr, or look for values in the model that are far too large"
             )
 
+    def turned(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., hidden]`` turned by R1; blocks cost less than the whole matrix would."""
+        if self.block is None:
+            return rows @ self.residual
+        return torch.einsum("...ci,cij->...cj", split_groups(rows, self.block), self.residual).flatten(-2)
+
+    @property
+    def r2(self) -> Tensor:
+        """Every layer's R2, ``[layers, head_dim, head_dim]``, or ``[layers, kv_heads, head_dim, head_dim]``."""
+        return self.value if self.block is None else block_diagonal(self.value)
+
     def orthogonality(self) -> dict[str, Tensor]:
         """Scalars for the log: the largest entry of ``|R^T R - I|``."""
         return {
-            "orthogonality/r1": orthogonality_error(self.residual),
+            "orthogonality/r1": orthogonality_error(self.residual).max(),
             "orthogonality/r2": orthogonality_error(self.value).max(),
         }
 
@@ -124,11 +150,11 @@ class RotationModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Kurtosis and 4-bit error of every block input on rows kept out of training."""
-        self.site_kurtosis.update(rms_norm(batch["residual"], self.rms_norm_eps) @ self.residual)
+        self.site_kurtosis.update(self.turned(rms_norm(batch["residual"], self.rms_norm_eps)))
         errors = []
         for site in batch["residual"]:
             rows, mean = self.block_input(site)
-            errors.append(rounding_error(rows @ self.residual, mean, HELD_OUT))
+            errors.append(rounding_error(self.turned(rows), mean, HELD_OUT))
         rows_of_site = batch["residual"].shape[1]
         self.log("error/validation", torch.stack(errors).mean(), batch_size=rows_of_site, sync_dist=True)
 
@@ -158,7 +184,8 @@ class RotationModule(L.LightningModule):
         """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU; raises NotFinite when one diverged."""
         if not (is_finite(self.residual.detach()) and is_finite(self.value.detach())):
             raise NotFinite("the learned rotations are nan or infinite; learn with a smaller step size, optimizer.lr")
-        return nearest_orthogonal(self.residual.detach().cpu()), nearest_orthogonal(self.value.detach().cpu())
+        r1, r2 = (nearest_orthogonal(each.detach().cpu()) for each in (self.residual, self.value))
+        return (r1, r2) if self.block is None else (block_diagonal(r1), block_diagonal(r2))
 
     def rotations(self, config: PretrainedConfig) -> Rotations:
         """All rotations of a model: the learned ones, and the random online ones of the same seed."""
@@ -167,7 +194,7 @@ class RotationModule(L.LightningModule):
 
     def random_rotations(self, config: PretrainedConfig) -> Rotations:
         """Random Hadamards of the module's seed, those that act at run time as they are aimed at."""
-        return random_rotations(config, self.rotation_seed, self.aim.block_size)
+        return random_rotations(config, self.rotation_seed, self.aim.block_size, self.block)
 
     def settings(self) -> dict[str, Any]:
         """What decides the learned rotations, beside the data; plain data for JSON."""
@@ -186,8 +213,9 @@ class RotationModule(L.LightningModule):
         return settings
 
     def blocks(self) -> dict[str, Any]:
-        """The size of blocks, among the settings of rotations that are in blocks."""
-        return {} if self.aim.block_size is None else {"block_size": self.aim.block_size}
+        """The sizes of blocks, among the settings of rotations that are in blocks."""
+        sizes = {"block_size": self.aim.block_size, "block": self.block}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def trainer_settings(self) -> dict[str, Any]:
         """What of the trainer decides the learned rotations, the number of steps apart."""

@@ -6,7 +6,7 @@ Two corrections of it are there: GPTAQ (arXiv 2504.02692) and FOEM (arXiv 2507.1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,6 +24,10 @@ BETA = 0.2
 of each block; here the block size changes nothing but the speed."""
 RATIOS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 """Of the given scale of each output channel, that refinement starts from the best of."""
+
+
+OnGrid = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Nearest codes of numbers ``[out]`` in scales with zero points or without, and what they stand for."""
 
 
 class Levels(Protocol):
@@ -44,8 +48,8 @@ class Levels(Protocol):
     def storable(self, grid: Grid) -> Grid:
         """The nearest grid whose scales can be stored."""
 
-    def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Nearest codes of numbers, and what they stand for."""
+    def in_column(self, column: int) -> OnGrid:
+        """For numbers of one column of a weight."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,8 @@ def _solve(
     codes = torch.empty_like(columns, dtype=levels.code_dtype)
     scales = grid.scale.float().T.contiguous()
     zeros = None if grid.zero_point is None else grid.zero_point.float().T.contiguous()
-    groups = (order // (len(columns) // len(scales))).tolist()
+    places, size = order.tolist(), len(columns) // len(scales)
+    groups = [place // size for place in places]
     for stop in range(len(columns), 0, -settings.block_size):
         start = max(stop - settings.block_size, 0)
         errors = torch.empty_like(columns[start:stop])
@@ -227,7 +232,7 @@ def _solve(
             column, scale, zero = columns[j], scales[groups[j]], None if zeros is None else zeros[groups[j]]
             if kept is not None:
                 column.lerp_(kept[j], BETA)
-            codes[j], value = levels.on_grid(column, scale, zero)
+            codes[j], value = levels.in_column(places[j])(column, scale, zero)
             passed_on = column if kept is None else column.lerp(kept[j], BETA)
             errors[i] = (passed_on - value) / local[i, i]
             columns[start:j].addr_(local[i, :i], errors[i], alpha=-1)

@@ -185,21 +185,22 @@ def widest_block(n: int) -> int:
     return n & -n
 
 
-def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
+def random_hadamard(n: int, generator: torch.Generator, block: int | None = None) -> Tensor:
     """Draw a dense random Hadamard matrix, the start of the learned rotations (QuaRot, arXiv 2404.00456, section 3).
 
     Args:
         n: Width, at least 1.
         generator: CPU source of the n independent signs.
+        block: Neighbouring channels that it mixes, a power of two that divides n; None mixes all.
 
     Returns:
-        `diag(s) kron(left, right)`, `[n, n]` float64, orthogonal.
+        `diag(s) kron(left, right)`, or `diag(s) kron(I, left, right)` in blocks, `[n, n]` float64, orthogonal.
 
     Raises:
-        ValueError: n is below 1.
+        ValueError: n is below 1, or there are no such blocks.
     """
-    dense = hadamard_factors(n).dense()
-    return random_signs(n, generator)[:, None] * dense
+    factors = hadamard_factors(n) if block is None else block_hadamard_factors(n, block)
+    return random_signs(n, generator)[:, None] * factors.dense()
 
 
 def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:

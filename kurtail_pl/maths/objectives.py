@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.kurtosis import Mean, distance_to_uniform, kurtosis
+from kurtail_pl.maths.kurtosis import UNIFORM_KURTOSIS, Mean, kurtosis
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 
 
-def pooled_kurtosis(rows: Tensor, mean: Mean) -> Tensor:
-    """Distance of the kurtosis of all rows together from 1.8 (KurTail, arXiv 2503.01483, Eq. 4)."""
-    return distance_to_uniform(kurtosis(rows, mean))
+def pooled_kurtosis(rows: Tensor, mean: Mean, target: float = UNIFORM_KURTOSIS) -> Tensor:
+    """Distance of the kurtosis of all rows together from a target (KurTail, arXiv 2503.01483, Eq. 4: 1.8)."""
+    return (kurtosis(rows, mean) - target).abs()
 
 
-def token_kurtosis(rows: Tensor, mean: Mean) -> Tensor:
-    """Distance of each row's own kurtosis from 1.8: a per-token grid has to fit that row alone."""
-    return mean(distance_to_uniform(kurtosis(rows)))
+def token_kurtosis(rows: Tensor, mean: Mean, target: float = UNIFORM_KURTOSIS) -> Tensor:
+    """Distance of each row's own kurtosis from a target: a per-token grid has to fit that row alone."""
+    return mean((kurtosis(rows) - target).abs())
+
+
+def group_kurtosis(rows: Tensor, mean: Mean, target: float = UNIFORM_KURTOSIS) -> Tensor:
+    """Distance of the mean of the rows' kurtosis from a target.
+
+    Rows of different sizes weigh alike, as each has a scale of its own, and one may lie above the target and another
+    below.
+    """
+    return (mean(kurtosis(rows)) - target).abs()
 
 
 def square_range(rows: Tensor, mean: Mean) -> Tensor:
@@ -52,14 +62,25 @@ def rounding_error(rows: Tensor, mean: Mean, quantizer: Quantizer) -> Tensor:
     return mean((rows - fake_quantize(rows, quantizer)).square()) / mean(rows.square())
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Mean], Tensor]] = {
+KURTOSES: dict[str, Callable[..., Tensor]] = {
     "kurtosis": pooled_kurtosis,
     "token_kurtosis": token_kurtosis,
+    "group_kurtosis": group_kurtosis,
+}
+"""Those that have a target."""
+OBJECTIVES: dict[str, Callable[[Tensor, Mean], Tensor]] = {
+    **KURTOSES,
     "range": square_range,
     "whip": whip,
     "wasserstein": wasserstein,
 }
 """By the names they have in recipes.
 
-Each takes rows ``[rows, n]`` and a mean over them, which knows how much each row counts, and gives a scalar.
+Each takes rows ``[rows, n]``, or groups of them ``[rows, groups, n]``, and a mean over them, which knows how much each
+row counts, and gives a scalar.
 """
+
+
+def objective_of(kind: str, target: float) -> Callable[[Tensor, Mean], Tensor]:
+    """An objective by its name, with its target where it has one."""
+    return partial(KURTOSES[kind], target=target) if kind in KURTOSES else OBJECTIVES[kind]

@@ -53,6 +53,19 @@ def capped_step(lr: float, w: Tensor, q: float, eps: float) -> Tensor:
     return torch.clamp(2 * q / (norm + eps), max=lr)
 
 
+def diagonal_blocks(x: Tensor, block: int) -> Tensor:
+    """The blocks on the diagonal of matrices: ``[..., n, n]`` -> ``[..., n / block, block, block]``."""
+    count = x.shape[-1] // block
+    tiles = x.reshape(*x.shape[:-2], count, block, count, block)
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Matrices of the blocks on their diagonal, zero elsewhere: ``[..., c, k, k]`` -> ``[..., c k, c k]``."""
+    eye = torch.eye(blocks.shape[-3], dtype=blocks.dtype, device=blocks.device)
+    return torch.einsum("...cij,cd->...cidj", blocks, eye).flatten(-4, -3).flatten(-2)
+
+
 def orthogonality_error(x: Tensor) -> Tensor:
     """Largest entry of ``|X^T X - I|`` of each matrix: ``[..., n, n]`` -> ``[...]``, computed in float64."""
     x = x.double()

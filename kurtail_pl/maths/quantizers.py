@@ -6,7 +6,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError, shortened
-
-BORDER = 2.0**32
-"""Steps of the grid that float64 numbers are put on before they are rounded to codes."""
+from kurtail_pl.maths.microscaling import LARGEST_E2M1, LEVELS, SCALES, Levels, Scales, dynamic_scales, e2m1_halves
+from kurtail_pl.maths.rounding import rounded
 
 
 class Grid(NamedTuple):
@@ -79,13 +78,16 @@ class LearnedClip(Clip):
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What a quantizer is: bits, symmetry, clip and group, checked on construction.
+    """What a quantizer is: bits, symmetry, clip, group, levels and scales, checked on construction.
 
     Args:
         bits: 2 to 8.
         symmetric: codes in ``[-2^(b-1), 2^(b-1)-1]`` and no zero point, else ``[0, 2^b-1]`` with an integer one.
         clip: where the grid ends.
         group_size: channels that share a scale; None for the whole last dimension.
+        levels: ``integer``, or ``e2m1``, 4-bit floating point, whose levels are 0 to 12 halves.
+        scales: of groups: ``float32``; powers of two, ``e8m0`` (MXFP4: e2m1 in groups of 32); or ``e4m3`` times what a
+            token's groups share (NVFP4: e2m1 in groups of 16).
 
     Raises:
         ConfigError: naming the field, its value and what is accepted.
@@ -95,17 +97,36 @@ class Quantizer:
     symmetric: bool = True
     clip: Clip = field(default_factory=Clip)
     group_size: int | None = None
+    levels: Levels = "integer"
+    scales: Scales = "float32"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"bits is {self.bits}; a quantizer has 2 to 8 bits (16 turns quantization off)")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group_size is {self.group_size}; give a positive number of channels or null")
+        for name, value, known in (("levels", self.levels, LEVELS), ("scales", self.scales, SCALES)):
+            if value not in known:
+                raise ConfigError(f"{name} is {shortened(repr(value), 40)}; write {' or '.join(known)}")
+        if self.levels == "e2m1" and self.bits != 4:
+            raise ConfigError(f"levels is e2m1 and bits is {self.bits}; E2M1 has 4: write bits: 4, or levels: integer")
+        if not (self.symmetric or self.is_plain):
+            raise ConfigError(
+                f"levels is {self.levels}, scales is {self.scales} and symmetric is false; only integers with float32 "
+                "scales have zero points: write symmetric: true"
+            )
 
     def __str__(self) -> str:
         symmetry = "symmetric" if self.symmetric else "asymmetric"
+        kind = f"{self.bits} bits, {symmetry}" if self.levels == "integer" else "4-bit floating point (E2M1)"
+        scales = "" if self.scales == "float32" else f", scales in {self.scales.upper()}"
         groups = "" if self.group_size is None else f", groups of {self.group_size}"
-        return f"{self.bits} bits, {symmetry}, clip {self.clip}{groups}"
+        return f"{kind}{scales}, clip {self.clip}{groups}"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has integers and scales that may be any number, as runtimes' kernels for integers have."""
+        return self.levels == "integer" and self.scales == "float32"
 
     def clipped(self, ratio: float) -> Quantizer:
         """The same with a ratio as its clip."""
@@ -114,6 +135,8 @@ class Quantizer:
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
+        if self.levels == "e2m1":
+            return -LARGEST_E2M1, LARGEST_E2M1
         if self.symmetric:
             return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         return 0, (1 << self.bits) - 1
@@ -132,9 +155,17 @@ class Quantizer:
         """Any grid is."""
         return grid
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """The level next to numbers in scales, on no side the last one; they may be overwritten."""
+        return e2m1_halves(x) if self.levels == "e2m1" else rounded(x)
+
+    def in_column(self, column: int) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """`on_grid`: all columns of a weight are alike."""
+        return self.on_grid
+
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers, half to even, and what they stand for; both float, all arguments broadcast."""
-        code = (x / scale).round_()
+        code = self.nearest(x / scale)
         if zero_point is not None:
             code += zero_point
         code.clamp_(*self.code_range)
@@ -231,14 +262,14 @@ def dynamic_grid(grouped: Tensor, quantizer: Quantizer) -> Grid:
     """
     clip = quantizer.clip
     if quantizer.symmetric:
-        return symmetric_grid(clip.largest(grouped.abs()), quantizer.bits)
+        limit = clip.largest(grouped.abs())
+        return Grid(dynamic_scales(limit, quantizer.code_range[1], quantizer.scales), None)
     return asymmetric_grid(clip.smallest(grouped), clip.largest(grouped), quantizer.bits)
 
 
 def symmetric_grid(limit: Tensor, bits: int) -> Grid:
     """Grid whose largest code stands for ``limit`` ``[...]``; scale 1 where the limit is zero."""
-    scale = limit / ((1 << (bits - 1)) - 1)
-    return Grid(torch.where(scale > 0, scale, torch.ones_like(scale)), None)
+    return Grid(dynamic_scales(limit, (1 << (bits - 1)) - 1, "float32"), None)
 
 
 def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
@@ -251,19 +282,10 @@ def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
 
 def codes_on(grouped: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
     """Nearest codes of ``[..., groups, group_size]`` on a grid ``[..., groups]``, as floats."""
-    codes = rounded(grouped / grid.scale.unsqueeze(-1))
+    codes = quantizer.nearest(grouped / grid.scale.unsqueeze(-1))
     if grid.zero_point is not None:
         codes += grid.zero_point.unsqueeze(-1)
     return codes.clamp_(*quantizer.code_range)
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Nearest integers, half to even, of numbers that nobody else needs: they may be overwritten.
-
-    In float64 what is closer than 2^-33 to a half counts as one. Embeddings of float16, and what a first token sees of
-    itself, hold exact halves, and where they are rounded to shall not depend on the order of a sum before.
-    """
-    return x.mul_(BORDER).round_().div_(BORDER).round_() if x.dtype == torch.float64 else x.round_()
 
 
 def values_of(codes: Tensor, grid: Grid) -> Tensor:

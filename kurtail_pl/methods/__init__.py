@@ -11,7 +11,9 @@ from kurtail_pl.methods.caches.q4_0_cache import Q4_0Cache
 from kurtail_pl.methods.defaults import default_cache, default_format, default_rounder
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
+from kurtail_pl.methods.formats.mx_plus import MXFP4Plus
 from kurtail_pl.methods.formats.normal import Normal
+from kurtail_pl.methods.formats.nvint4 import NVINT4
 from kurtail_pl.methods.formats.progressive import Progressive
 from kurtail_pl.methods.formats.uniform import Uniform
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
@@ -31,6 +33,7 @@ __all__ = [
     "HQQ",
     "MXFP4",
     "NVFP4",
+    "NVINT4",
     "RTN",
     "BitTuner",
     "CacheFormat",
@@ -40,6 +43,7 @@ __all__ = [
     "Int4PerTokenHead",
     "LearnedClips",
     "LowRank",
+    "MXFP4Plus",
     "Matching",
     "Moments",
     "NUQCache",

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from kurtail_pl.maths.gptq import OnGrid
 from kurtail_pl.maths.packing import pack_codes, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, require_groups, split_groups
 from kurtail_pl.methods.method import Method
@@ -62,6 +63,10 @@ class Format(Method):
     @abstractmethod
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers and what they stand for, both float; all arguments broadcast."""
+
+    def in_column(self, column: int) -> OnGrid:
+        """`on_grid` for numbers of one column of a weight, ``[out]``; for most formats all columns are alike."""
+        return self.on_grid
 
     @abstractmethod
     def values(self, quantized: Quantized) -> Tensor:

@@ -94,6 +94,11 @@ class Scheme:
                 f"activation_scales is static and activations.group_size is {self.activations.group_size}; a static "
                 "scale is for all channels: write group_size: null, or activation_scales: token"
             )
+        if not self.activations.is_plain:
+            raise ConfigError(
+                f"activation_scales is static and activations are {self.activations}; static grids are searched for "
+                "integers: write levels: integer and scales: float32"
+            )
         if self.activations.clip.kind != "ratio":
             raise ConfigError(
                 f"activation_scales is static and activations.clip is a {self.activations.clip.kind}; static "

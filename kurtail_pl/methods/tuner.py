@@ -234,6 +234,11 @@ def require_clipped(scheme: Scheme, parts: Sequence[str], quantized_activations:
                 f"{setting} names {part}; only what is quantized has a clip: give {place}, and set "
                 "quantized_activations: true"
             )
+        if not quantizer.is_plain:
+            raise ConfigError(
+                f"{setting} names {part} and {place} is {quantizer}; clips are sought for integers with scales of any "
+                f"size: leave {part} out, or write levels: integer and scales: float32"
+            )
         if quantizer.clip.kind != "ratio":
             raise ConfigError(
                 f"{setting} names {part} and {place}.clip is a {quantizer.clip.kind}; clips are sought among "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -128,7 +129,9 @@ def size_of(factors: HadamardFactors) -> int:
     return factors.size if square and fits else 0
 
 
-def random_rotations(config: PretrainedConfig, seed: int, block_size: BlockSize | None = None) -> Rotations:
+def random_rotations(
+    config: PretrainedConfig, seed: int, block_size: BlockSize | None = None, block: int | None = None
+) -> Rotations:
     """Random Hadamards everywhere: QuaRot's rotations, and the start of KurTail's learned ones.
 
     The online ones (R3, R4, R5) are shared by all layers and depend on the seed alone, so that a learned and a random
@@ -138,16 +141,19 @@ def random_rotations(config: PretrainedConfig, seed: int, block_size: BlockSize 
         config: of the model.
         seed: decides all signs.
         block_size: of R4 and R5 in blocks, whose signs are fused: R5's into what it turns, R4's are R2's.
+        block: of R1 and R2 in blocks, see `random_fused`.
 
     Raises:
-        ConfigError: when the model's widths are no multiples of the block.
+        ConfigError: when the model's widths are no multiples of the blocks.
     """
     heads, head_dim = config.num_attention_heads, head_dim_of(config)
     width, *dense = mlp_widths(config)
     require_seed("the rotations' seed", seed)
     online = torch.Generator().manual_seed(seed)
-    blocks = block_size is not None
-    residual, value = random_fused(config.num_hidden_layers, config.hidden_size, head_dim, seed, turned_back=blocks)
+    blocks, sizes = block_size is not None, {"block_size": block_size, "block": block}
+    residual, value = random_fused(
+        config.num_hidden_layers, config.hidden_size, head_dim, seed, turned_back=blocks, block=block
+    )
     query_key = random_hadamard_factors(head_dim, online)
 
     def drawn(name: str, n: int, signs: bool) -> HadamardFactors:
@@ -163,7 +169,7 @@ def random_rotations(config: PretrainedConfig, seed: int, block_size: BlockSize 
         attention_output=drawn("R4", heads * head_dim, signs=False),
         mlp_hidden=drawn("R5", width, signs=True),
         dense_hidden=drawn("R5", dense[0], signs=True) if dense else None,
-        origin={"seed": seed} if block_size is None else {"seed": seed, "block_size": block_size},
+        origin={"seed": seed} | {name: size for name, size in sizes.items() if size is not None},
     )
 
 
@@ -174,19 +180,41 @@ def require_blocks(config: PretrainedConfig, block_size: BlockSize) -> None:
         _blocks_of("R5", width, block_size)
 
 
-def _blocks_of(name: str, n: int, block_size: BlockSize) -> HadamardFactors:
+def require_aligned(block: int, groups: Mapping[str, int | None]) -> None:
+    """Raise ConfigError, naming the setting, unless groups of inputs hold whole blocks of R1, or blocks whole groups.
+
+    Args:
+        block: of R1.
+        groups: of what R1 turns, the size of each by the setting that holds it; None shares a scale among all inputs.
+    """
+    for name, size in groups.items():
+        if size is not None and size % block and block % size:
+            raise ConfigError(
+                f"block is {block} and {name} has groups of {size} inputs, whose borders lie inside of blocks; give a "
+                "block that divides the groups, or is a multiple of them"
+            )
+
+
+def _blocks_of(name: str, n: int, block_size: BlockSize, setting: str = "block_size") -> HadamardFactors:
     """A rotation in blocks of a model's width."""
     block = widest_block(n) if block_size == "widest" else block_size
     if block < 2 or block & (block - 1) or n % block:
+        widest = ", widest" if setting == "block_size" else ""
         raise ConfigError(
-            f"block_size is {block_size}, and {name} turns {n} channels in blocks of a power of two that divides "
-            f"them; give one from 2 to {widest_block(n)}, widest, or null for one of all channels"
+            f"{setting} is {block_size}, and {name} turns {n} channels in blocks of a power of two that divides "
+            f"them; give one from 2 to {widest_block(n)}{widest}, or null for one of all channels"
         )
     return block_hadamard_factors(n, block)
 
 
 def random_fused(
-    layers: int, hidden_size: int, head_dim: int, seed: int, kv_heads: int | None = None, turned_back: bool = False
+    layers: int,
+    hidden_size: int,
+    head_dim: int,
+    seed: int,
+    kv_heads: int | None = None,
+    turned_back: bool = False,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Random Hadamards that R1 and R2 are, or start from.
 
@@ -198,15 +226,24 @@ def random_fused(
         kv_heads: their number, where each has an R2.
         turned_back: whether an R4 without signs follows, which alone would undo R2's Hadamard: channels of R2 have
             random signs then.
+        block: neighbouring channels that R1 mixes, a power of two; R2 mixes those of a head that lie in one block of
+            what `o_proj` reads. None mixes all.
 
     Returns:
         R1 ``[hidden, hidden]`` and every layer's R2 ``[layers, head_dim, head_dim]``, or one for each KV head when
         their number is given, ``[layers, kv_heads, head_dim, head_dim]``; float64.
+
+    Raises:
+        ConfigError: when the block is no power of two that divides the residual stream.
     """
     require_seed("the rotations' seed", seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    residual = random_hadamard(hidden_size, generator)
-    value = torch.stack([random_hadamard(head_dim, generator) for _ in range(layers * (kv_heads or 1))])
+    in_head = None
+    if block is not None:
+        _blocks_of("R1", hidden_size, block, "block")
+        in_head = math.gcd(block, head_dim)
+    residual = random_hadamard(hidden_size, generator, block)
+    value = torch.stack([random_hadamard(head_dim, generator, in_head) for _ in range(layers * (kv_heads or 1))])
     if turned_back:
         value = value * random_signs(head_dim, generator)
     return residual, value if kv_heads is None else value.view(layers, kv_heads, head_dim, head_dim)

@@ -16,6 +16,7 @@ from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.card import scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.rotation_file import read_rotations
 from kurtail_pl.surgery.equip import unpack_weights
 
 pytestmark = [
@@ -28,6 +29,12 @@ ROADS = {
     "mxfp4 by gptq": (["--config", "mxfp4"], {"codes", "scale"}, torch.uint8),
     "nvfp4 by gptq": (["--config", "nvfp4"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
     "nvfp4 by rtn": (["--config", "nvfp4", "--config", "rtn"], {"codes", "blocks", "tensor_scale"}, torch.uint8),
+    "mxfp4+ by gptq": (["--config", "mxfp4-plus"], {"codes", "scale", "top"}, torch.uint8),
+    "nvint4 refined": (
+        ["--config", "nvint4", "--quantization.rounder.refine=1"],
+        {"codes", "blocks", "tensor_scale"},
+        torch.uint8,
+    ),
     "qoq's weights": (WEIGHTS, {"codes", "row_scale", "group_scale", "zero_point"}, torch.uint8),
     "qoq's weights refined": (
         [*WEIGHTS, "--quantization.rounder.refine=2"],
@@ -76,7 +83,7 @@ def test_from_a_recipe_to_an_artefact(
     assert torch.equal(before, after)
     card = (folder / "README.md").read_text()
     assert "rounded" in card
-    if "group_scale" in stored:
+    if "group_scale" in stored or road == "nvint4 refined":
         kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
         return
     with pytest.raises(SystemExit, match="1"):
@@ -179,6 +186,44 @@ def test_kvquant_down_the_road(
         kurtail(place, "export", "--artefact", folder, "--out", "onnx")
     refused = capsys.readouterr().err
     assert f"the cache keeps {sentence}" in " ".join(refused.split())
+
+
+@pytest.mark.parametrize(("name", "block"), [("mr-gptq", 32), ("mr-gptq-nvfp4", 16)])
+def test_mr_gptq_down_the_road(
+    kurtail: Callable[..., None],
+    even: Path,
+    recipe: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    block: int,
+) -> None:
+    """Inputs in 4-bit floating point too, all rotations in blocks, and an artefact that loads as it was measured."""
+    place = recipe.parent
+    kurtail(place, "fit", "--config", recipe, "--data.capture.model", even, "--config", name)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    results = json.loads((folder / "results.json").read_text())["evaluation"]
+    spec = TextSpec(str(text_file), results["windows"], results["seqlen"])
+    assert perplexity(Checkpoint(folder), spec)["perplexity"] == results["perplexity"]
+    assert math.isfinite(results["perplexity"])
+    before, after = (model(input_ids=torch.arange(9)[None]).logits for model in both(folder))
+    assert torch.equal(before, after)
+    rotations = read_rotations(folder / "rotations.safetensors")
+    assert rotations.residual is not None
+    of_blocks = torch.block_diag(*torch.ones(64 // block, block, block))
+    assert torch.equal((rotations.residual != 0).float(), of_blocks)
+    assert rotations.online == ["mlp_hidden"]
+    assert rotations.mlp_hidden is not None
+    assert rotations.mlp_hidden.block == block
+    card = (folder / "README.md").read_text()
+    assert f"4-bit floating point (E2M1), scales in {'E8M0' if block == 32 else 'E4M3'}" in card
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "export", "--artefact", folder, "--out", "onnx")
+    assert "the weights are " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        kurtail(place, "fit", "--config", recipe, "--config", name, "--model.init_args.block", "24")
+    assert "block is 24, and R1 turns" in capsys.readouterr().err
 
 
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:

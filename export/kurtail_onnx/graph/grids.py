@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from kurtail_onnx.graph.builder import GraphBuilder
-from kurtail_pl.maths.quantizers import BORDER, Quantizer
+from kurtail_pl.maths.quantizers import Quantizer
+from kurtail_pl.maths.rounding import BORDER
 
 SMALLEST_SCALE = {
     ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),

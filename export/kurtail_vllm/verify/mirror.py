@@ -21,7 +21,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kurtail_pl.maths.quantizers import rounded, split_groups
+from kurtail_pl.maths.quantizers import split_groups
+from kurtail_pl.maths.rounding import rounded
 from kurtail_vllm.verify.folder import Served
 
 

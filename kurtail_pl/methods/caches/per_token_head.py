@@ -126,8 +126,9 @@ class PerTokenHead(CacheFormat):
 
     @property
     def packs(self) -> bool:
-        """Unless first tokens are kept otherwise."""
-        return self.sinks is None
+        """Unless first tokens are kept otherwise, or levels are no integers."""
+        quantizers = [part for part in (self.keys, self.values) if part is not None]
+        return self.sinks is None and all(each.levels == "integer" for each in quantizers)
 
     def stored(self, part: str, states: Tensor) -> Tensors:
         """Codes, two to a byte up to 4 bits, a scale for each group, and a zero point of a byte."""

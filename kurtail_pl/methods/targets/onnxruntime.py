@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.caches.per_token_head import PerTokenHead
+from kurtail_pl.methods.formats.nvint4 import NVINT4
 from kurtail_pl.methods.formats.progressive import Progressive
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.target import ONLINE, Rule, Target
@@ -33,7 +34,7 @@ class ONNXRuntime(Target):
         weights = scheme.weights
         if scheme.side is not None:
             yield f"the graph has rounded weights alone: write {SCHEME}.side: null"
-        if weights is not None and weights.integers is None and not isinstance(weights, Progressive):
+        if weights is not None and weights.integers is None and not isinstance(weights, NVINT4 | Progressive):
             yield (
                 f"ONNX has evenly spaced weights with integer zero points alone: write {SCHEME}.weights: "
                 "{class_path: kurtail_pl.methods.Uniform}"
@@ -48,6 +49,11 @@ class ONNXRuntime(Target):
             yield from _cache(scheme.cache)
             parts |= {"cache.keys": scheme.cache.keys, "cache.values": scheme.cache.values}
         for name, quantizer in parts.items():
+            if quantizer is not None and not quantizer.is_plain:
+                yield (
+                    f"the graph rounds to integers with float scales: write {SCHEME}.{name}.levels: integer and "
+                    f"{SCHEME}.{name}.scales: float32"
+                )
             if quantizer is not None and quantizer.bits not in (4, 8):
                 yield f"ONNX has integers of 4 and 8 bits: write {SCHEME}.{name}.bits: 4"
 

@@ -67,6 +67,11 @@ class VLLMKernels(Target):
 
 def _inputs(scheme: Scheme, activations: Quantizer) -> Iterator[str]:
     """Of quantized inputs of linears, and the weights beside them."""
+    if not activations.is_plain:
+        yield (
+            f"vLLM multiplies integers with float scales here: write {SCHEME}.activations.levels: integer and "
+            f"{SCHEME}.activations.scales: float32"
+        )
     if activations.bits not in (4, 8):
         yield f"vLLM has activations of 4 and 8 bits: write {SCHEME}.activations.bits: 4"
     if not activations.symmetric:

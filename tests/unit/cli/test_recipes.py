@@ -181,13 +181,17 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         return written[path]
     if path.endswith(".clip.kind"):
         return "quantile", "quantile"
+    if path.endswith(("activations.levels", "keys.levels", "values.levels")):
+        return "e2m1", "e2m1"
+    if path.endswith(("activations.scales", "keys.scales", "values.scales")):
+        return "e8m0", "e8m0"
     if isinstance(value, bool):
         return str(not value).lower(), not value
     if isinstance(value, float):
         return str(value / 2 or 0.5), value / 2 or 0.5
     if isinstance(value, int):
         return str(value + 1), value + 1
-    if value is None and path.endswith("group_size"):
+    if value is None and path.endswith(("group_size", "init_args.block")):
         return "4", 4
     return "elsewhere", "elsewhere"
 

@@ -190,6 +190,16 @@ REFUSED: dict[str, tuple[ONNX, dict[str, Any], str]] = {
         {"weights": FloatZero(group_size=4)},
         "zero points in floating point.* integer zero points",
     ),
+    "floating-point-inputs": (
+        ONNX(),
+        {"activations": Quantizer(group_size=4, levels="e2m1", scales="e8m0")},
+        "activations are 4-bit floating point .*E2M1.*, and a graph rounds to integers with float scales alone",
+    ),
+    "floating-point-cache": (
+        ONNX(),
+        {"cache": PerTokenHead(keys=Quantizer(levels="e2m1", scales="e4m3"))},
+        "keys are 4-bit floating point .*levels: integer and scales: float32",
+    ),
     "integer-double": (ONNX("fp64", weights="integer"), {}, "--to.weights integer has no doubles"),
     "kernel-double": (ONNX("fp64", weights="matmulnbits"), {}, "--to.weights matmulnbits has no doubles"),
     "integer-float": (ONNX(weights="integer", act="none"), {}, "--to.weights integer"),

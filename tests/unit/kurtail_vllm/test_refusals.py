@@ -50,6 +50,10 @@ A4, A8 = Quantizer(4), Quantizer(8)
             r"with clips: null and activations\.clip\.amount: 1\.0",
         ),
         ({"activations": Quantizer(4, symmetric=False)}, r"quantize with activations\.symmetric: true"),
+        (
+            {"activations": Quantizer(levels="e2m1", scales="e8m0")},
+            "are 4-bit floating point .*levels: integer and scales",
+        ),
         ({"activations": Quantizer(6)}, "activations have 6 bits; vLLM has 4 and 8"),
         (
             {"activations": A4, "activation_scales": "static"},

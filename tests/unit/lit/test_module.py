@@ -18,6 +18,7 @@ from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.kurtail import Objective
 from kurtail_pl.lit.loader import BlockLoader
 from kurtail_pl.lit.sizes import ModelSizes
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.optim import CayleyAdam, CayleySGD
 from kurtail_pl.stages.capture.effects import block_effects
@@ -122,6 +123,32 @@ def test_together_equals_each_rotation_learned_alone(known: Any, make_trainer: M
         assert (matrix - start).abs().max() > 0.02
 
 
+def test_blocks_learn_as_each_would_with_an_optimizer_of_its_own(known: Any, make_trainer: MakeTrainer) -> None:
+    """By the mean kurtosis of groups that share a scale, and a target of one's own; nothing grows between blocks."""
+    quantizer = Quantizer(group_size=8, levels="e2m1", scales="e8m0")
+    objective = Objective("group_kurtosis", target=3.56)
+    module = module_of(0.3, objective=objective, block=4, aim=Aim(Scheme(activations=quantizer)))
+    blocks = [block.clone() for block in module.residual.detach().double()]
+    train(make_trainer, module, loader_of(known), precision="64-true")
+    for block in blocks:
+        block.requires_grad_()
+    optimizers = [CayleyAdam([block], lr=0.3) for block in blocks]
+    for step in range(10):
+        rows = loader_of(known).batch(step)["residual"].double()
+        normed = rows / (rows.square().mean(-1, keepdim=True) + EPS).sqrt()
+        turned = (normed @ torch.block_diag(*blocks)).view(6, 20, 2, 8)
+        deviation = turned - turned.mean(-1, keepdim=True)
+        each = (deviation**4).mean(-1) / (deviation**2).mean(-1) ** 2
+        loss = (each.mean((1, 2)) - 3.56).abs().mean()
+        for block, optimizer, gradient in zip(blocks, optimizers, torch.autograd.grad(loss, blocks), strict=True):
+            block.grad = gradient
+            optimizer.step()
+    torch.testing.assert_close(module.residual.detach(), torch.stack(blocks).detach(), rtol=0, atol=1e-9)
+    learned, value = module.learned()
+    assert torch.equal(learned != 0, torch.block_diag(*torch.ones(4, 4, 4)) != 0)
+    assert value.shape == (3, 4, 4)
+
+
 def written_out(objective: str, row: np.ndarray) -> float:
     """What one row has of the objective."""
     if objective == "range":
@@ -174,8 +201,12 @@ def massive(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_an_unknown_objective_or_a_negative_weight_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'entropy'.*kurtosis, token_kurtosis, range, whip, wasserstein"):
+    with pytest.raises(ConfigError, match=r"'entropy'.*kurtosis, token_kurtosis, group_kurtosis, range, whip"):
         Objective("entropy")
+    with pytest.raises(ConfigError, match=r"target is 0.5; no kurtosis is below 1"):
+        Objective(target=0.5)
+    with pytest.raises(ConfigError, match=r"target is 3.0 and objective.kind is 'range', which has none"):
+        Objective("range", target=3.0)
     for name in ("massive_weight", "weight_term"):
         with pytest.raises(ConfigError, match=f"{name} is -1"):
             Objective(**{name: -1})

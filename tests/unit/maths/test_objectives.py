@@ -7,9 +7,11 @@ import pytest
 import scipy.optimize
 import scipy.stats
 import torch
+import yaml
 from torch import Tensor
 
-from kurtail_pl.maths.objectives import OBJECTIVES
+from kurtail_pl.cli.recipes import recipe_file
+from kurtail_pl.maths.objectives import OBJECTIVES, objective_of
 
 UNIFORM = torch.from_numpy(np.stack([np.linspace(-a, a, 4001) for a in (0.5, 1.0, 3.0)]))
 
@@ -68,6 +70,36 @@ def test_distance_of_the_normal_distribution() -> None:
     row = torch.from_numpy(scipy.stats.norm(2, 3).ppf((np.arange(100_000) + 0.5) / 100_000))[None]
     expected = 2 * 9 * (1 - np.sqrt(3 / np.pi))
     assert OBJECTIVES["wasserstein"](row, Tensor.mean).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", [1.8, 3.56])
+def test_kurtoses_have_a_target(target: float) -> None:
+    """Of groups of 10 the mean of their kurtosis, however large each is; of all numbers; of each group."""
+    rows, weights = rows_of().view(5, 4, 10), torch.tensor([1.0, 0, 3, 1, 2], dtype=torch.float64)
+    of_groups = np.array([[kurtosis(group) for group in row] for row in rows.numpy()])
+
+    def mean(x: Tensor) -> Tensor:
+        return (x.reshape(5, -1).mean(1) * weights).sum() / weights.sum()
+
+    found = objective_of("group_kurtosis", target)(rows, mean).item()
+    assert found == pytest.approx(abs(np.average(of_groups.mean(1), weights=weights) - target), rel=1e-9)
+    found = objective_of("token_kurtosis", target)(rows, mean).item()
+    assert found == pytest.approx(np.average(abs(of_groups - target).mean(1), weights=weights), rel=1e-9)
+    found = objective_of("kurtosis", target)(rows, Tensor.mean).item()
+    assert found == pytest.approx(abs(kurtosis(rows.numpy()) - target), rel=1e-9)
+    assert objective_of("range", 1.8) is OBJECTIVES["range"]
+
+
+def test_the_target_for_e2m1_is_that_of_the_distribution_which_its_levels_suit() -> None:
+    """Levels as dense as the cube root of a density err least on it (Panter and Dite): it goes with their gaps^-3."""
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = np.linspace(0, 6, 600_001)
+    gaps = np.diff(levels)[np.searchsorted(levels, x, side="right").clip(1, 7) - 1]
+    density = gaps**-3.0
+    found = (density * x**4).mean() * density.mean() / (density * x**2).mean() ** 2
+    assert round(float(found), 2) == 3.56
+    recipe = yaml.safe_load(recipe_file("learned-blocks").read_text())
+    assert recipe["model"]["init_args"]["objective"]["target"] == 3.56
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

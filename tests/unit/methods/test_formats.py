@@ -9,7 +9,7 @@ from torch import Tensor
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.normal_grid import normal_levels
 from kurtail_pl.maths.quantizers import Grid, Quantized
-from kurtail_pl.methods import MXFP4, NVFP4, FloatZero, Format, Normal, Progressive, Uniform
+from kurtail_pl.methods import MXFP4, NVFP4, NVINT4, FloatZero, Format, MXFP4Plus, Normal, Progressive, Uniform
 from kurtail_pl.methods.method import Method
 
 ROWS, COLUMNS = 6, 96
@@ -26,7 +26,9 @@ FORMATS: list[Format] = [
     *(FloatZero(bits, group_size=group) for bits in (2, 4, 8) for group in (None, 8)),
     *(Progressive(group) for group in (None, 8)),
     MXFP4(),
+    MXFP4Plus(),
     NVFP4(),
+    NVINT4(),
 ]
 
 
@@ -42,6 +44,8 @@ def steps_of(weights: Format) -> Tensor:
     if isinstance(weights, Uniform):
         top = 2**weights.bits
         return torch.arange(top).double() - (top // 2 if weights.symmetric else 0)
+    if isinstance(weights, NVINT4):
+        return torch.arange(-8, 8).double()
     if isinstance(weights, Progressive):
         return torch.arange(16).double()
     if isinstance(weights, Normal):
@@ -54,11 +58,16 @@ def levels_of(weights: Format, grid: Grid, columns: int) -> Tensor:
     size = columns // grid.scale.shape[1]
     scale = grid.scale.double().repeat_interleave(size, 1)[..., None]
     zero = 0 if grid.zero_point is None else grid.zero_point.double().repeat_interleave(size, 1)[..., None]
+    if isinstance(weights, MXFP4Plus):
+        is_top = zero == (torch.arange(columns) % size)[:, None]
+        tops = torch.arange(4, 8, 0.5, dtype=torch.float64)
+        return torch.where(is_top, torch.cat([tops, -tops]), steps_of(weights)) * scale
     return (steps_of(weights) - zero) * scale
 
 
 def first_code(weights: Format) -> int:
-    return -(2 ** (weights.bits - 1)) if isinstance(weights, Uniform) and weights.symmetric else 0
+    signed = isinstance(weights, NVINT4) or (isinstance(weights, Uniform) and weights.symmetric)
+    return -(2 ** (weights.bits - 1)) if signed else 0
 
 
 def test_every_format_is_tried() -> None:

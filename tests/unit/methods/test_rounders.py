@@ -14,10 +14,12 @@ from kurtail_pl.methods import (
     HQQ,
     MXFP4,
     NVFP4,
+    NVINT4,
     RTN,
     FloatZero,
     Format,
     Moments,
+    MXFP4Plus,
     Needs,
     Normal,
     Progressive,
@@ -33,6 +35,7 @@ SIZES = Sizes(
 FORMATS: list[Format] = [
     Normal(2), Normal(3), Normal(4), Normal(4, 16), Uniform(3), Uniform(4, False, group_size=16),
     FloatZero(3, group_size=16), MXFP4(), NVFP4(), Uniform(4, False, 16, "float16"), Progressive(16),
+    MXFP4Plus(), NVINT4(),
     Progressive(None),
 ]  # fmt: skip
 

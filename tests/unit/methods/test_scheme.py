@@ -70,6 +70,8 @@ def test_plain_data_names_every_setting() -> None:
         "symmetric": True,
         "clip": {"kind": "ratio", "amount": 0.9},
         "group_size": None,
+        "levels": "integer",
+        "scales": "float32",
     }
 
 

@@ -14,9 +14,11 @@ from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
 from kurtail_pl.methods import (
     MXFP4,
     NVFP4,
+    NVINT4,
     FloatZero,
     Int4PerTokenHead,
     LowRank,
+    MXFP4Plus,
     Normal,
     NUQCache,
     PerTokenHead,
@@ -31,6 +33,7 @@ from kurtail_pl.methods.target import ONLINE
 from kurtail_pl.methods.targets import TARGETS, TargetName
 
 INT8 = Quantizer(8, group_size=32)
+FP4 = Quantizer(group_size=32, levels="e2m1", scales="e8m0")
 FITS: dict[TargetName, Scheme] = {
     "torch": Scheme(),
     "onnxruntime": Scheme(),
@@ -61,6 +64,10 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
         ("onnxruntime", {"cache": PerTokenHead(values=Quantizer(2))}, "scheme.cache.values.bits: 4"),
         ("onnxruntime", {"cache": Q4_0Cache()}, "scheme.cache.class_path: kurtail_pl.methods.PerTokenHead"),
         ("onnxruntime", {"cache": NUQCache()}, "scheme.cache.class_path: kurtail_pl.methods.PerTokenHead"),
+        ("onnxruntime", {"activations": FP4}, "scheme.activations.levels: integer"),
+        ("onnxruntime", {"cache": PerTokenHead(keys=Quantizer(scales="e4m3"))}, "scheme.cache.keys.levels: integer"),
+        ("llama.cpp", {"activations": FP4}, "scheme.activations: {bits: 8"),
+        ("vllm", {"activations": FP4}, "scheme.activations.levels: integer"),
         ("llama.cpp", {"weights": Normal()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform"),
         ("llama.cpp", {"weights": FloatZero(symmetric=False)}, "scheme.weights: {class_path"),
         ("llama.cpp", {"weights": Uniform()}, "scheme.weights.scales: float16"),
@@ -74,6 +81,9 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
         ("onnxruntime", {"side": LowRank()}, "scheme.side: null"),
         ("llama.cpp", {"side": LowRank()}, "scheme.side: null"),
         ("vllm", {"side": LowRank()}, "scheme.side: null"),
+        ("onnxruntime", {"weights": MXFP4Plus()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
+        ("llama.cpp", {"weights": NVINT4()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform"),
+        ("vllm", {"weights": NVINT4()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
         ("vllm", {"weights": MXFP4()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
         ("vllm", {"weights": Uniform(3)}, "scheme.weights.bits: 4"),
         ("vllm", {"weights": Uniform(symmetric=False)}, "scheme.weights.symmetric: true"),
@@ -103,7 +113,8 @@ def test_llama_cpp_has_other_blocks_too(weights: Any) -> None:
 
 
 def test_onnx_multiplies_two_levels_of_scales() -> None:
-    TARGETS["onnxruntime"].require(replace(FITS["onnxruntime"], weights=Progressive(32)), None)
+    for weights in (Progressive(32), NVINT4()):
+        TARGETS["onnxruntime"].require(replace(FITS["onnxruntime"], weights=weights), None)
 
 
 @pytest.mark.parametrize("name", ["llama.cpp", "vllm"])
