@@ -19,7 +19,8 @@ from kurtail_pl.methods.rounders.hqq import HQQ, FloatZero
 from kurtail_pl.methods.rounders.rtn import RTN
 from kurtail_pl.methods.side import Side
 from kurtail_pl.methods.sides.low_rank import LowRank
-from kurtail_pl.methods.tuner import BitTuner, ClipTuner, Tuner, WeightTuner
+from kurtail_pl.methods.tuner import BitTuner, ClipTuner, TransformTuner, Tuner, WeightTuner
+from kurtail_pl.methods.tuners.block_transforms import BlockTransforms
 from kurtail_pl.methods.tuners.learned_clips import LearnedClips
 from kurtail_pl.methods.tuners.matching import Matching
 from kurtail_pl.methods.tuners.searched_clips import SearchedClips
@@ -32,6 +33,7 @@ __all__ = [
     "NVFP4",
     "RTN",
     "BitTuner",
+    "BlockTransforms",
     "CacheFormat",
     "ClipTuner",
     "FloatZero",
@@ -51,6 +53,7 @@ __all__ = [
     "SensitiveBits",
     "Side",
     "Sinks",
+    "TransformTuner",
     "Tuner",
     "Uniform",
     "WeightTuner",

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.methods import BitTuner, ClipTuner, Needs, Rounder, WeightTuner, default_rounder
+from kurtail_pl.methods import BitTuner, ClipTuner, Needs, Rounder, TransformTuner, WeightTuner, default_rounder
 from kurtail_pl.methods.method import Method, plain
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.target import Target
@@ -30,6 +30,8 @@ class QuantizeSpec:
         rounder: how weights are rounded. One that asks for the float model's inputs runs it beside, layer by layer.
         matching: how weights are changed first, to make up for the rounding of their inputs; null for not at all.
         clips: how each site gets a clip of its own; null leaves those of the scheme.
+        transforms: maps, scales of channels and clips that are trained on each decoder layer before its weights are
+            rounded; null for none.
         bits: how each decoder layer's weights get bits of their own, by how much their errors hurt on the first of the
             text's windows (`stages.quantization.sensitivity`); null leaves those of the scheme.
         text: calibration text.
@@ -47,6 +49,7 @@ class QuantizeSpec:
     rounder: Rounder = field(default_factory=default_rounder)
     matching: WeightTuner | None = None
     clips: ClipTuner | None = None
+    transforms: TransformTuner | None = None
     bits: BitTuner | None = None
     text: TextSpec = field(default_factory=TextSpec)
     quantized_activations: bool = False
@@ -56,14 +59,16 @@ class QuantizeSpec:
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
-        for tuner in (self.clips, self.bits):
+        for tuner in (self.clips, self.transforms, self.bits):
             if tuner is not None:
                 tuner.require(self.scheme, self.quantized_activations)
+        if self.clips is not None and self.transforms is not None:
+            raise ConfigError("clips and transforms are both given, and both decide the clips; write one of them: null")
         if self.matching is not None:
             self.matching.require(self.scheme, self.quantized_activations, self.rounder)
         if self.scheme.weights is not None:
             self.rounder.require(self.scheme.weights)
-        self.runtime.require(self.scheme, self.clips)
+        self.runtime.require(self.scheme, self.clips, self.transforms)
 
     @property
     def runtime(self) -> Target:
@@ -101,7 +106,8 @@ class QuantizeSpec:
     @property
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
-        return bool(self.needs) or self.scheme.calibrated or not (self.matching is None and self.clips is None)
+        tuned = any(tuner is not None for tuner in (self.matching, self.clips, self.transforms))
+        return bool(self.needs) or self.scheme.calibrated or tuned
 
     @property
     def needs_text(self) -> bool:
@@ -109,10 +115,16 @@ class QuantizeSpec:
         return self.needs_inputs or self.bits is not None
 
     @property
+    def own_windows(self) -> tuple[int, int] | None:
+        """Windows, and tokens in each, that clips or transforms are trained on; None where they want none."""
+        tuner = self.clips or self.transforms
+        return None if tuner is None else tuner.own_windows
+
+    @property
     def methods(self) -> list[Method]:
         """What works on weights, cache and clips."""
         weights = [] if self.scheme.weights is None else [self.scheme.weights, self.rounder]
-        others = (self.scheme.side, self.scheme.cache, self.matching, self.clips, self.bits)
+        others = (self.scheme.side, self.scheme.cache, self.matching, self.clips, self.transforms, self.bits)
         return [*weights, *(method for method in others if method is not None)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,10 +153,10 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
 
 
 def tuning_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
-    """Windows of the same text that clips are learned on, drawn by another seed; None where none are asked for."""
-    if spec.clips is None or spec.clips.own_windows is None:
+    """Windows of the same text that tuners train on, drawn by another seed; None where none are asked for."""
+    if spec.own_windows is None:
         return None
-    windows, seqlen = spec.clips.own_windows
+    windows, seqlen = spec.own_windows
     return cut_windows(
         checkpoint, replace(spec.text, windows=windows, seqlen=seqlen), "calibration", seed=spec.seed + 1
     )
