@@ -55,10 +55,10 @@ def equip(model: PreTrainedModel, folder: Path) -> None:
     card = read_card(folder)
     if clips := card.get("clips"):
         set_clips(model, clips)
-    for index, maps in enumerate(card.get("transforms") or []):
-        if maps:
-            architecture = architecture_of(model.config)
-            expect_maps(layers_of(model, architecture)[index], architecture, scheme, head_dim_of(model.config))
+    if card.get("transforms"):
+        architecture = architecture_of(model.config)
+        for layer in layers_of(model, architecture):
+            expect_maps(layer, architecture, scheme, head_dim_of(model.config))
 
 
 def whole_model(

@@ -48,6 +48,7 @@ class _Quantize:
     rounder: dict[str, Any]
     matching: dict[str, Any] | None = None
     clips: dict[str, Any] | None = None
+    transforms: dict[str, Any] | None = None
     target: str = "torch"
 
 

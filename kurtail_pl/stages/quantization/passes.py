@@ -131,7 +131,7 @@ class Rounding:
         if self.float_model is None or exact is None:
             return None
         twin = layers_of(self.float_model, self.walker.architecture)[index]
-        if self.transforms and self.transforms[index]:
+        if self.transforms:
             expect_maps(twin, self.walker.architecture, self.scheme, self.head_dim)
         return FloatLayer(self.walker, twin, layer, exact)
 
@@ -158,8 +158,8 @@ class Rounding:
         )
         block, weights = self._block(layer, own), self.scheme.layer_weights(index)
         conditions, clips = training.train(layer, index, block, weights, lambda states: walker.positions(layer, states))
-        self.transforms.append(conditions)
-        self.clips.append(clips)
+        self.transforms += [conditions] if conditions else []
+        self.clips += [clips] if clips else []
 
     def _tuned(self, layer: nn.Module, tuning: Tuning, hidden: HiddenStates) -> None:
         """Let a tuner finish; where it changed the solved layer, the windows go through it again."""

@@ -86,9 +86,10 @@ class QuantizeSpec:
 
     @property
     def rounding(self) -> str:
-        """Short name of how weights are rounded, to what where that is not integers, and beside which side."""
+        """Short name of how weights are rounded, after which training, to what where not to integers, beside which side."""
         weights, side = self.scheme.weights, self.scheme.side
-        labels = ("" if weights is None else weights.label, self.rounder.label, "" if side is None else side.label)
+        parts = (self.transforms, weights, self.rounder, side)
+        labels = ("" if part is None else part.label for part in parts)
         return "-".join(label for label in labels if label)
 
     @property
