@@ -82,6 +82,10 @@ class BlockTransforms(TransformTuner):
             **{part: scheme.cache.quantizer(part) if scheme.cache else None for part in ("keys", "values")},
         }
         clipped = [part for part, quantizer in found.items() if quantizer is not None]
+        if scheme.weights is None and not clipped:
+            raise ConfigError(
+                "transforms are given and nothing is quantized; they are trained for quantizers: leave them out"
+            )
         if "clips" in self.parts and not clipped:
             raise ConfigError("transforms.parts names clips, and nothing but weights is quantized; leave clips out")
         require_clipped(scheme, clipped, quantized_activations, "transforms")

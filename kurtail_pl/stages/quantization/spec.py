@@ -86,7 +86,7 @@ class QuantizeSpec:
 
     @property
     def rounding(self) -> str:
-        """Short name of how weights are rounded, after which training, to what where not to integers, beside which side."""
+        """Short name of how weights are rounded, what was trained before, the levels and the side."""
         weights, side = self.scheme.weights, self.scheme.side
         parts = (self.transforms, weights, self.rounder, side)
         labels = ("" if part is None else part.label for part in parts)

@@ -14,6 +14,8 @@ from shards import tensors_of
 from torch import Tensor, nn
 
 import kurtail_pl
+from kurtail_pl.artefact.source import Source
+from kurtail_pl.cli.export import exporters
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
 from kurtail_pl.methods import GPTQ, NVFP4, RTN, BlockTransforms, LearnedClips, Moments, PerTokenHead, Uniform
@@ -103,7 +105,7 @@ def test_orthogonal_maps_stay_so(plain: Path, text: TextSpec, tmp_path: Path, or
     found = [t for name, t in tensors_of(folder).items() if name.endswith(("transform.left", "transform.right"))]
     errors = [(t.T @ t - torch.eye(len(t))).abs().max().item() for t in found]
     assert (max(errors) < 1e-5) == orthogonal
-    assert card_of(folder)["clips"] == 4 * [{}]
+    assert card_of(folder)["clips"] == []
 
 
 @pytest.mark.parametrize("model", ["plain", "fused"])
@@ -126,7 +128,7 @@ def test_in_float_the_maps_change_nothing(model: str, plain: Path, fused: Path, 
 
 def test_clips_alone_leave_no_maps(fused: Path, text: TextSpec, tmp_path: Path) -> None:
     folder = quantize(fused, training(text, parts=["clips", "weights"], epochs=20), tmp_path / "clips")
-    assert card_of(folder)["transforms"] == 4 * [{}]
+    assert card_of(folder)["transforms"] == []
     assert not [name for name in tensors_of(folder) if "transform" in name]
     untrained = quantize(fused, replace(training(text), transforms=None), tmp_path / "untrained")
     first = FirstLayer(fused, text)
@@ -182,6 +184,20 @@ def test_experts_have_maps_of_their_own(tied: Path, text: TextSpec, tmp_path: Pa
     assert isinstance(kurtail_pl.load(folder), nn.Module)
 
 
+def test_every_export_refuses_maps_and_none_refuses_clips(
+    plain: Path, fused: Path, text: TextSpec, tmp_path: Path
+) -> None:
+    mapped = Source(quantize(plain, training(text, parts=["transforms"], epochs=1), tmp_path / "mapped"))
+    clipped = Source(quantize(fused, training(text, parts=["clips"], epochs=1), tmp_path / "clipped"))
+    loaded = {name: point.load() for name, point in exporters().items()}
+    assert set(loaded) == {"gguf", "onnx", "vllm"}
+    for exporter in loaded.values():
+        found = exporter().refused(mapped)
+        assert "Kronecker maps with invertible factors" in found
+        assert found.endswith("quantize with transforms: null, or use the artefact with kurtail_pl.load")
+    assert loaded["onnx"]().refused(clipped) is None
+
+
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: BlockTransforms([]), "transforms.parts is empty; .* transforms: null"),
     (lambda: BlockTransforms(["keys"]), "parts is .*keys.*: Input should be"),  # type: ignore[list-item]
@@ -196,6 +212,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         "NVFP4.* trained for integers: write weights.class_path: kurtail_pl.methods.Uniform",
     ),
     (lambda: QuantizeSpec(FLOAT, transforms=BlockTransforms()), "names weights and scheme.weights is null"),
+    (lambda: QuantizeSpec(FLOAT, transforms=BlockTransforms(["transforms"])), "given and nothing is quantized"),
     (
         lambda: QuantizeSpec(replace(FLOAT, weights=Uniform()), transforms=BlockTransforms()),
         "names clips, and nothing but weights is quantized",
