@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips, Uniform
+from kurtail_pl.methods import GPTQ, RTN, BlockTransforms, LearnedClips, Uniform
 from kurtail_pl.methods.rounders import gptq as rounder_module
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.ranks import ALONE, Ranks
@@ -46,6 +46,9 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
     learning = LearnedClips(["activations", "weights"], steps=4, windows=3, seqlen=64)
     spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, clips=learning)
     quantize(place / "fused", spec, out / "learned", ranks=ranks)
+    training = BlockTransforms(epochs=3, windows=3, seqlen=64)
+    spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, transforms=training)
+    quantize(place / "fused", spec, out / "trained", ranks=ranks)
 
 
 @torch.no_grad()
