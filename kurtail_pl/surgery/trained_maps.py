@@ -131,12 +131,13 @@ class TrainedLayer(nn.Module):
     def run(self, states: Tensor, arguments: dict[str, object]) -> Tensor:
         """What the layer writes when all of it is quantized; differentiable in what learns."""
         for (site, quantizer), logit in zip(self._sites, self.clips, strict=True):
-            site.quantizer = _trained(quantizer, logit.sigmoid())
+            clip = LearnedClip(amount=logit.sigmoid()) if logit.requires_grad else quantizer.clip
+            site.quantizer = _trained(quantizer, clip)
         pairs = self._pairs()
         tensors = {**self._mapped(pairs, states.dtype), **maps_state(self._layer[0], self.architecture, pairs)}
         for name, logit in zip(self._names, self.shares, strict=True):
             assert self._integers is not None
-            quantizer = _trained(self._integers, logit.sigmoid())
+            quantizer = _trained(self._integers, LearnedClip(amount=logit.sigmoid()))
             tensors[f"{name}.weight"] = quantizer.fake(tensors[f"{name}.weight"], None)
         output: Tensor = functional_call(self._layer[0], tensors, (states,), arguments)
         return output
@@ -184,9 +185,9 @@ def _logit(ratio: Tensor) -> Tensor:
     return torch.logit(ratio.clamp(max=LARGEST_START))
 
 
-def _trained(quantizer: Quantizer, ratio: Tensor) -> TrainedQuantizer:
-    """The same while its clip and what it reads learn."""
-    return TrainedQuantizer(quantizer.bits, quantizer.symmetric, LearnedClip(amount=ratio), quantizer.group_size)
+def _trained(quantizer: Quantizer, clip: Clip) -> TrainedQuantizer:
+    """The same while what it reads learns, and its clip where that is learned."""
+    return TrainedQuantizer(quantizer.bits, quantizer.symmetric, clip, quantizer.group_size)
 
 
 def _searched(weight: Tensor, weights: Format) -> Tensor:

@@ -17,6 +17,7 @@ from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization.prefix import require_tokens
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.compute import Compute
 from kurtail_pl.surgery.equip import require_scheme_fits
 from kurtail_pl.surgery.families import architecture_of
 
@@ -107,13 +108,12 @@ class QuantizeSpec:
     @property
     def needs_inputs(self) -> bool:
         """Whether the inputs of the linears are used."""
-        tuned = any(tuner is not None for tuner in (self.matching, self.clips, self.transforms))
-        return bool(self.needs) or self.scheme.calibrated or tuned
+        return bool(self.needs) or self.scheme.calibrated or not (self.matching is None and self.clips is None)
 
     @property
     def needs_text(self) -> bool:
         """Whether calibration windows are used."""
-        return self.needs_inputs or self.bits is not None
+        return self.needs_inputs or not (self.bits is None and self.transforms is None)
 
     @property
     def own_windows(self) -> tuple[int, int] | None:
@@ -133,8 +133,13 @@ class QuantizeSpec:
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
 
 
-def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
-    """Raise ConfigError when a model's widths, layers, linears or tokens are not what a recipe needs."""
+def require_fit(config: PretrainedConfig, spec: QuantizeSpec, compute: Compute) -> None:
+    """Raise ConfigError when a model's widths, layers, linears or tokens, or the type, are not what a recipe needs."""
+    if spec.transforms is not None and compute.dtype != "float32":
+        raise ConfigError(
+            f"dtype is {compute.dtype} and transforms are trained, whose small steps that does not hold; write "
+            "data.init_args.compute.dtype: float32"
+        )
     architecture = architecture_of(config)
     if spec.by_attention and architecture.value == architecture.query:
         raise ConfigError(

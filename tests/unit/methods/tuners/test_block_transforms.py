@@ -24,6 +24,7 @@ from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.compute import Compute
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
 FOUR = Quantizer(4, False, Clip(amount=0.95))
@@ -182,6 +183,22 @@ def test_experts_have_maps_of_their_own(tied: Path, text: TextSpec, tmp_path: Pa
         experts | {"self_attn.q_proj", "self_attn.o_proj", "keys", "values"}
     ]
     assert isinstance(kurtail_pl.load(folder), nn.Module)
+
+
+def test_a_packed_cache_holds_mapped_keys(plain: Path, text: TextSpec, tmp_path: Path) -> None:
+    folder = quantize(plain, training(text, parts=["transforms"], epochs=1), tmp_path / "out")
+    prompt = torch.arange(20)[None]
+    kept = [
+        kurtail_pl.load(folder, cache=cache).generate(prompt, max_new_tokens=12, do_sample=False)
+        for cache in ("float", "packed")
+    ]
+    assert torch.equal(*kept)
+
+
+def test_half_precision_is_refused_before_any_work(plain: Path, text: TextSpec, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dtype is bfloat16 and transforms .* compute\.dtype: float32"):
+        quantize(plain, training(text), tmp_path / "out", compute=Compute(dtype="bfloat16"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_export_refuses_maps_and_none_refuses_clips(
