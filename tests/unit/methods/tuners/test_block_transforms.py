@@ -196,7 +196,7 @@ def test_a_packed_cache_holds_mapped_keys(plain: Path, text: TextSpec, tmp_path:
 
 
 def test_half_precision_is_refused_before_any_work(plain: Path, text: TextSpec, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"dtype is bfloat16 and transforms .* compute\.dtype: float32"):
+    with pytest.raises(ConfigError, match=r"dtype is bfloat16 and transforms .*compute\.dtype: float32"):
         quantize(plain, training(text), tmp_path / "out", compute=Compute(dtype="bfloat16"))
     assert not list(tmp_path.iterdir())
 
