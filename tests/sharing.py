@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips, NUQCache, Uniform
+from kurtail_pl.methods import GPTQ, RTN, BlockTransforms, LearnedClips, NUQCache, Uniform
 from kurtail_pl.methods.rounders import gptq as rounder_module
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.ranks import ALONE, Ranks
@@ -48,6 +48,9 @@ def stages(place: Path, out: Path, ranks: Ranks = ALONE) -> None:
     quantize(place / "fused", spec, out / "learned", ranks=ranks)
     cache = Scheme(weights=None, activations=None, cache=NUQCache(3, 3))
     quantize(place / "fused", QuantizeSpec(cache, text=text), out / "levels", ranks=ranks)
+    training = BlockTransforms(epochs=3, windows=3, seqlen=64)
+    spec = QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, transforms=training)
+    quantize(place / "fused", spec, out / "trained", ranks=ranks)
 
 
 @torch.no_grad()

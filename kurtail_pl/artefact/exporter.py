@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.methods.method import Method
@@ -17,6 +17,18 @@ class Exporter(Method):
     Its sentence says what is written: "an ONNX graph in fp32". The package that holds it declares it as an entry point
     of the group ``kurtail.exporters``, by the name that `kurtail export --to` takes.
     """
+
+    maps: ClassVar[bool] = False
+    """Whether it writes learned maps, each of its own layer and place."""
+
+    def refused(self, source: Source) -> str | None:
+        """Why an artefact cannot be written, in one sentence; None when it can."""
+        if source.maps is not None and not self.maps:
+            return (
+                f"the artefact is {source.maps}, and the export has no place for maps at run time: quantize with "
+                "transforms: null, or use the artefact with kurtail_pl.load"
+            )
+        return self.refuses(source)
 
     @abstractmethod
     def refuses(self, source: Source) -> str | None:

@@ -25,8 +25,10 @@ from kurtail_pl.surgery.equip import (
     set_clips,
 )
 from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.invertible import expect_maps
 from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.linear import side_buffers
+from kurtail_pl.surgery.rotations import head_dim_of
 
 CPU = torch.device("cpu")
 
@@ -50,8 +52,13 @@ def equip(model: PreTrainedModel, folder: Path) -> None:
     require_scheme_fits(model.config, scheme)
     equip_model(model, scheme, rotations_of(folder))
     expect_quantized(model, scheme)
-    if clips := read_card(folder).get("clips"):
+    card = read_card(folder)
+    if clips := card.get("clips"):
         set_clips(model, clips)
+    if card.get("transforms"):
+        architecture = architecture_of(model.config)
+        for layer in layers_of(model, architecture):
+            expect_maps(layer, architecture, scheme, head_dim_of(model.config))
 
 
 def whole_model(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kurtail_pl.artefact.skeleton import skeleton
+from kurtail_pl.methods import TransformTuner
 from kurtail_pl.storage.card import read_card, require_intact, rotations_of, scheme_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.equip import layers_of
@@ -48,6 +49,12 @@ class Source:
         """Whether experts quantize what they read each in its own way."""
         clipped = any("activations" in site for layer in self.clips for site in layer)
         return self.scheme.centre or self.scheme.static or clipped
+
+    @property
+    def maps(self) -> str | None:
+        """How the maps before its quantizers were learned, in words; None where there are none."""
+        card = read_card(self.folder)
+        return TransformTuner.from_dict(card["quantize"]["transforms"]).sentence() if card.get("transforms") else None
 
     @property
     def config(self) -> PretrainedConfig:

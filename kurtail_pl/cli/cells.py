@@ -78,7 +78,7 @@ def _fixed(settings: Settings) -> bool | None:
 def _baseline(recipe: Recipe, hadamard: bool) -> Recipe:
     """A recipe with fixed rotations in place of learned ones: the same text, bits and evaluation.
 
-    Scales and chosen signs are part of the method, as learned rotations are.
+    Scales, chosen signs and trained transforms are part of the method, as learned rotations are.
     """
 
     def fixed(settings: Settings) -> None:
@@ -86,6 +86,7 @@ def _baseline(recipe: Recipe, hadamard: bool) -> Recipe:
         seed = settings["model"]["init_args"]["rotation_seed"]
         settings["model"] = {"class_path": FIXED, "init_args": {"hadamard": hadamard, "rotation_seed": seed}}
         settings["fusion"] |= {"scales": None, "signs": None}
+        settings["quantization"]["transforms"] = None
 
     return _changed(recipe, fixed)
 

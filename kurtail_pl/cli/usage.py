@@ -36,7 +36,7 @@ EXPECTED = re.compile(
 NO_NAME = re.compile(r"Expected a dot import path string: (\S+)")
 SEAMS = {
     "rounder": "Rounder", "weights": "Format", "cache": "CacheFormat", "clips": "ClipTuner", "bits": "BitTuner",
-    "matching": "WeightTuner", "side": "Side",
+    "matching": "WeightTuner", "transforms": "TransformTuner", "side": "Side",
 }  # fmt: skip
 """These settings hold a method; its base class is in `kurtail_pl.methods`, which is imported only when it is needed."""
 GIVEN = re.compile(r"Given value: (.*)")

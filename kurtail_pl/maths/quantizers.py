@@ -163,6 +163,13 @@ class Quantizer:
         """`on_grid`: all columns of a weight are alike."""
         return self.on_grid
 
+    def fake(self, x: Tensor, grid: Grid | None) -> Tensor:
+        """As `fake_quantize`."""
+        if grid is None:
+            grid = dynamic_grid(split_groups(x.detach(), self.group_size), self)
+        quantized: Tensor = _StraightThrough.apply(x, *grid, self)  # type: ignore[no-untyped-call]
+        return quantized
+
     def on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         """Nearest codes of numbers, half to even, and what they stand for; both float, all arguments broadcast."""
         code = self.nearest(x / scale)
@@ -207,10 +214,7 @@ def fake_quantize(x: Tensor, quantizer: Quantizer, grid: Grid | None = None) -> 
     To the scale, where it learns, they pass as if no value rounded otherwise because of it, but with the value's own
     part in x (learned step sizes, Esser et al., arXiv 1902.08153, equation 3); a `LearnedClip` has its from there.
     """
-    if grid is None:
-        grid = dynamic_grid(split_groups(x.detach(), quantizer.group_size), quantizer)
-    quantized: Tensor = _StraightThrough.apply(x, *grid, quantizer)  # type: ignore[no-untyped-call]
-    return quantized
+    return quantizer.fake(x, grid)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -22,7 +22,8 @@ from kurtail_pl.methods.rounders.hqq import HQQ, FloatZero
 from kurtail_pl.methods.rounders.rtn import RTN
 from kurtail_pl.methods.side import Side
 from kurtail_pl.methods.sides.low_rank import LowRank
-from kurtail_pl.methods.tuner import BitTuner, ClipTuner, Tuner, WeightTuner
+from kurtail_pl.methods.tuner import BitTuner, ClipTuner, TransformTuner, Tuner, WeightTuner
+from kurtail_pl.methods.tuners.block_transforms import BlockTransforms
 from kurtail_pl.methods.tuners.learned_clips import LearnedClips
 from kurtail_pl.methods.tuners.matching import Matching
 from kurtail_pl.methods.tuners.searched_clips import SearchedClips
@@ -36,6 +37,7 @@ __all__ = [
     "NVINT4",
     "RTN",
     "BitTuner",
+    "BlockTransforms",
     "CacheFormat",
     "ClipTuner",
     "FloatZero",
@@ -57,6 +59,7 @@ __all__ = [
     "SensitiveBits",
     "Side",
     "Sinks",
+    "TransformTuner",
     "Tuner",
     "Uniform",
     "WeightTuner",

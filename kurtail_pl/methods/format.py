@@ -56,6 +56,10 @@ class Format(Method):
         """Evenly spaced integers, zero points among them, where its codes are some, with one scale each; else None."""
         return None
 
+    def spanning(self, share: Tensor) -> Format:
+        """The same with grids that span a share ``[out, 1]`` of the range of each group of a row, without a search."""
+        raise NotImplementedError(f"{type(self).__name__} has no grids that span a share")
+
     def storable(self, grid: Grid) -> Grid:
         """The nearest grid whose scales are stored as they are; here any is."""
         return grid

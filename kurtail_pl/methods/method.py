@@ -55,8 +55,9 @@ class Method(ABC):
 
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
-        """All methods of this seam by their names."""
-        return {kind.__name__: kind for kind in (cls, *_subclasses(cls)) if not isabstract(kind)}
+        """All methods of this seam by their names; a private one is no recipe's."""
+        kinds = {kind.__name__: kind for kind in (cls, *_subclasses(cls)) if not isabstract(kind)}
+        return {name: kind for name, kind in kinds.items() if not name.startswith("_")}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

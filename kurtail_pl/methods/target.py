@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.methods.tuner import ClipTuner
+from kurtail_pl.methods.tuner import ClipTuner, TransformTuner
 
 Online = Literal["query_key", "attention_output", "mlp_hidden"]
 """R3, R4 and R5, which act at run time."""
@@ -33,6 +33,7 @@ class Target(ABC):
         online: rotations that it computes itself at run time when a file says so.
         rules: its arithmetic, in the order of a linear and then of attention.
         clips: whether it clips what linears read and caches keep, each at its own place.
+        transforms: whether it computes learned maps, each of its own layer and place.
     """
 
     name: ClassVar[str]
@@ -40,16 +41,19 @@ class Target(ABC):
     online: ClassVar[tuple[Online, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
     clips: ClassVar[bool] = True
+    transforms: ClassVar[bool] = False
 
     @abstractmethod
     def lacks(self, scheme: Scheme) -> Iterator[str]:
         """What a scheme asks for and the runtime does not compute, each as ``WHAT: write SETTING``."""
 
-    def require(self, scheme: Scheme, clips: ClipTuner | None) -> None:
+    def require(self, scheme: Scheme, clips: ClipTuner | None, transforms: TransformTuner | None = None) -> None:
         """Raise ConfigError, naming the setting to change, when a recipe asks for what the runtime lacks."""
         found = next(self.lacks(scheme), None)
         if found is None and clips is not None and not self.clips:
             found = "it clips neither inputs of linears nor its cache: write quantization.clips: null"
+        if found is None and transforms is not None and not self.transforms:
+            found = "it computes no learned maps at run time: write quantization.transforms: null"
         if found is not None:
             raise ConfigError(f"target is {self.name}, and {found}, or put the recipe {self.recipe} over this one")
 

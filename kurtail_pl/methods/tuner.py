@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,37 @@ class ClipTuner(Tuner):
     @abstractmethod
     def tuning(self, block: Block) -> Tuning:
         """Its work on one layer."""
+
+
+Trained = Literal["transforms", "diagonals", "clips", "weights"]
+
+
+class TransformTuner(Tuner):
+    """Trains each decoder layer, before its weights are solved, from float inputs to float outputs.
+
+    Attributes:
+        parts: ``transforms``: a Kronecker map of what each linear reads (of heads alone, before the output projection),
+            a matrix for keys and one for values; ``diagonals``: a scale for each channel that the norms and `up_proj`
+            write; ``clips``: a ratio for each quantizer of inputs, keys and values; ``weights``: a ratio for each row
+            of a weight, the share of its range that its grid spans.
+        orthogonal: maps are rotations.
+        epochs: how often all windows are gone through.
+        lr: size of the first step of transforms and diagonals.
+        clip_lr: the same, of clips and of the weights' ratios.
+        batch: windows in a step.
+    """
+
+    parts: list[Trained]
+    orthogonal: bool
+    epochs: int
+    lr: float
+    clip_lr: float
+    batch: ClassVar[int] = 4
+
+    @property
+    @abstractmethod
+    def own_windows(self) -> tuple[int, int]:
+        """Windows, and tokens in each, of the calibration text, apart from those of the weights."""
 
 
 class BitTuner(Tuner):

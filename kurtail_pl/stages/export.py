@@ -58,7 +58,7 @@ def export(
     """
     refuse_finished(out, overwrite)
     source = Source(artefact)
-    if reason := exporter.refuses(source):
+    if reason := exporter.refused(source):
         raise ConfigError(reason)
     garbage = exporter.garbage(source)
     if garbage is not None:

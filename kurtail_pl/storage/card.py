@@ -48,6 +48,7 @@ class _Quantize:
     rounder: dict[str, Any]
     matching: dict[str, Any] | None = None
     clips: dict[str, Any] | None = None
+    transforms: dict[str, Any] | None = None
     target: str = "torch"
 
 
@@ -62,6 +63,7 @@ class _Card:
     cost: dict[str, dict[str, float]]
     rotations: dict[str, Any] = field(default_factory=dict)
     clips: list[dict[str, float]] | None = None
+    transforms: list[dict[str, float]] | None = None
     quantize: _Quantize | None = None
     rounding: str = ""
     errors: dict[str, dict[str, Number]] = field(default_factory=dict)

@@ -20,12 +20,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kurtail_pl.maths.hadamard import HadamardFactors
+from kurtail_pl.maths.kronecker import Kronecker
 from kurtail_pl.methods import CacheFormat
 from kurtail_pl.methods.format import Tensors
-from kurtail_pl.surgery.rotations import OnlineHadamard
+from kurtail_pl.surgery.rotations import OnlineHadamard, OnlineInverse, OnlineKronecker
 
 ATTENTION = "kurtail"
 """Name of this attention in a model's configuration (`attn_implementation`)."""
+KEY_TURNS, QUERY_TURNS = (("query_key_rotation", name) for name in ("key_transform", "query_transform"))
+"""What an attention module turns keys and queries by: R3, and a learned map, of whose transpose the queries' is the
+inverse."""
 
 
 class Scored(NamedTuple):
@@ -44,10 +48,8 @@ def kurtail_attention(
 
     A module that `equip_attention` has not seen attends as usual.
     """
-    rotation, see = (getattr(module, name, None) for name in ("query_key_rotation", "see_scored"))
-    kept = is_kept(key)
-    if rotation is not None:
-        query, key = rotation(query), key if kept else rotation(key)
+    see, kept = getattr(module, "see_scored", None), is_kept(key)
+    query, key = _turned(module, QUERY_TURNS, query), key if kept else _turned(module, KEY_TURNS, key)
     if see is not None:
         see(Scored(query, key, attention_mask, kwargs["scaling"]))
     if not kept:
@@ -65,9 +67,16 @@ def kurtail_attention(
 
 
 def keys_of(module: nn.Module, key: Tensor) -> Tensor:
-    """Keys ``[batch, kv_heads, tokens, head_dim]`` as they are kept: behind R3, and centred."""
-    rotation = getattr(module, "query_key_rotation", None)
-    return _centred(module, key if rotation is None else rotation(key))
+    """Keys ``[batch, kv_heads, tokens, head_dim]`` as they are kept: behind R3 and a learned map, and centred."""
+    return _centred(module, _turned(module, KEY_TURNS, key))
+
+
+def _turned(module: nn.Module, names: tuple[str, ...], heads: Tensor) -> Tensor:
+    """Queries or keys behind the module's online maps of them."""
+    for name in names:
+        turn = getattr(module, name, None)
+        heads = heads if turn is None else turn(heads)
+    return heads
 
 
 def _centred(module: nn.Module, key: Tensor) -> Tensor:
@@ -134,6 +143,12 @@ def found_by(attention: nn.Module) -> Tensors:
     """What its cache's format found, by name; nothing before that."""
     buffers = attention.named_buffers(recurse=False)
     return {name.removeprefix("cache_"): buffer for name, buffer in buffers if name.startswith("cache_")}
+
+
+def map_keys(attention: nn.Module, keys: Kronecker) -> None:
+    """Let an attention module map keys behind R3, and queries by the transposed inverse, so that scores stay."""
+    attention.key_transform = OnlineKronecker(keys)
+    attention.query_transform = OnlineInverse(attention.key_transform)
 
 
 def subtract_from_keys(attention: nn.Module, centre: Tensor) -> None:

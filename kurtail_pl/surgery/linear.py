@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kurtail_pl.maths.hadamard import HadamardFactors
+from kurtail_pl.maths.kronecker import Kronecker
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, fake_quantize, quantize
 from kurtail_pl.methods import Format, Side
 from kurtail_pl.methods.format import Buffer, Tensors
@@ -20,11 +21,13 @@ from kurtail_pl.surgery.integers import (
     multiplies,
     processor_multiplies_integers,
 )
-from kurtail_pl.surgery.rotations import OnlineHadamard
+from kurtail_pl.surgery.rotations import OnlineHadamard, OnlineKronecker
 
 
 class QuantizedLinear(Exact):
     """``y = Q_a(x H - c) W^T + b`` with an optional online rotation H, activation quantizer Q_a and packed weight W.
+
+    After `put_transform` a learned map P follows the rotation: ``x H P`` stands for ``x H``.
 
     Beside the weight there may be a side S (`put_side`), which adds ``(x H - c) S^T``.
 
@@ -51,8 +54,10 @@ class QuantizedLinear(Exact):
         self.exact = ("input_scale",)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rotation = None if rotation is None else OnlineHadamard(rotation)
+        self.transform: OnlineKronecker | None = None
         self.activations = activations
         self.weights: Format | None = None
+        self.share: Tensor | None = None  # Of each row's range, ``[out, 1]``, that its grid will span, where known.
         self.side: Side | None = None
         self._names: tuple[str, ...] = ()
         # Who holds what linears share, where that is another one; in a tuple, which makes it no part of this module.
@@ -62,6 +67,10 @@ class QuantizedLinear(Exact):
         self.bias = linear.bias
         for name in ("centre", "input_scale", "input_zero_point"):
             self.register_buffer(name, None)
+
+    def put_transform(self, kronecker: Kronecker) -> None:
+        """Map rotated inputs; the inverse must be fused in the weight."""
+        self.transform = OnlineKronecker(kronecker)
 
     def subtract(self, centre: Tensor) -> None:
         """Subtract a constant ``[in]`` from rotated inputs before they are quantized; the bias makes up for it.
@@ -136,9 +145,9 @@ class QuantizedLinear(Exact):
         return Grid(self.input_scale.to(dtype), None if zero_point is None else zero_point.to(dtype))
 
     def turn(self, x: Tensor) -> Tensor:
-        """The input rotated and centred, not yet quantized, ``[..., in]``."""
-        if self.rotation is not None:
-            x = self.rotation(x)
+        """The input rotated, mapped and centred, not yet quantized, ``[..., in]``."""
+        for turn in (self.rotation, self.transform):
+            x = x if turn is None else turn(x)
         return x if self.centre is None else x - self.centre
 
     def forward(self, x: Tensor) -> Tensor:

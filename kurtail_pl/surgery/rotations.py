@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import CheckpointError, ConfigError, require_seed
@@ -21,6 +21,7 @@ from kurtail_pl.maths.hadamard import (
     random_signs,
     widest_block,
 )
+from kurtail_pl.maths.kronecker import Kronecker, kronecker_transform
 from kurtail_pl.methods.target import ONLINE, Online
 from kurtail_pl.surgery.exact import Exact
 from kurtail_pl.surgery.families import mlp_widths
@@ -270,3 +271,47 @@ class OnlineHadamard(Exact):
     def factors(self) -> HadamardFactors:
         """Where the module is, and in its type."""
         return HadamardFactors(self.left, self.right, self.construction, self.blocks)
+
+
+class OnlineKronecker(Exact):
+    """An invertible map of the last dimension at run time; its two factors are part of the state dict, float32."""
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, kronecker: Kronecker) -> None:
+        super().__init__()
+        # Others may read the same inputs, and a file holds no shared tensors.
+        self.register_buffer("left", kronecker.left.detach().float().clone())
+        self.register_buffer("right", kronecker.right.detach().float().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., n]``, in float32 or wider."""
+        return _times(x, Kronecker(self.left, self.right))
+
+
+class OnlineInverse(nn.Module):
+    """The transposed inverse of another map, made anew when that one's factors are others."""
+
+    def __init__(self, of: OnlineKronecker) -> None:
+        super().__init__()
+        # In a tuple, which makes it no part of this module.
+        self._of = (of,)
+        self._made: tuple[Tensor, Tensor, Kronecker] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., n]``, in float32 or wider."""
+        return _times(x, self._inverse())
+
+    def _inverse(self) -> Kronecker:
+        left, right = self._of[0].left, self._of[0].right
+        if left.requires_grad or right.requires_grad:
+            return Kronecker(left, right).inverse_transposed()
+        if self._made is None or self._made[0] is not left or self._made[1] is not right:
+            self._made = left, right, Kronecker(left, right).inverse_transposed()
+        return self._made[2]
+
+
+def _times(x: Tensor, kronecker: Kronecker) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return kronecker_transform(wide, kronecker).to(x.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from families import fill, sizes
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import kurtail_pl
 from kurtail_pl.stages.evaluation.perplexity import perplexity
@@ -224,6 +225,40 @@ def test_mr_gptq_down_the_road(
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, "fit", "--config", recipe, "--config", name, "--model.init_args.block", "24")
     assert "block is 24, and R1 turns" in capsys.readouterr().err
+
+
+def test_flatquant_down_the_road(
+    kurtail: Callable[..., None], recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Maps in the file, the same logits loaded, what the page and inspect say; and clips alone over another method."""
+    place = recipe.parent
+    short = [f"--quantization.transforms.{name}={n}" for name, n in {"epochs": 2, "windows": 2, "seqlen": 48}.items()]
+    kurtail(place, "fit", "--config", recipe, "--config", "flatquant", *short)
+    folder = place / "artifacts" / "tied-kurtail-w4a4kv4"
+    tensors = {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
+    maps = {name: tuple(t.shape) for name, t in tensors.items() if "layers.1." in name and "transform" in name}
+    at = {name.removeprefix("model.layers.1.").replace(".transform", ""): shape for name, shape in maps.items()}
+    assert at["self_attn.q_proj.left"] == at["mlp.up_proj.left"] == (6, 6)
+    assert at["self_attn.o_proj.left"] == (6, 6)
+    assert at["mlp.down_proj.right"] == (43, 43)
+    assert at["self_attn.key_transform.right"] == (16, 16)
+    assert len(at) == 2 * 8
+    window = torch.arange(9)[None]
+    before, after = (model(input_ids=window).logits for model in both(folder))
+    assert torch.equal(before, after)
+    by_transformers = AutoModelForCausalLM.from_pretrained(folder)(input_ids=window).logits
+    assert torch.equal(by_transformers, kurtail_pl.load(folder)(input_ids=window).logits)
+    page = (folder / "README.md").read_text()
+    assert "trained on each block's float output: Kronecker maps with invertible factors, diagonals, clips" in page
+    assert re.search(r"the largest condition number of a map is [1-9]\.\d", page)
+    card = json.loads((folder / "kurtail.json").read_text())
+    assert (card["method"], card["rounding"]) == ("flat-rtn", "flat-rtn")
+    capsys.readouterr()
+    kurtail(place, "inspect", folder)
+    assert "a learned map before each quantizer" in capsys.readouterr().out
+    kurtail(place, "fit", "--config", recipe, "--config", "quarot", "--config", "trained-clips", *short, "--overwrite")
+    card = json.loads((folder / "kurtail.json").read_text())
+    assert (card["method"], card["transforms"], len(card["clips"])) == ("quarot", [], 4)
 
 
 def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -156,7 +156,7 @@ def test_a_recipe_runs(
     quantize = {name: value for name, value in asked["quantization"].items() if name != "out"}
     quantize["text"]["source"] = "wikitext"
     quantize["target"] = asked["target"]
-    for slot in ("rounder", "matching", "clips", "bits"):
+    for slot in ("rounder", "matching", "clips", "transforms", "bits"):
         quantize[slot] = None if quantize[slot] is None else by_kind(quantize[slot])
     quantize["scheme"] |= {part: by_kind(quantize["scheme"][part]) for part in ("weights", "cache")}
     (folder,) = (tmp_path / "artifacts").iterdir()

@@ -137,6 +137,15 @@ def test_learned_clips_are_the_same(outputs: tuple[Path, Path]) -> None:
         assert layer == pytest.approx(expected, abs=5e-3 if index else 1e-5)
 
 
+def test_transforms_are_trained_alike(outputs: tuple[Path, Path]) -> None:
+    """The condition numbers of the first layer's maps, and all others nearly."""
+    one, two = (json.loads((folder / "trained" / "kurtail.json").read_text())["transforms"] for folder in outputs)
+    assert len(one) == 4
+    for index, (layer, expected) in enumerate(zip(two, one, strict=True)):
+        assert max(expected.values()) > 1.001
+        assert layer == pytest.approx(expected, abs=5e-3 if index else 1e-4)
+
+
 def test_one_process_does_not_go_on_where_two_were_killed(outputs: tuple[Path, Path]) -> None:
     """It has the hidden states of half of the windows; so it begins anew, and ends as one process alone does."""
     one = outputs[0]

@@ -13,14 +13,14 @@ import pytest
 from kurtail_pl.cli.main import VERBS
 from kurtail_pl.cli.recipes import shipped
 from kurtail_pl.errors import KurtailError
-from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, Side, WeightTuner
+from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, Side, TransformTuner, WeightTuner
 from kurtail_pl.methods.method import Method
 from kurtail_pl.methods.targets import TARGETS
 from kurtail_pl.storage.card import read_card
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = "\n".join(path.read_text() for path in sorted((ROOT / "docs/methods").glob("*.md")))
-SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, Side, ClipTuner, BitTuner, WeightTuner]
+SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, Side, ClipTuner, TransformTuner, BitTuner, WeightTuner]
 INLINE = re.compile(r"</?(?:a|b|code|em|i|span|strong)\b[^>]*>")
 LOOKED_UP = {"project/changelog.html"}
 """Pages that nobody reads from beginning to end."""

@@ -66,7 +66,7 @@ class WeightQuantization(CheckedCallback):
         if fusion is not None and module.method != UNROTATED:
             self.spec.runtime.require_online(ONLINE if fusion.online is None else fusion.online)
         folder = self.folder(module, data)
-        require_fit(data.checkpoint.config, self.spec)
+        require_fit(data.checkpoint.config, self.spec, data.compute)
         text = calibration_windows(data.checkpoint, self.spec)
         self._text_sha256 = None if text is None else text.text_sha256
         if not self._awaits_evaluation(folder, data):

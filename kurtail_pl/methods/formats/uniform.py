@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Literal
 
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.half_grid import half_grid
-from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize
+from kurtail_pl.maths.quantizers import (
+    Grid,
+    LearnedClip,
+    Quantized,
+    Quantizer,
+    dequantize,
+    dynamic_grid,
+    split_groups,
+)
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Format, Tensors
@@ -78,6 +86,12 @@ class Uniform(Format):
         """By the search."""
         return self.storable(search_grid(weight, self.quantizer))
 
+    def spanning(self, share: Tensor) -> Format:
+        """A value for one weight, which no recipe has."""
+        found = _Spanning(**{each.name: getattr(self, each.name) for each in fields(self)})
+        object.__setattr__(found, "share", share)
+        return found
+
     def storable(self, grid: Grid) -> Grid:
         """By `scales`."""
         return grid if self.scales == "float32" else half_grid(grid)
@@ -119,6 +133,18 @@ class Uniform(Format):
         """Codes, scale and, when asymmetric, zero_point."""
         found = {"codes": self.code_buffer(rows, columns), "scale": self.scale_buffer(rows, columns)}
         return found if self.symmetric else {**found, "zero_point": self.scale_buffer(rows, columns, torch.uint8)}
+
+
+class _Spanning(Uniform):
+    """Evenly spaced levels whose range is known."""
+
+    share: Tensor
+
+    def grid(self, weight: Tensor) -> Grid:
+        """By the share."""
+        clip = LearnedClip(amount=self.share.to(weight))
+        grouped = split_groups(weight, self.group_size)
+        return self.storable(dynamic_grid(grouped, replace(self.quantizer, clip=clip)))
 
 
 @cache

@@ -89,6 +89,7 @@ def _of_artefact(folder: Path) -> Facts:
         "static scales": scheme.static,
         "a prefix": scheme.prefix is not None,
         "a clip of its own at each site": bool(card.get("clips")),
+        "a learned map before each quantizer": bool(card.get("transforms")),
     }
     beside = [] if scheme.side is None else [scheme.side.sentence()]
     return Facts(

@@ -50,7 +50,7 @@ def plan(
     """
     texts = [capture.text, evaluation, *(spec.text for spec in (scales, signs) if spec is not None)]
     texts += [quantize.text] if quantize.needs_text else []
-    own = None if quantize.clips is None else quantize.clips.own_windows
+    own = quantize.own_windows
     lengths = [*(text.seqlen for text in texts), learning.seqlen, None if own is None else own[1]]
     for seqlen in lengths:
         if seqlen is not None:

@@ -21,6 +21,7 @@ from kurtail_pl.stages.quantization.float_layer import FloatLayer
 from kurtail_pl.stages.quantization.layer import LayerSolver
 from kurtail_pl.stages.quantization.prefix import prefix_states
 from kurtail_pl.stages.quantization.spec import QuantizeSpec
+from kurtail_pl.stages.quantization.transforms import TransformTraining
 from kurtail_pl.stages.text import Windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.card import write_card
@@ -35,9 +36,10 @@ from kurtail_pl.surgery.architecture import Architecture
 from kurtail_pl.surgery.attention import put_prefix
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of
 from kurtail_pl.surgery.exact import exact_names
+from kurtail_pl.surgery.invertible import expect_maps
 from kurtail_pl.surgery.layout import checkpoint_state
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import Rotations
+from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 
 INHERITED = ("source", "tokenizer_sha256", "rotations", "rotations_sha256", "gate")
 """What an artefact's card takes over from the fused model's."""
@@ -64,6 +66,8 @@ class Rounding:
         self.solver = LayerSolver(walker, spec.scheme, spec.rounder, spec.matching, ranks, spec.by_attention)
         self.solver.notes.update(work.state.get("notes", {}))
         self.clips: list[dict[str, float]] = list(work.state.get("clips", []))
+        self.transforms: list[dict[str, float]] = list(work.state.get("transforms", []))
+        self.head_dim = head_dim_of(walker.checkpoint.config)
         self.shards = ShardWriter(work.folder, work.scratch, parts=walker.n_layers + 2)
 
     @torch.no_grad()
@@ -78,6 +82,7 @@ class Rounding:
         prefix = self._prefix()
         for index, layer in walker.layers(f"{spec.rounder.label} layers", work):
             name = f"{architecture.layers}.{index}"
+            self._train(index, layer, own)
             beside = self._beside(index, layer, exact)
             if prefix:
                 self._put_prefix(prefix[index], layer, beside)
@@ -87,7 +92,9 @@ class Rounding:
                 self._tuned(layer, tuning, hidden)
             if self.ranks.leads:
                 self.shards.write(index + 1, _state(name, layer, architecture))
-            work.state.update(notes=self.solver.notes, clips=self.clips, cost=meter.to_dict())
+            work.state.update(
+                notes=self.solver.notes, clips=self.clips, transforms=self.transforms, cost=meter.to_dict()
+            )
         if self.ranks.leads:
             self._write_head()
 
@@ -123,7 +130,10 @@ class Rounding:
         """The layer in the float model, where that runs beside."""
         if self.float_model is None or exact is None:
             return None
-        return FloatLayer(self.walker, layers_of(self.float_model, self.walker.architecture)[index], layer, exact)
+        twin = layers_of(self.float_model, self.walker.architecture)[index]
+        if self.transforms:
+            expect_maps(twin, self.walker.architecture, self.scheme, self.head_dim)
+        return FloatLayer(self.walker, twin, layer, exact)
 
     def _block(self, layer: nn.Module, own: HiddenStates) -> Block:
         """A layer as tuners see it."""
@@ -137,6 +147,19 @@ class Rounding:
 
         sites = _sites(layer, self.walker.architecture)
         return Block(sites, run, own.before, own.after, self.ranks, self.walker.device, packed)
+
+    def _train(self, index: int, layer: nn.Module, own: HiddenStates) -> None:
+        """Train what a recipe wants trained before the weights are solved."""
+        spec, walker = self.spec, self.walker
+        if spec.transforms is None:
+            return
+        training = TransformTraining(
+            spec.transforms, walker.architecture, self.scheme, self.rotations, self.head_dim, spec.seed
+        )
+        block, weights = self._block(layer, own), self.scheme.layer_weights(index)
+        conditions, clips = training.train(layer, index, block, weights, lambda states: walker.positions(layer, states))
+        self.transforms += [conditions] if conditions else []
+        self.clips += [clips] if clips else []
 
     def _tuned(self, layer: nn.Module, tuning: Tuning, hidden: HiddenStates) -> None:
         """Let a tuner finish; where it changed the solved layer, the windows go through it again."""
@@ -160,6 +183,7 @@ class Rounding:
             "scheme": self.scheme.to_dict(),
             **self.solver.notes,
             "clips": self.clips,
+            "transforms": self.transforms,
             "bits_per_weight": bits_per_weight(self.walker.model, self.scheme),
             "sensitivities": self.work.state.get("sensitivities"),
             "versions": versions(),

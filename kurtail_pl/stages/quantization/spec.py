@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.methods import BitTuner, ClipTuner, Needs, Rounder, WeightTuner, default_rounder
+from kurtail_pl.methods import BitTuner, ClipTuner, Needs, Rounder, TransformTuner, WeightTuner, default_rounder
 from kurtail_pl.methods.method import Method, plain
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.target import Target
@@ -17,6 +17,7 @@ from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization.prefix import require_tokens
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.compute import Compute
 from kurtail_pl.surgery.equip import require_scheme_fits
 from kurtail_pl.surgery.families import architecture_of
 
@@ -30,6 +31,8 @@ class QuantizeSpec:
         rounder: how weights are rounded. One that asks for the float model's inputs runs it beside, layer by layer.
         matching: how weights are changed first, to make up for the rounding of their inputs; null for not at all.
         clips: how each site gets a clip of its own; null leaves those of the scheme.
+        transforms: maps, scales of channels and clips that are trained on each decoder layer before its weights are
+            rounded; null for none.
         bits: how each decoder layer's weights get bits of their own, by how much their errors hurt on the first of the
             text's windows (`stages.quantization.sensitivity`); null leaves those of the scheme.
         text: calibration text.
@@ -47,6 +50,7 @@ class QuantizeSpec:
     rounder: Rounder = field(default_factory=default_rounder)
     matching: WeightTuner | None = None
     clips: ClipTuner | None = None
+    transforms: TransformTuner | None = None
     bits: BitTuner | None = None
     text: TextSpec = field(default_factory=TextSpec)
     quantized_activations: bool = False
@@ -56,14 +60,16 @@ class QuantizeSpec:
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
-        for tuner in (self.clips, self.bits):
+        for tuner in (self.clips, self.transforms, self.bits):
             if tuner is not None:
                 tuner.require(self.scheme, self.quantized_activations)
+        if self.clips is not None and self.transforms is not None:
+            raise ConfigError("clips and transforms are both given, and both decide the clips; write one of them: null")
         if self.matching is not None:
             self.matching.require(self.scheme, self.quantized_activations, self.rounder)
         if self.scheme.weights is not None:
             self.rounder.require(self.scheme.weights)
-        self.runtime.require(self.scheme, self.clips)
+        self.runtime.require(self.scheme, self.clips, self.transforms)
 
     @property
     def runtime(self) -> Target:
@@ -81,9 +87,10 @@ class QuantizeSpec:
 
     @property
     def rounding(self) -> str:
-        """Short name of how weights are rounded, to what where that is not integers, and beside which side."""
+        """Short name of how weights are rounded, what was trained before, the levels and the side."""
         weights, side = self.scheme.weights, self.scheme.side
-        labels = ("" if weights is None else weights.label, self.rounder.label, "" if side is None else side.label)
+        parts = (self.transforms, weights, self.rounder, side)
+        labels = ("" if part is None else part.label for part in parts)
         return "-".join(label for label in labels if label)
 
     @property
@@ -106,13 +113,19 @@ class QuantizeSpec:
     @property
     def needs_text(self) -> bool:
         """Whether calibration windows are used."""
-        return self.needs_inputs or self.bits is not None
+        return self.needs_inputs or not (self.bits is None and self.transforms is None)
+
+    @property
+    def own_windows(self) -> tuple[int, int] | None:
+        """Windows, and tokens in each, that clips or transforms are trained on; None where they want none."""
+        tuner = self.clips or self.transforms
+        return None if tuner is None else tuner.own_windows
 
     @property
     def methods(self) -> list[Method]:
         """What works on weights, cache and clips."""
         weights = [] if self.scheme.weights is None else [self.scheme.weights, self.rounder]
-        others = (self.scheme.side, self.scheme.cache, self.matching, self.clips, self.bits)
+        others = (self.scheme.side, self.scheme.cache, self.matching, self.clips, self.transforms, self.bits)
         return [*weights, *(method for method in others if method is not None)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,8 +133,13 @@ class QuantizeSpec:
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
 
 
-def require_fit(config: PretrainedConfig, spec: QuantizeSpec) -> None:
-    """Raise ConfigError when a model's widths, layers, linears or tokens are not what a recipe needs."""
+def require_fit(config: PretrainedConfig, spec: QuantizeSpec, compute: Compute) -> None:
+    """Raise ConfigError when a model's widths, layers, linears or tokens, or the type, are not what a recipe needs."""
+    if spec.transforms is not None and compute.dtype != "float32":
+        raise ConfigError(
+            f"dtype is {compute.dtype} and transforms are trained, whose small steps that does not hold; write "
+            "data.init_args.compute.dtype: float32"
+        )
     architecture = architecture_of(config)
     if spec.by_attention and architecture.value == architecture.query:
         raise ConfigError(
@@ -141,10 +159,10 @@ def calibration_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows |
 
 
 def tuning_windows(checkpoint: Checkpoint, spec: QuantizeSpec) -> Windows | None:
-    """Windows of the same text that clips are learned on, drawn by another seed; None where none are asked for."""
-    if spec.clips is None or spec.clips.own_windows is None:
+    """Windows of the same text that tuners train on, drawn by another seed; None where none are asked for."""
+    if spec.own_windows is None:
         return None
-    windows, seqlen = spec.clips.own_windows
+    windows, seqlen = spec.own_windows
     return cut_windows(
         checkpoint, replace(spec.text, windows=windows, seqlen=seqlen), "calibration", seed=spec.seed + 1
     )

@@ -53,13 +53,13 @@ def quantize(
         TextError: when the calibration text is too short.
         DiskFull: when the artefact does not fit.
     """
-    if not spec.needs_inputs:
+    if not spec.needs_inputs and spec.own_windows is None:
         if not ranks.leads:
             return folder
         ranks = ALONE
     fused_card = _fused_card(fused, ranks)
     checkpoint = Checkpoint(fused)
-    require_fit(checkpoint.config, spec)
+    require_fit(checkpoint.config, spec, compute)
     text, own_text = calibration_windows(checkpoint, spec), tuning_windows(checkpoint, spec)
     rotations = rotations_of(fused)
     spec.runtime.require_online(rotations.online)

@@ -86,7 +86,8 @@ class WeightSolver:
             weight = self._matched(name, linear.weight, moments)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if weights is not None:
-                codes = self._codes(name, weight, moments, weights)
+                own = weights if linear.share is None else weights.spanning(linear.share)
+                codes = self._codes(name, weight, moments, own)
                 self.notes["errors"][name] = relative_errors(weight, weights.values(codes), moments.hessian)
                 linear.pack(codes, weights)
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from kurtail_pl.errors import ConfigError, shortened
-from kurtail_pl.methods import ClipTuner, Rounder, WeightTuner
+from kurtail_pl.methods import ClipTuner, Rounder, TransformTuner, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.targets import TARGETS
 from kurtail_pl.stages.text import title_of
@@ -31,7 +31,7 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         f"---\n{_front_matter(folder.name, card, results)}\n---\n\n# {folder.name}\n\n"
         f"{results['model']} (weights {card['source']['sha256'][:12]}) quantized to {scheme.name} by "
         f"{card['method']}.\n\n"
-        + "\n".join(f"- {part}: {said}" for part, said in _parts(scheme, card.get("quantize") or {}).items())
+        + "\n".join(f"- {part}: {said}" for part, said in _parts(scheme, card).items())
         + _target(card.get("quantize") or {})
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
@@ -70,8 +70,9 @@ def _front_matter(name: str, card: dict[str, Any], results: dict[str, Any]) -> s
     return str(data.to_yaml())
 
 
-def _parts(scheme: Scheme, quantize: dict[str, Any]) -> dict[str, str]:
+def _parts(scheme: Scheme, card: dict[str, Any]) -> dict[str, str]:
     """What was done to each part of the model, in words."""
+    quantize, conditions = card.get("quantize") or {}, card.get("transforms") or []
     parts = {
         "weights": _weights(scheme, quantize),
         "activations": _activations(scheme),
@@ -79,6 +80,10 @@ def _parts(scheme: Scheme, quantize: dict[str, Any]) -> dict[str, str]:
     }
     if clips := quantize.get("clips"):
         parts["clips"] = ClipTuner.from_dict(clips).sentence()
+    if transforms := quantize.get("transforms"):
+        largest = max((number for layer in conditions for number in layer.values()), default=1.0)
+        said = f"; the largest condition number of a map is {largest:.3g}" if conditions else ""
+        parts["before the quantizers"] = TransformTuner.from_dict(transforms).sentence() + said
     if scheme.prefix is not None:
         parts["before every text"] = f"float keys and values of the tokens {scheme.prefix}"
     return parts

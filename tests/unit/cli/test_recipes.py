@@ -163,6 +163,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
         "quantization.rounder.init_args.correction": "foem",
         "quantization.clips": "kurtail_pl.methods.SearchedClips",
         "quantization.matching": "kurtail_pl.methods.Matching",
+        "quantization.transforms": "kurtail_pl.methods.BlockTransforms",
         "quantization.bits": "kurtail_pl.methods.SensitiveBits",
         "quantization.scheme.side": "kurtail_pl.methods.LowRank",
     }
@@ -198,7 +199,7 @@ def another(path: str, value: Any) -> tuple[str, Any]:
 
 CLASSES = (
     "model.init_args.scheduler", "quantization.matching", "quantization.clips", "quantization.bits",
-    "quantization.scheme.side",
+    "quantization.scheme.side", "quantization.transforms",
 )  # fmt: skip
 """Settings that are null, and may be an object of a class."""
 OPTIONAL = {

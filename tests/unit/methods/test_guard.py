@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from kurtail_pl.cli.export import exporters
-from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, Side, WeightTuner
+from kurtail_pl.methods import BitTuner, CacheFormat, ClipTuner, Format, Rounder, Side, TransformTuner, WeightTuner
 from kurtail_pl.methods.method import Method
 
-SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, Side, ClipTuner, BitTuner, WeightTuner]
+SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, Side, ClipTuner, TransformTuner, BitTuner, WeightTuner]
 ROOT = Path(__file__).resolve().parents[3]
 FORMS = tuple(ROOT / "export" / package / "forms.py" for package in ("kurtail_onnx", "kurtail_gguf", "kurtail_vllm"))
 ALLOWED = (ROOT / "kurtail_pl" / "methods", *FORMS)
@@ -46,6 +46,7 @@ def test_no_file_names_a_method() -> None:
         "NUQCache",
         "SearchedClips",
         "LowRank",
+        "BlockTransforms",
         "SensitiveBits",
         "Matching",
     }

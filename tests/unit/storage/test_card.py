@@ -128,6 +128,7 @@ def uniform(**settings: Any) -> dict[str, Any]:
         ({"scheme": {"colour": 1}}, "scheme.colour is 1: Unexpected"),
         ({"scheme": {"prefix": ["a"]}}, "scheme.prefix.0 is 'a': Input should be a valid integer"),
         ({"clips": [{"self_attn.keys": "x"}]}, "clips.0.self_attn.keys is 'x'"),
+        ({"transforms": [{"keys": "x"}]}, "transforms.0.keys is 'x'"),
         ({"sha256": {"../../.bashrc": "0"}}, "names the file '../../.bashrc', which is not in its folder"),
         ({"sha256": {"/etc/passwd": "0"}}, "names the file '/etc/passwd'"),
         ({"sha256": {"a\\..\\b": "0"}}, "which is not in its folder"),

@@ -15,6 +15,7 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import (
     GPTQ,
     RTN,
+    BlockTransforms,
     CacheFormat,
     Int4PerTokenHead,
     LearnedClips,
@@ -185,6 +186,20 @@ def test_learned_clips_take_their_windows_and_three_passes_a_step() -> None:
     )
     # One layer in float32, its gradients and more, but nothing of the others.
     assert 0 < learned.memory - plain.memory < 4 * 4 * sizes_of(config).layer
+
+
+def test_transforms_take_their_windows_and_three_passes_a_step() -> None:
+    config, text = LlamaConfig(), TextSpec("pydoc", 8, 512)
+    training = BlockTransforms(epochs=10, windows=16, seqlen=256)
+    specs = [QuantizeSpec(rounder=RTN(), text=text, quantized_activations=True, transforms=t) for t in (None, training)]
+    plain, trained = (planned(config, CaptureSpec("x", text, 9), spec, 0)["quantize"] for spec in specs)
+    forward, sizes = sizes_of(config).forward, sizes_of(config)
+    # Ten rounds of four steps of 4 windows; the float layer on all of them; RTN needs no windows of its own.
+    took = 10 * 4 * 3 * forward(4 * 256, 256) + forward(16 * 256, 256)
+    assert trained.flops - plain.flops == pytest.approx(took, rel=0.5)
+    assert trained.flops - plain.flops >= took
+    # Rounded weights, their gradients and what quantizers keep, of one layer: nothing of the others.
+    assert 0 < trained.memory - plain.memory < 20 * 4 * sizes.layer
 
 
 def test_a_side_is_on_the_disk_and_takes_products() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from kurtail_pl.errors import ArtefactError, ResumeMismatch
-from kurtail_pl.methods import GPTQ, RTN, LearnedClips, NUQCache
+from kurtail_pl.methods import GPTQ, RTN, BlockTransforms, LearnedClips, NUQCache
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -23,6 +23,7 @@ from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.surgery.rotations import random_rotations
 
 LEARNING = LearnedClips(["activations", "keys", "values", "weights"], steps=2, windows=3, seqlen=48)
+TRAINING = BlockTransforms(epochs=2, windows=3, seqlen=48)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +34,10 @@ LEARNING = LearnedClips(["activations", "keys", "values", "weights"], steps=2, w
         {"scheme": Scheme(centre=True, activation_scales="static", prefix=[7])},
         {"scheme": Scheme(prefix=[7]), "rounder": GPTQ(correction="gptaq")},
         {"quantized_activations": True, "clips": LEARNING},
+        {"quantized_activations": True, "transforms": TRAINING},
         {"scheme": Scheme(weights=None, activations=None, cache=NUQCache())},
     ],
-    ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips", "cache before rope"],
+    ids=["gptq", "gptaq", "static", "gptaq, prefix", "learned clips", "transforms", "cache before rope"],
 )
 def test_an_interrupted_run_leaves_the_old_folder_and_goes_on(
     settings: Any, fused: Path, text: TextSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
