@@ -78,6 +78,11 @@ class BlockTransforms(TransformTuner):
             raise ConfigError(
                 "transforms.parts names weights and scheme.weights is null; give it, or leave weights out"
             )
+        if scheme.cache is not None and scheme.cache.calibrated:
+            raise ConfigError(
+                f"transforms are given and the cache keeps {scheme.cache.sentence()}, found on other keys and values: "
+                "write scheme.cache.class_path: kurtail_pl.methods.PerTokenHead, or transforms: null"
+            )
         found = {
             "activations": scheme.activations,
             **{part: scheme.cache.quantizer(part) if scheme.cache else None for part in ("keys", "values")},

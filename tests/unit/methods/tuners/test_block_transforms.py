@@ -18,7 +18,18 @@ from kurtail_pl.artefact.source import Source
 from kurtail_pl.cli.export import exporters
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.quantizers import Clip, Quantizer
-from kurtail_pl.methods import GPTQ, NVFP4, RTN, BlockTransforms, LearnedClips, Moments, PerTokenHead, Uniform
+from kurtail_pl.methods import (
+    GPTQ,
+    NVFP4,
+    NVINT4,
+    RTN,
+    BlockTransforms,
+    LearnedClips,
+    Moments,
+    NUQCache,
+    PerTokenHead,
+    Uniform,
+)
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -227,6 +238,25 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (
         lambda: QuantizeSpec(replace(ALL, weights=NVFP4()), RTN(), transforms=BlockTransforms()),
         "NVFP4.* trained for integers: write weights.class_path: kurtail_pl.methods.Uniform",
+    ),
+    (
+        lambda: QuantizeSpec(replace(ALL, weights=NVINT4()), RTN(), transforms=BlockTransforms()),
+        "trained for integers: write weights.class_path: kurtail_pl.methods.Uniform",
+    ),
+    (
+        lambda: QuantizeSpec(
+            replace(ALL, activations=Quantizer(4, levels="e2m1", scales="e8m0", group_size=32)),
+            RTN(),
+            quantized_activations=True,
+            transforms=BlockTransforms(),
+        ),
+        "activations are 4-bit floating point.* write levels: integer and scales: float32",
+    ),
+    (
+        lambda: QuantizeSpec(
+            replace(ALL, cache=NUQCache()), RTN(), quantized_activations=True, transforms=BlockTransforms()
+        ),
+        "the cache keeps keys before RoPE.* write scheme.cache.class_path: kurtail_pl.methods.PerTokenHead",
     ),
     (lambda: QuantizeSpec(FLOAT, transforms=BlockTransforms()), "names weights and scheme.weights is null"),
     (lambda: QuantizeSpec(FLOAT, transforms=BlockTransforms(["transforms"])), "given and nothing is quantized"),
