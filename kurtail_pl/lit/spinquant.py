@@ -68,8 +68,8 @@ class SpinQuantModule(RotationModule):
             raise ConfigError("quantized_weights is true and side is given; SpinQuant learns without one")
         if scheme.calibrated or scheme.prefix is not None:
             raise ConfigError(
-                "the scheme of quantization centres, has static scales, a fitted cache or a prefix, which are made after "
-                "the rotations are learned, and SpinQuant learns through the scheme: leave centre, cache, "
+                "the scheme of quantization centres, has static scales, a fitted cache or a prefix, which are made "
+                "after the rotations are learned, and SpinQuant learns through the scheme: leave centre, cache, "
                 "activation_scales and prefix as they are in base.yaml"
             )
         self.scheme = scheme if quantized_weights else replace(scheme, weights=None, layer_bits=None, side=None)
