@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
             raise ConfigError(f"objective.kind is {self.kind!r}; R1 is learned by {', '.join(OBJECTIVES)}")
-        if self.target < 1:
+        if not 1 <= self.target < math.inf:
             raise ConfigError(f"objective.target is {self.target}; no kurtosis is below 1: 1.8 is the uniform one")
         if self.target != UNIFORM_KURTOSIS and self.kind not in KURTOSES:
             raise ConfigError(

@@ -156,7 +156,7 @@ class Quantizer:
         return grid
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The level next to numbers in scales, on no side the last one; they may be overwritten."""
+        """Nearest levels of numbers in scales, which may be overwritten; integers do not end here."""
         return e2m1_halves(x) if self.levels == "e2m1" else rounded(x)
 
     def in_column(self, column: int) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:

@@ -203,8 +203,9 @@ def massive(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_an_unknown_objective_or_a_negative_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'entropy'.*kurtosis, token_kurtosis, group_kurtosis, range, whip"):
         Objective("entropy")
-    with pytest.raises(ConfigError, match=r"target is 0.5; no kurtosis is below 1"):
-        Objective(target=0.5)
+    for target in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=rf"target is {target}; no kurtosis is below 1"):
+            Objective(target=target)
     with pytest.raises(ConfigError, match=r"target is 3.0 and objective.kind is 'range', which has none"):
         Objective("range", target=3.0)
     for name in ("massive_weight", "weight_term"):
