@@ -12,8 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.kurtosis import kurtosis, rms_norm
-from kurtail_pl.maths.quantizers import Clip, Quantizer, dequantize, quantize
+from kurtail_pl.maths.quantizers import Quantizer, dequantize, quantize
 from kurtail_pl.methods import CacheFormat, default_cache
 from kurtail_pl.stages.reporting.figures.kurtosis import draw_kurtosis_by_layer
 from kurtail_pl.stages.reporting.figures.style import COLOURS, GREY, NORMALISED, new_figure

@@ -15,7 +15,8 @@ from kurtail_onnx.verify.texts import compare_texts, scenarios
 from transformers import DynamicCache, PreTrainedModel
 
 from kurtail_pl.artefact.source import Source
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead
 from kurtail_pl.surgery.linear import QuantizedLinear
 

@@ -1,6 +1,7 @@
 """Schemes in which artefacts differ by what they store and how they compute."""
 
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import LowRank, Normal, PerTokenHead, Sinks, Uniform
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 

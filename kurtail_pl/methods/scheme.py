@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.cache import CacheFormat, bits_name
 from kurtail_pl.methods.defaults import default_cache, default_format
 from kurtail_pl.methods.format import Format

@@ -23,7 +23,7 @@ from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.kronecker import Kronecker
 from kurtail_pl.methods import CacheFormat
 from kurtail_pl.methods.format import Tensors
-from kurtail_pl.surgery.rotations import OnlineHadamard, OnlineInverse, OnlineKronecker
+from kurtail_pl.surgery.online import OnlineHadamard, OnlineInverse, OnlineKronecker
 
 ATTENTION = "kurtail"
 """Name of this attention in a model's configuration (`attn_implementation`)."""

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.quantizers import Clip, Quantized, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantized, Quantizer
 from kurtail_pl.methods import Format
 
 

@@ -21,7 +21,7 @@ from kurtail_pl.surgery.integers import (
     multiplies,
     processor_multiplies_integers,
 )
-from kurtail_pl.surgery.rotations import OnlineHadamard, OnlineKronecker
+from kurtail_pl.surgery.online import OnlineHadamard, OnlineKronecker
 
 
 class QuantizedLinear(Exact):

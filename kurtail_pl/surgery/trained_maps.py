@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
+from kurtail_pl.maths.clip import Clip, LearnedClip
 from kurtail_pl.maths.kronecker import Kronecker
-from kurtail_pl.maths.quantizers import Clip, LearnedClip, Quantizer, dynamic_grid, split_groups
+from kurtail_pl.maths.quantizers import Quantizer, dynamic_grid, split_groups
 from kurtail_pl.maths.trained_quantizer import TrainedQuantizer
 from kurtail_pl.methods import Format
 from kurtail_pl.methods.tuner import Site

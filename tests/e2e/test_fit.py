@@ -17,7 +17,7 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, RotationWriter, WeightQuantization
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.surgery.rotations import OnlineHadamard
+from kurtail_pl.surgery.online import OnlineHadamard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),

@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.packing import pack_codes, unpack_codes
-from kurtail_pl.maths.quantizers import (
-    Clip,
-    Grid,
-    Quantized,
-    Quantizer,
-    dequantize,
-    fake_quantize,
-    quantize,
-    require_groups,
-)
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize, fake_quantize, quantize, require_groups
 from kurtail_pl.methods.cache import FLOAT_BITS, NOTHING, CacheFormat, bits_name
 from kurtail_pl.methods.format import Tensors
 

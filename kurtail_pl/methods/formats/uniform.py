@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.clip import LearnedClip
 from kurtail_pl.maths.half_grid import half_grid
-from kurtail_pl.maths.quantizers import (
-    Grid,
-    LearnedClip,
-    Quantized,
-    Quantizer,
-    dequantize,
-    dynamic_grid,
-    split_groups,
-)
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, dequantize, dynamic_grid, split_groups
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods.cost import Cost, Sizes
 from kurtail_pl.methods.format import Buffer, Format, Tensors

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods.caches.int4_per_token_head import Int4PerTokenHead
 from kurtail_pl.methods.formats.uniform import Uniform
 from kurtail_pl.methods.scheme import Scheme

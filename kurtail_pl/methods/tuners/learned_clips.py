@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import LearnedClip
+from kurtail_pl.maths.clip import LearnedClip
 from kurtail_pl.methods.cost import FLOAT32, KEPT_HIDDEN, KEPT_WIDE, Cost, Sizes
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Block, ClipTuner, Packed, Site, Tuning, in_float, relative, require_clipped

@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import RTN, CacheFormat, PerTokenHead, Q4_0Cache, SearchedClips, Sinks
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize

@@ -8,7 +8,8 @@ from graphs import random_array, run_graph
 from kurtail_onnx.graph.activations import fake_quantized, integer_rows
 from kurtail_onnx.graph.builder import GraphBuilder
 
-from kurtail_pl.maths.quantizers import Clip, Quantizer, dequantize, fake_quantize, quantize
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer, dequantize, fake_quantize, quantize
 
 BATCH, TOKENS, SIZE = 2, 7, 48
 QUANTIZERS = [

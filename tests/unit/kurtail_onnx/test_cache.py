@@ -10,7 +10,8 @@ from graphs import Array, random_array, run_graph
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import CachePart, append
 
-from kurtail_pl.maths.quantizers import Clip, Quantizer, dequantize, fake_quantize, quantize
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer, dequantize, fake_quantize, quantize
 
 BATCH, HEADS, TOKENS, DIM = 2, 3, 5, 8
 QUANTIZERS = [

@@ -20,7 +20,8 @@ from smollm2 import first_layers
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.stages.export import export
 

@@ -17,7 +17,8 @@ from kurtail_onnx.run.session import open_session
 from torch.nn.functional import cross_entropy
 
 import kurtail_pl
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead, Progressive, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.text import TextSpec, cut_windows

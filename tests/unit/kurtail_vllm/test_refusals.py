@@ -10,7 +10,8 @@ from kurtail_vllm.exporter import VLLM
 
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import (
     FloatZero,
     LowRank,

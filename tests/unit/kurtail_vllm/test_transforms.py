@@ -20,7 +20,8 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead, Uniform
 from kurtail_pl.stages.export import export
 from kurtail_pl.storage.rotation_file import read_rotations
-from kurtail_pl.surgery.rotations import BlockSize, OnlineHadamard
+from kurtail_pl.surgery.online import OnlineHadamard
+from kurtail_pl.surgery.rotations import BlockSize
 
 ACTIVATIONS = Quantizer(4, symmetric=True)
 MakeArtefact = Callable[..., Path]

@@ -16,13 +16,14 @@ from kurtail_pl.lit import FixedRotations, SpinQuantModule, WindowDataModule
 from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.loader import WindowLoader
 from kurtail_pl.lit.sizes import ModelSizes
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import LowRank, NUQCache, PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.optim import CayleySGD
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.surgery.rotations import OnlineHadamard
+from kurtail_pl.surgery.online import OnlineHadamard
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated"),

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
+from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.microscaling import e2m1_halves, e4m3_scales, e8m0_scales, whole_scale
-from kurtail_pl.maths.quantizers import Clip, Quantizer, dequantize, fake_quantize, quantize
+from kurtail_pl.maths.quantizers import Quantizer, dequantize, fake_quantize, quantize
 from kurtail_pl.methods import MXFP4, NVFP4, Format, PerTokenHead, SearchedClips
 from kurtail_pl.methods.scheme import Scheme
 

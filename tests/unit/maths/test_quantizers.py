@@ -7,18 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.quantizers import (
-    Clip,
-    Grid,
-    LearnedClip,
-    Quantizer,
-    dequantize,
-    fake_quantize,
-    quantize,
-    rounded,
-    split_groups,
-    upper_quantile,
-)
+from kurtail_pl.maths.clip import Clip, LearnedClip, upper_quantile
+from kurtail_pl.maths.quantizers import Grid, Quantizer, dequantize, fake_quantize, quantize, rounded, split_groups
 
 CLIPS = [Clip(), Clip(amount=0.9), Clip("quantile", 0.98), Clip("quantile", 0.5), Clip("quantile", 1.0)]
 

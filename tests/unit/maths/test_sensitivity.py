@@ -10,9 +10,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.hadamard import random_hadamard
 from kurtail_pl.maths.orthogonal import nearest_orthogonal
-from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.maths.sensitivity import best_step, quantization_error, reduces_maximum, sensitivity
 
 HALF_WIDTH = np.sqrt(3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.maths.static_grid import count_values, static_grid
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.quantizers import Clip, LearnedClip, Quantizer, fake_quantize
+from kurtail_pl.maths.clip import Clip, LearnedClip
+from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.maths.trained_quantizer import TrainedQuantizer
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import NVFP4, Format, LowRank, Normal, PerTokenHead, Sinks, Uniform
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 

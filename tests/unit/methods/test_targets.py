@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType, dequantize
 from gguf import quantize as gguf_quantize
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods import (
     MXFP4,
     NVFP4,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.hadamard import random_hadamard_factors
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention, subtract_from_keys

@@ -14,7 +14,7 @@ from kurtail_pl.methods import Uniform
 from kurtail_pl.surgery.equip import empty_model
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import OnlineHadamard
+from kurtail_pl.surgery.online import OnlineHadamard
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "to": lambda module: module.to(torch.bfloat16),

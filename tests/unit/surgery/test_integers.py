@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import kurtail_pl
-from kurtail_pl.maths.quantizers import Clip, Grid, LearnedClip, Quantized, Quantizer, quantize
+from kurtail_pl.maths.clip import Clip, LearnedClip
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, quantize
 from kurtail_pl.methods import Uniform
 from kurtail_pl.surgery import linear as linear_module
 from kurtail_pl.surgery.integers import integer_product, integer_weight, multiplies

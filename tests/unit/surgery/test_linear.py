@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.hadamard import HadamardFactors, random_hadamard_factors
 from kurtail_pl.maths.normal_grid import normal_levels
-from kurtail_pl.maths.quantizers import Clip, Grid, Quantized, Quantizer
+from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 from kurtail_pl.methods import LowRank, Normal, Uniform
 from kurtail_pl.surgery.linear import QuantizedLinear, put_side

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods import PerTokenHead, Sinks
 from kurtail_pl.surgery.attention import ATTENTION, equip_attention
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead, Sinks
 
 TWO = Quantizer(2, symmetric=False)

@@ -17,7 +17,8 @@ import kurtail_pl
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.cli.export import exporters
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import (
     GPTQ,
     NVFP4,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, LearnedClips, Matching, Normal, PerTokenHead, Rounder, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse

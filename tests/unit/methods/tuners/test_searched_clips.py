@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.quantizers import Clip, Quantizer, fake_quantize
+from kurtail_pl.maths.clip import Clip
+from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods import PerTokenHead, SearchedClips
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
