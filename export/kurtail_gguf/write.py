@@ -112,7 +112,7 @@ def left_out(source: Source) -> list[str]:
     if source.rotations.query_key is not None:
         found.append("R3, which changes no score; llama.cpp turns a quantized cache by a Hadamard of its own")
     if scheme.activations is not None:
-        found.append(f"activations in {scheme.activations.bits} bits; llama.cpp has int8 in blocks of 32")
+        found.append(f"activations, {scheme.activations}; llama.cpp has int8 in blocks of 32")
     if scheme.cache is not None:
         found.append(f"the cache, {scheme.cache.sentence()}; llama.cpp has the one that it is started with")
     return found

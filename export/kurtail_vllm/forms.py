@@ -51,5 +51,13 @@ def _(cache: PerTokenHead) -> Kept:
         )
     if cache.centre_keys:
         return Kept(None, "centre_keys is true, and vLLM's cache subtracts nothing: quantize with centre_keys: false")
-    bits = {None if quantizer is None else quantizer.bits for quantizer in (cache.keys, cache.values)}
+    quantizers = (cache.keys, cache.values)
+    for quantizer in quantizers:
+        if quantizer is not None and not quantizer.is_plain:
+            return Kept(
+                None,
+                f"the cache keeps numbers in {quantizer}; vLLM's has integers with float scales: quantize with levels: "
+                "integer and scales: float32",
+            )
+    bits = {None if quantizer is None else quantizer.bits for quantizer in quantizers}
     return Kept(TYPES.get(bits.pop() or 0) if len(bits) == 1 else None)

@@ -54,7 +54,8 @@ def kronecker_transform(x: Tensor, kronecker: Kronecker) -> Tensor:
         ``x @ kronecker.dense()``, ``[..., a * b]``.
     """
     left, right = kronecker.left.to(x), kronecker.right.to(x)
-    by_right = x.reshape(*x.shape[:-1], len(left), len(right)) @ right
+    # Products of other layouts have other last bits: keys out of a cache would differ from those that were evaluated.
+    by_right = x.contiguous().view(*x.shape[:-1], len(left), len(right)) @ right
     # With the small matrix on the right torch runs one large product instead of one small product per row.
     return (by_right.mT @ left).mT.reshape(x.shape)
 

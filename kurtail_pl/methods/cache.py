@@ -53,6 +53,9 @@ class CacheFormat(Method):
     def require(self, head_dim: int) -> None:
         """Raise ConfigError, naming the setting, when it cannot keep heads of this width."""
 
+    def require_text(self, tokens: int) -> None:
+        """Raise ConfigError, naming the setting, when so many tokens of calibration text are too few."""
+
     def buffers(self, kv_heads: int, head_dim: int) -> dict[str, Buffer]:
         """The tensors that an artefact has of each layer: what `fitted` finds."""
         return {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from kurtail_pl.methods import CacheFormat
 from kurtail_pl.surgery.architecture import Architecture
@@ -48,9 +49,9 @@ def written_in(layer: nn.Module, architecture: Architecture, head_dim: int) -> l
     """Keys and values of a layer: behind the norm of key heads, where there is one, and where one linear makes all."""
     value, whole = layer.get_submodule(architecture.value), slice(None)
     if architecture.value == architecture.query:
-        # Queries, keys and values, in this order.
-        queries, rows = layer.get_submodule(architecture.output).in_features, value.out_features
-        size = (int(rows) - int(queries)) // 2  # type: ignore[arg-type]
+        # Queries, keys and values, in this order. What the output reads says less: it may be set aside meanwhile.
+        config = cast(PretrainedConfig, layer.get_submodule(architecture.attention).config)
+        size = config.num_key_value_heads * head_dim
         columns = {"keys": slice(-2 * size, -size), "values": slice(-size, None)}
     else:
         columns = {"keys": whole, "values": whole}

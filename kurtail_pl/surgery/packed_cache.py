@@ -110,7 +110,7 @@ def keep_packed(model: PreTrainedModel, attentions: list[nn.Module]) -> None:
     for attention in attentions:
         cache: CacheFormat | None = attention.cache  # type: ignore[assignment]
         if cache is None or not cache.packs:
-            kept = "in floating point" if cache is None else cache.sentence()
+            kept = "keys and values in floating point" if cache is None else cache.sentence()
             raise ConfigError(
                 f"cache is packed, and the artefact keeps {kept}, which has no packed form; leave cache out, or "
                 "quantize with scheme.cache.class_path: kurtail_pl.methods.PerTokenHead and sinks: null"

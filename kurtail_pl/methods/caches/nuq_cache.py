@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -34,7 +35,7 @@ class NUQCache(CacheFormat):
         keys: their bits, 2, 3 or 4; null leaves them in floating point.
         values: the same.
         outliers: their share, half of it at each end: of each key channel over the calibration text, and of each
-            token's values.
+            token's values. Zero has none: what is beyond a key channel's range goes to its end.
 
     Raises:
         ConfigError: when neither keys nor values are quantized, or a share of outliers outside [0, 0.5].
@@ -71,6 +72,19 @@ class NUQCache(CacheFormat):
         """Ranges and levels."""
         return True
 
+    def require_text(self, tokens: int) -> None:
+        """Outliers of the text itself mark the ends of a key channel: without any, all that lies beyond would be one.
+
+        Raises:
+            ConfigError: when their share of the tokens is less than one.
+        """
+        if self.keys is not None and 0 < tokens * self.outliers < 1:
+            raise ConfigError(
+                f"cache.outliers is {self.outliers:g} and the calibration text has {tokens} tokens, fewer than one "
+                f"outlier; give {math.ceil(1 / self.outliers)} tokens or more (text.windows times text.seqlen), or "
+                "cache.outliers: 0"
+            )
+
     def without(self, part: str) -> CacheFormat | None:
         """The other alone."""
         if part == "keys":
@@ -104,14 +118,14 @@ class NUQCache(CacheFormat):
         """By the fixed range of each channel; as they are while nothing is found yet."""
         if self.keys is None or not found:
             return keys
-        return _kept(keys, found["key_low"], found["key_high"], found["key_levels"])
+        return _kept(keys, found["key_low"], found["key_high"], found["key_levels"], self.outliers > 0)
 
     def kept_values(self, values: Tensor, first: Tensor | None, found: Tensors = NOTHING) -> Tensor:
         """By the range of each token over all KV heads; as they are while nothing is found yet."""
         if self.values is None or not found:
             return values
         rows = values.transpose(1, 2).flatten(2)
-        kept = _kept(rows, *self._range(rows), found["value_levels"])
+        kept = _kept(rows, *self._range(rows), found["value_levels"], self.outliers > 0)
         return kept.view(*rows.shape[:2], *values.shape[1::2]).transpose(1, 2)
 
     def _range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,13 +171,13 @@ def _levels(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     return best_levels(means, masses, 1 << bits).float()
 
 
-def _kept(x: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
-    """Numbers on levels within their range, outliers in float16; gradients pass straight through."""
+def _kept(x: Tensor, low: Tensor, high: Tensor, levels: Tensor, outliers: bool) -> Tensor:
+    """Numbers on levels, outliers of their range in float16 where there are any; gradients pass straight through."""
     with torch.no_grad():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         low, high, levels = (part.to(wide) for part in (low, high, levels))
         scaled, middle, half = _scaled(wide, low, high)
-        inside = (wide >= low) & (wide <= high)
+        inside = (wide >= low) & (wide <= high) if outliers else torch.ones_like(wide, dtype=torch.bool)
         outlier = wide.clamp(-LARGEST, LARGEST).half().to(wide)
         kept = torch.where(inside, on_levels(scaled, levels) * half + middle, outlier).to(x.dtype)
     return kept + (x - x.detach()) if x.requires_grad else kept

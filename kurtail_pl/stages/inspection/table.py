@@ -25,6 +25,6 @@ def inspection(path: Path) -> str:
     said = [f"{path}: {facts.kind}", *(f"- {part}" for part in parts)]
     if facts.own:
         said.append(f"- beside the quantizers: {', '.join(facts.own)}")
-    if facts.weights == FLOAT and facts.kind == "artefact":
+    if facts.kind == "artefact" and {facts.weights, facts.activations, facts.cache} == {FLOAT}:
         said.append("- not quantized yet: kurtail quantize --artefact does that")
     return "\n".join([*said, "", markdown(COLUMNS, [astuple(verdict) for verdict in verdicts(facts)])])

@@ -80,7 +80,8 @@ class Rounding:
         own = walker.hidden_states(self._share(own_text), work, "learning")
         exact = None if self.float_model is None else hidden.beside("exact")
         prefix = self._prefix()
-        for index, layer in walker.layers(f"{spec.rounder.label} layers", work):
+        label = "quantize" if self.scheme.weights is None else spec.rounder.label
+        for index, layer in walker.layers(f"{label} layers", work):
             name = f"{architecture.layers}.{index}"
             self._train(index, layer, own)
             beside = self._beside(index, layer, exact)

@@ -67,6 +67,8 @@ class QuantizeSpec:
             raise ConfigError("clips and transforms are both given, and both decide the clips; write one of them: null")
         if self.matching is not None:
             self.matching.require(self.scheme, self.quantized_activations, self.rounder)
+        if self.scheme.cache is not None and self.text.windows is not None:
+            self.scheme.cache.require_text(self.text.windows * self.text.seqlen)
         if self.scheme.weights is not None:
             self.rounder.require(self.scheme.weights)
         self.runtime.require(self.scheme, self.clips, self.transforms)

@@ -36,8 +36,7 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
         f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
         f"Weights on disk: {gigabytes(results['disk_bytes'])}{_bits_per_weight(card)}.\n{tasks}\n"
-        "Weights are stored as packed integers; activations and the KV cache are quantized at run time, with the "
-        "numbers that an integer kernel gives. `kurtail.json` holds every setting, seed, version and hash.\n\n"
+        f"{_stored(scheme)} `kurtail.json` holds every setting, seed, version and hash.\n\n"
         "```python\nimport kurtail_pl\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = kurtail_pl.load("{folder.name}")\n'
         "# The same, by transformers, which needs kurtail_pl imported:\n"
@@ -124,6 +123,18 @@ def _activations(scheme: Scheme) -> str:
     if scheme.static:
         said += "; one calibrated scale for all tokens of each input"
     return said
+
+
+def _stored(scheme: Scheme) -> str:
+    """What is in the file, and what is done at run time."""
+    weights = "in floating point" if scheme.weights is None else "as packed codes"
+    done = {"activations": scheme.activations, "the KV cache": scheme.cache}
+    quantized = [what for what, how in done.items() if how is not None]
+    if not quantized:
+        return f"Weights are stored {weights}."
+    verb = "is" if quantized == ["the KV cache"] else "are"
+    kernel = "to the numbers that a kernel for them gives"
+    return f"Weights are stored {weights}; {' and '.join(quantized)} {verb} quantized at run time, {kernel}."
 
 
 def _bits_per_weight(card: dict[str, Any]) -> str:

@@ -127,7 +127,7 @@ def test_what_has_no_packed_form_is_refused(
         with pytest.raises(ConfigError, match=r"cache is packed, .*q4_0, which has no packed form"):
             keep_packed(model, attentions)
         return
-    with pytest.raises(ConfigError, match=r"cache is packed, .*which has no packed form; leave cache out"):
+    with pytest.raises(ConfigError, match=r"the artefact keeps keys .*, which has no packed form; leave cache out"):
         kurtail_pl.load(made(cache), cache="packed")
 
 

@@ -121,10 +121,13 @@ def test_a_centre_is_in_the_biases(make_artefact: MakeArtefact, tmp_path: Path) 
 
 
 def test_what_llama_cpp_does_itself_is_left_out_in_words(make_artefact: MakeArtefact, tmp_path: Path) -> None:
-    artefact = make_artefact("qwen3", activations=Quantizer(4), cache=PerTokenHead(centre_keys=True))
+    artefact = make_artefact("qwen3", activations=Quantizer(levels="e2m1"), cache=PerTokenHead(centre_keys=True))
     checked(artefact, tmp_path / "gguf")
     left = " ".join(json.loads((tmp_path / "gguf" / "kurtail_export.json").read_text())["left_out"])
-    assert all(part in left for part in ("R3", "activations in 4 bits", "the cache, ", "mean subtracted from keys"))
+    assert all(
+        part in left
+        for part in ("R3", "activations, 4-bit floating point (E2M1)", "the cache, ", "mean subtracted from keys")
+    )
     card = (tmp_path / "gguf" / "README.md").read_text()
     assert "llama-server -m model.gguf -ctk q4_0 -ctv q4_0 -fa on" in card
     assert f"left out: {left[:20]}" in card

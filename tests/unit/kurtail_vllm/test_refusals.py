@@ -42,6 +42,10 @@ A4, A8 = Quantizer(4), Quantizer(8)
         ({"prefix": [5, 7]}, r"prefix is \[5, 7\].*quantize with prefix: null"),
         ({"cache": PerTokenHead(sinks=Sinks(2, 8))}, "quantize with sinks: null"),
         ({"cache": PerTokenHead(centre_keys=True)}, "quantize with centre_keys: false"),
+        (
+            {"cache": PerTokenHead(values=Quantizer(levels="e2m1"))},
+            "cache keeps numbers in 4-bit floating .*integer and",
+        ),
         ({"cache": Q4_0Cache()}, "no cache like keys and values in Q4_0"),
         ({"cache": NUQCache()}, "no cache like keys before RoPE by channel in 4 bits"),
         ({"activations": Quantizer(4, clip=Clip(amount=0.9))}, r"ratio 0\.9; .*with activations\.clip\.amount: 1\.0"),

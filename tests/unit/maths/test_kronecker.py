@@ -65,3 +65,13 @@ def test_sizes_are_the_divisors_nearest_to_the_root() -> None:
         assert a + b == min(d + n // d for d in range(1, n + 1) if n % d == 0)
     # FlatQuant's own, and widths of 2 mod 4, for which the difference of two squares that it seeks does not exist.
     assert [nearest_sizes(n) for n in (4096, 11008, 14336, 90)] == [(64, 64), (86, 128), (112, 128), (9, 10)]
+
+
+@pytest.mark.parametrize("orders", [(1, 16), (6, 8)])
+def test_rows_have_the_same_bits_in_every_layout(orders: tuple[int, int]) -> None:
+    """Heads of a linear's output lie otherwise in memory than the same heads out of a cache."""
+    draw = torch.Generator().manual_seed(3)
+    kronecker = Kronecker(*(torch.randn(n, n, generator=draw) for n in orders))
+    heads = torch.randn(1, 57, 2, orders[0] * orders[1], generator=draw).transpose(1, 2)
+    assert not heads.is_contiguous()
+    assert torch.equal(kronecker_transform(heads, kronecker), kronecker_transform(heads.contiguous(), kronecker))

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kurtail_pl.methods import NUQCache
 from kurtail_pl.methods.scheme import FLOAT, Scheme
+from kurtail_pl.stages.quantization.float_layer import set_aside
 from kurtail_pl.surgery.attention import put_found
 from kurtail_pl.surgery.before_rope import watched_states
 from kurtail_pl.surgery.equip import equip_model, take_over
@@ -65,6 +66,23 @@ def test_what_is_watched_is_what_transformers_caches(family: str) -> None:
         keys, values = (states[part].transpose(0, 1)[None] for part in ("keys", "values"))
         torch.testing.assert_close(values, layer.values, rtol=0, atol=1e-6)
         torch.testing.assert_close(behind_rope(model, keys), layer.keys, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_they_are_found_while_what_reads_the_attention_is_set_aside(family: str) -> None:
+    """As in calibration, which asks a layer's attention for the inputs of its output alone."""
+    model, seen = equipped(family, FLOAT), dict[str, Tensor]()
+    layer, architecture = model.model.layers[0], architecture_of(model.config)
+    states = model.model.embed_tokens(IDS)
+    positions = model.model.rotary_emb(states, torch.arange(IDS.shape[1])[None])
+    with (
+        set_aside(layer, architecture.output),
+        watched_states(layer, architecture, head_dim_of(model.config), seen.__setitem__),
+    ):
+        layer.self_attn(layer.input_layernorm(states), position_embeddings=positions, attention_mask=None)
+    for part, wanted in seen_in(family, IDS)[0].items():
+        assert torch.equal(seen[part][0].transpose(0, 1), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

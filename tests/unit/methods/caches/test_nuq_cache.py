@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.methods import NUQCache
+from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.stages.quantization import QuantizeSpec
+from kurtail_pl.stages.text import TextSpec
 
 TOKENS, HEADS, WIDTH = 400, 2, 8
 
@@ -94,6 +97,29 @@ def test_a_constant_channel_is_kept_and_gradients_pass() -> None:
     assert torch.equal(NUQCache().kept_values(torch.ones(1, 1, 9, 4), None, nothing), torch.ones(1, 1, 9, 4))
     kept.sum().backward()  # type: ignore[no-untyped-call]
     assert torch.equal(keys.grad, torch.ones_like(keys))
+
+
+def test_without_outliers_keys_beyond_their_range_go_to_its_end() -> None:
+    cache, x = NUQCache(3, 3, 0.0), states(5)
+    found = cache.fitted(x, x)
+    low, high = (found[name].double().numpy() for name in ("key_low", "key_high"))
+    keys = 3 * (x.transpose(0, 1) - x.mean()).double()
+    kept = cache.kept_keys(keys[None], None, found)[0].numpy()
+    middle, half = (high + low) / 2, (high - low) / 2
+    levels = found["key_levels"].double().numpy()
+    ends = np.clip(keys.numpy(), low, high)
+    nearest = np.abs((ends - middle)[..., None] / half[..., None] - levels).argmin(-1)
+    assert (keys.numpy() != ends).mean() > 0.1
+    np.testing.assert_allclose(kept, levels[nearest] * half + middle, rtol=0, atol=1e-9)
+    assert np.all([len(np.unique(channel)) <= 8 for channel in kept.transpose(0, 2, 1).reshape(-1, TOKENS)])
+
+
+def test_a_text_without_one_outlier_is_refused() -> None:
+    said = r"cache\.outliers is 0\.01 and the calibration text has 96 tokens, .* give 100 tokens or more"
+    with pytest.raises(ConfigError, match=said):
+        QuantizeSpec(Scheme(cache=NUQCache()), text=TextSpec(windows=2, seqlen=48))
+    for cache, windows in ((NUQCache(outliers=0.0), 2), (NUQCache(keys=None), 2), (NUQCache(), 3), (NUQCache(), None)):
+        QuantizeSpec(Scheme(cache=cache), text=TextSpec(windows=windows, seqlen=48))
 
 
 def test_bits_count_outliers_and_ranges() -> None:

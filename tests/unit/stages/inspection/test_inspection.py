@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kurtail_pl.cli.main import main
 from kurtail_pl.errors import ArtefactError, CheckpointError
-from kurtail_pl.methods import LowRank
+from kurtail_pl.methods import LowRank, NUQCache
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.export import export
 from kurtail_pl.stages.inspection.facts import facts_of
 from kurtail_pl.stages.inspection.runtimes import Verdict, verdicts
+from kurtail_pl.stages.inspection.table import inspection
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.text import TextSpec
 
@@ -73,6 +74,13 @@ def test_an_artefact_runs_in_torch_and_transformers(artefact: Path) -> None:
 
 def test_a_fused_model_is_float(fused: Path) -> None:
     assert (facts_of(fused).weights, facts_of(fused).activations, facts_of(fused).cache) == ("float", "float", "float")
+
+
+def test_a_quantized_cache_alone_is_quantized(fused: Path, text: TextSpec, tmp_path: Path) -> None:
+    scheme = Scheme(weights=None, activations=None, cache=NUQCache())
+    folder = quantize(fused, QuantizeSpec(scheme, text=text), tmp_path / "cache")
+    assert "not quantized yet" in inspection(fused)
+    assert "not quantized yet" not in inspection(folder)
 
 
 def test_what_only_torch_computes_is_named(fused: Path, text: TextSpec, tmp_path: Path) -> None:

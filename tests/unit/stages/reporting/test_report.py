@@ -154,6 +154,23 @@ def test_the_model_card_says_that_scales_are_static_and_what_stands_before_texts
     assert "- before every text: float keys and values of the tokens [5, 7]\n" in card
 
 
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        (Scheme(), "as packed codes; activations and the KV cache are quantized at run time, "),
+        (Scheme(activations=None, cache=None), "as packed codes. `kurtail.json`"),
+        (Scheme(weights=None, activations=None), "in floating point; the KV cache is quantized at run time, "),
+    ],
+)
+def test_the_model_card_says_what_is_stored_and_what_is_done_at_run_time(
+    scheme: Scheme, said: str, fused: Path, text: TextSpec, store: ActivationStore, tmp_path: Path
+) -> None:
+    folder = quantize(fused, QuantizeSpec(scheme, RTN(), text=text), tmp_path / "made")
+    evaluate_folder(Checkpoint(folder), folder, text, store, 40)
+    report(folder)
+    assert f"\nWeights are stored {said}" in (folder / "README.md").read_text()
+
+
 def test_the_model_card_says_what_stands_beside_the_weights(
     fused: Path, text: TextSpec, store: ActivationStore, tmp_path: Path
 ) -> None:
