@@ -37,10 +37,11 @@ PAPER = [
 ]
 """Rows of the paper's tables."""
 OVERLAYS = {"protocols": "", "methods": "", "bits": "kurtail-plus ", "ablation": "kurtail-plus "}
-"""Recipes of these folders go over others."""
+OWN = dict.fromkeys(("ablation/trained-clips", "bits/w4a4-mxfp4", "bits/w4a4-nvfp4"), "")
+"""Recipes of these folders go over others; KurTail+ centres and refines, which these refuse."""
 PLANNED = [
     *PAPER,
-    *(f"{OVERLAYS[name.split('/')[0]]}{name}" for name in shipped() if name.split("/")[0] in OVERLAYS),
+    *(f"{OWN.get(name, OVERLAYS[name.split('/')[0]])}{name}" for name in shipped() if name.split("/")[0] in OVERLAYS),
 ]
 RUN = {
     "kurtail-protocol": "kurtail",

@@ -78,7 +78,7 @@ class BlockTransforms(TransformTuner):
             raise ConfigError(
                 "transforms.parts names weights and scheme.weights is null; give it, or leave weights out"
             )
-        if scheme.cache is not None and scheme.cache.calibrated:
+        if scheme.cache is not None and scheme.cache.before_rope:
             raise ConfigError(
                 f"transforms are given and the cache keeps {scheme.cache.sentence()}, found on other keys and values: "
                 "write scheme.cache.class_path: kurtail_pl.methods.PerTokenHead, or transforms: null"
