@@ -37,8 +37,11 @@ PAPER = [
 ]
 """Rows of the paper's tables."""
 OVERLAYS = {"protocols": "", "methods": "", "bits": "kurtail-plus ", "ablation": "kurtail-plus "}
-OWN = dict.fromkeys(("ablation/trained-clips", "bits/w4a4-mxfp4", "bits/w4a4-nvfp4"), "")
-"""Recipes of these folders go over others; KurTail+ centres and refines, which these refuse."""
+OWN = {
+    "ablation/trained-clips": "", "ablation/orthogonal-transforms": "flatquant ",
+    "ablation/learned-blocks": "mr-gptq-nvfp4 ", "bits/w4a4-mxfp4": "", "bits/w4a4-nvfp4": "",
+}  # fmt: skip
+"""Recipes of these folders go over others; these go over a method of their own."""
 PLANNED = [
     *PAPER,
     *(f"{OWN.get(name, OVERLAYS[name.split('/')[0]])}{name}" for name in shipped() if name.split("/")[0] in OVERLAYS),
