@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from kurtail_pl.stages.fusion import passes
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery.families import LLAMA, REGISTRY
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
 
@@ -125,13 +127,13 @@ def test_a_transform(
 ) -> None:
     """The model computes the same, and its channels are in another order."""
     SortHidden = example("sort_hidden").SortHidden  # noqa: N806 - a class
-    listed = passes.Fuser._transforms
+    listed = passes.transforms_of
 
-    def with_sorting(self: passes.Fuser, *arguments: object) -> list[passes.Transform]:
-        *before, online = listed(self, *arguments)  # type: ignore[arg-type]
-        return [*before, SortHidden(self.architecture), online]
+    def with_sorting(walker: Walker, *arguments: Any) -> tuple[passes.Transform, ...]:
+        *before, online = listed(walker, *arguments)
+        return *before, SortHidden(walker.architecture), online
 
-    monkeypatch.setattr(passes.Fuser, "_transforms", with_sorting)
+    monkeypatch.setattr(passes, "transforms_of", with_sorting)
     folder = fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "sorted")
     original, sorted_ = (AutoModelForCausalLM.from_pretrained(each).double() for each in (tiny, folder))
     tokens = torch.arange(40).unsqueeze(0)
