@@ -74,8 +74,7 @@ def fuse(
             or the rotations are another model's.
         GateError: when a fold changes the output; nothing is kept.
         TextError: when the text of the scales or signs is too short.
-        ArtefactError: when the folder exists.
-        DiskFull: when the model does not fit.
+        ArtefactError, DiskFull: when the folder exists, or the model does not fit.
         UnsupportedArchitecture: when the family is unknown.
     """
     require_rotations_of(checkpoint.config, rotations, "the rotations")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from families import tiny_family
+from first_layer import FirstLayer
 from shards import tensors_of
-from torch import Tensor, nn
+from torch import nn
 
 import kurtail_pl
 from kurtail_pl.artefact.source import Source
@@ -34,7 +35,7 @@ from kurtail_pl.methods import (
 from kurtail_pl.methods.scheme import FLOAT, Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.compute import Compute
 from kurtail_pl.surgery.rotations import Rotations, random_rotations
@@ -55,25 +56,8 @@ def card_of(folder: Path) -> dict[str, Any]:
     return card
 
 
-class FirstLayer:
-    """What the first decoder layer writes in float64, by transformers' own calls, and how far it is from the float."""
-
-    def __init__(self, fused: Path, text: TextSpec) -> None:
-        self.windows = cut_windows(Checkpoint(fused), replace(text, windows=4, seqlen=48), "calibration", seed=1).tokens
-        self.exact = self.written(kurtail_pl.load(fused))
-
-    @torch.no_grad()
-    def written(self, model: Any) -> Tensor:
-        found: list[Tensor] = []
-        model.model.layers = model.model.layers[:1]
-        with model.model.layers[0].register_forward_hook(lambda *call: found.append(call[2])):
-            model.double()(self.windows)
-        return found[0]
-
-    def error(self, folder: Path) -> float:
-        """Squared change over squared size, the mean of all tokens."""
-        change = (self.written(kurtail_pl.load(folder)) - self.exact).norm(dim=-1) / self.exact.norm(dim=-1)
-        return change.square().mean().item()
+def first_layer(fused: Path, text: TextSpec) -> FirstLayer:
+    return FirstLayer(fused, replace(text, windows=4, seqlen=48))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +70,8 @@ def test_all_parts_together_beat_random_hadamards(plain: Path, fused: Path, text
     """Behind the same Hadamards that they start from, untrained; the layer writes the same in both."""
     trained = quantize(plain, training(text, epochs=30), tmp_path / "trained")
     untrained = quantize(fused, replace(training(text), transforms=None), tmp_path / "untrained")
-    one, other = FirstLayer(plain, text), FirstLayer(fused, text)
-    assert one.error(trained) < 0.9 * other.error(untrained)
+    one, other = first_layer(plain, text), first_layer(fused, text)
+    assert one.error(kurtail_pl.load(trained)) < 0.9 * other.error(kurtail_pl.load(untrained))
     card = card_of(trained)
     places = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "keys", "values"}
     assert [set(layer) for layer in card["transforms"]] == 4 * [places]
@@ -144,8 +128,8 @@ def test_clips_alone_leave_no_maps(fused: Path, text: TextSpec, tmp_path: Path) 
     assert card_of(folder)["transforms"] == []
     assert not [name for name in tensors_of(folder) if "transform" in name]
     untrained = quantize(fused, replace(training(text), transforms=None), tmp_path / "untrained")
-    first = FirstLayer(fused, text)
-    assert first.error(folder) < 0.95 * first.error(untrained)
+    first = first_layer(fused, text)
+    assert first.error(kurtail_pl.load(folder)) < 0.95 * first.error(kurtail_pl.load(untrained))
 
 
 def test_rows_learn_what_their_grids_span(fused: Path, text: TextSpec, tmp_path: Path) -> None:
@@ -154,8 +138,8 @@ def test_rows_learn_what_their_grids_span(fused: Path, text: TextSpec, tmp_path:
     spec = replace(training(text, scheme, parts=["weights"], epochs=12, seqlen=48), quantized_activations=False)
     learned = quantize(fused, spec, tmp_path / "learned")
     sought = quantize(fused, replace(spec, transforms=None), tmp_path / "sought")
-    first = FirstLayer(fused, text)
-    assert first.error(learned) < 0.97 * first.error(sought)
+    first = first_layer(fused, text)
+    assert first.error(kurtail_pl.load(learned)) < 0.97 * first.error(kurtail_pl.load(sought))
 
 
 @pytest.mark.parametrize("group_size", [None, 12])
@@ -180,8 +164,8 @@ def test_the_float_model_beside_has_the_maps_too(plain: Path, text: TextSpec, tm
     spec = replace(training(text, epochs=1), rounder=GPTQ(correction="gptaq"))
     folder = quantize(plain, spec, tmp_path / "gptaq")
     rounded = quantize(plain, training(text, epochs=1), tmp_path / "rtn")
-    first = FirstLayer(plain, text)
-    assert first.error(folder) < first.error(rounded)
+    first = first_layer(plain, text)
+    assert first.error(kurtail_pl.load(folder)) < first.error(kurtail_pl.load(rounded))
 
 
 def test_experts_have_maps_of_their_own(tied: Path, text: TextSpec, tmp_path: Path) -> None:

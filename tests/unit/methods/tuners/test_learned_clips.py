@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from families import tiny_family
+from first_layer import FirstLayer
 from shards import tensors_of
-from torch import Tensor, nn
+from torch import nn
 
 import kurtail_pl
 from kurtail_pl.errors import ConfigError
@@ -21,7 +21,7 @@ from kurtail_pl.methods import GPTQ, NVFP4, RTN, Format, LearnedClips, Matching,
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
-from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.surgery.rotations import random_rotations
 
@@ -57,27 +57,6 @@ def put(layer: nn.Module, clips: dict[str, float], scheme: Scheme) -> None:
         else:
             quantizer = replace(getattr(scheme.cache, part), clip=clip)
             module.cache = replace(module.cache or scheme.cache, **{part: quantizer})
-
-
-class FirstLayer:
-    """What the first decoder layer writes in float64, by transformers' own calls, and how far it is from the float."""
-
-    def __init__(self, fused: Path, text: TextSpec) -> None:
-        self.windows = cut_windows(Checkpoint(fused), text, "calibration", seed=1).tokens
-        self.exact = self.written(kurtail_pl.load(fused))
-
-    @torch.no_grad()
-    def written(self, model: Any) -> Tensor:
-        found: list[Tensor] = []
-        model.model.layers = model.model.layers[:1]
-        with model.model.layers[0].register_forward_hook(lambda *call: found.append(call[2])):
-            model.double()(self.windows)
-        return found[0]
-
-    def error(self, model: nn.Module) -> float:
-        """Squared change over squared size, the mean of all tokens."""
-        change = (self.written(model) - self.exact).norm(dim=-1) / self.exact.norm(dim=-1)
-        return change.square().mean().item()
 
 
 def test_clips_learn_most_of_what_the_best_of_all_have(fused: Path, text: TextSpec, tmp_path: Path) -> None:
