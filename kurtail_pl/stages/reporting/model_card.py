@@ -77,6 +77,8 @@ def _parts(scheme: Scheme, card: dict[str, Any]) -> dict[str, str]:
         "activations": _activations(scheme),
         "cache": "float" if scheme.cache is None else scheme.cache.sentence(),
     }
+    if channels := _channels(card):
+        parts["channels"] = channels
     if clips := quantize.get("clips"):
         parts["clips"] = ClipTuner.from_dict(clips).sentence()
     if transforms := quantize.get("transforms"):
@@ -86,6 +88,18 @@ def _parts(scheme: Scheme, card: dict[str, Any]) -> dict[str, str]:
     if scheme.prefix is not None:
         parts["before every text"] = f"float keys and values of the tokens {scheme.prefix}"
     return parts
+
+
+def _channels(card: dict[str, Any]) -> str:
+    """How fusion scaled the channels, with the alpha that was given or found; empty where it did not."""
+    given, found = card.get("fuse", {}).get("scales"), card.get("rotations", {}).get("scales")
+    if not isinstance(given, dict):
+        return ""
+    if given.get("rule") != "absmax":
+        return "scaled so that the output errs least"
+    alpha = {**given, **(found if isinstance(found, dict) else {})}.get("alpha")
+    said = "of each layer's own" if isinstance(alpha, list) else alpha
+    return f"scaled by their {given.get('magnitudes')} magnitudes, alpha {said}"
 
 
 def _target(quantize: dict[str, Any]) -> str:
