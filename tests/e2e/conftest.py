@@ -32,6 +32,7 @@ def smoke_recipe(model: Path, text: Path) -> str:
     settings["data"]["init_args"]["capture"]["model"] = str(model)
     settings["data"]["init_args"]["store"] = "runs/store"
     settings["trainer"]["default_root_dir"] = "runs"
+    settings["figures"]["layers"] = []  # Which take as long to draw as all else does together.
     settings["quantization"]["out"] = f"artifacts/{model.name}-kurtail-w4a4kv4"
     settings["quantization"]["rounder"]["class_path"] = "kurtail_pl.methods.GPTQ"
     for place in (settings["data"]["init_args"]["capture"], settings["quantization"], settings["evaluation"]):

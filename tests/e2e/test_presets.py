@@ -116,6 +116,7 @@ def tiny(settings: dict[str, Any], model: Path) -> dict[str, Any]:
     return {
         "data": {"init_args": data},
         "fusion": {"scales": settings["fusion"]["scales"] and {"text": text}},
+        "figures": {"layers": []},
         "quantization": {"text": text, "scheme": {"weights": {"init_args": {"group_size": group_size}}}},
         "evaluation": {"text": {**text, "windows": None if whole else 4}, "tasks": None},
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.image import imread
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of, require_before
@@ -15,7 +16,7 @@ from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.fusion.stage import UNROTATED
-from kurtail_pl.stages.reporting.figures import Pages, chosen_layers, figures
+from kurtail_pl.stages.reporting.figures import Pages, chosen_layers, figures, file_of
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 from kurtail_pl.surgery.rotations import random_rotations
 
@@ -51,26 +52,27 @@ class Figures(CheckedCallback):
         assert isinstance(pl_module, RotationModule)
         rotations, config = read_rotations(root / FILE), data.checkpoint.config
         quantization = callback_of(trainer, WeightQuantization)
+        folder = (quantization.folder(pl_module, data) if quantization else root) / FOLDER
         pages = figures(
             data.store,
             rotations,
             random_rotations(config, rotations.origin.get("seed", 0)),
             config.rms_norm_eps,
-            (quantization.folder(pl_module, data) if quantization else root) / FOLDER,
+            folder,
             data.validation_rows,
             self.layers,
             overwrite=True,
         )
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _log(logger, pages, trainer.global_step)
+                _log(logger, pages, folder, trainer.global_step)
 
 
-def _log(logger: TensorBoardLogger, pages: Pages, step: int) -> None:
-    """Add every page under its tag, once a run."""
+def _log(logger: TensorBoardLogger, pages: Pages, folder: Path, step: int) -> None:
+    """Add every page under its tag, once a run; figures as they were written, for to draw them again takes as long."""
     board = logger.experiment
-    for tag, figure in pages.figures.items():
-        board.add_figure(tag, figure, step)
+    for tag in pages.figures:
+        board.add_image(tag, imread(folder / file_of(tag))[..., :3], step, dataformats="HWC")
     for tag, values in pages.histograms.items():
         board.add_histogram(tag, values, step)
     for tag, table in pages.tables.items():

@@ -108,10 +108,15 @@ def figures(
         pages.summary.update(model=store.origin.model, method=method, rows=rows)
         pages.summary.update(kurtosis=numbers, rounding_error=rounded, max_reduction=reductions.to_dict())
         for tag, figure in pages.figures.items():
-            figure.savefig(partial / f"{tag.replace('/', '-')}.png")
+            figure.savefig(partial / file_of(tag))
         write_text(partial / TABLE, pages.tables["max_reduction"])
         write_json(partial / SUMMARY, pages.summary)
     return pages
+
+
+def file_of(tag: str) -> str:
+    """Name of a figure's file in the folder."""
+    return f"{tag.replace('/', '-')}.png"
 
 
 def _basis(store: ActivationStore, rotations: Rotations) -> Tensor:
