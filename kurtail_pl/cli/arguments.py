@@ -34,11 +34,16 @@ def prepared(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str
     Raises:
         UsageError: when an option is given twice, or a recipe cannot be read.
     """
-    spelled = list(_spelled_out(arguments))
-    _refuse_repeated(spelled, (*CONFIGS, *repeatable))
-    found = list(_with_files(spelled))
+    found = list(_with_files(spelled(arguments, repeatable)))
     for recipe in _values_of(CONFIGS, found):
         check_recipe(Path(recipe))
+    return found
+
+
+def spelled(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str]:
+    """The same without a look at the recipes; raises UsageError when an option is given twice."""
+    found = list(_spelled_out(arguments))
+    _refuse_repeated(found, (*CONFIGS, *repeatable))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from pathlib import Path
 
 from kurtail_pl.cli.failures import UsageError
@@ -35,6 +36,12 @@ def shipped() -> dict[str, Path]:
 def summary(path: Path) -> str:
     """The first line of a recipe: a comment that says what it is for."""
     return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
+
+
+def recipe_files(name: str) -> list[Path]:
+    """The files of recipes that come along, by a pattern such as ``methods/*``; of any other name the one file."""
+    found = fnmatch.filter(shipped(), name) if "*" in name else []
+    return [shipped()[full] for full in found] or [recipe_file(name)]
 
 
 def recipe_file(name: str) -> Path:

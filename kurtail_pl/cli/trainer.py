@@ -170,15 +170,19 @@ class KurtailCLI(LightningCLI):
         require_sensible(self.trainer)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._claims.enter_context(alone_with(Path(self.trainer.default_root_dir)))
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CheckedCallback):
-                callback.check(self.trainer, self.model, self.datamodule)
-        require_room(self.trainer, self.datamodule)
+        self.check()
         last = self.last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
             require_checkpoint(last, "remove it to learn anew, or pass --overwrite")
             log.info("going on from %s", last)
             self.config_init["fit"]["ckpt_path"] = str(last)
+
+    def check(self) -> None:
+        """Refuse what would fail after capture and training, and what the machine has no room for."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CheckedCallback):
+                callback.check(self.trainer, self.model, self.datamodule)
+        require_room(self.trainer, self.datamodule)
 
     def last_checkpoint(self) -> Path | None:
         """What an earlier run of the recipe left, finished or not."""

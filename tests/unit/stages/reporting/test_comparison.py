@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.stages.reporting.comparison import Row, groups_of, write_comparison
+from kurtail_pl.stages.reporting.comparison import write_comparison
 from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
+from kurtail_pl.stages.reporting.lines import Row, lines_of
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.surgery.rotations import Rotations
 
@@ -95,7 +96,7 @@ def test_data_and_picture_hold_the_same_numbers(rows: list[Row], tmp_path: Path)
     assert [folder["seed"] for folder in data["folders"]] == [0, 1, 0, 1, 0]
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.format == "PNG"
-    chart = draw_perplexity({(g.method, g.weights, g.bits): g.of("perplexity") for g in groups_of(rows)}, "m")
+    chart = draw_perplexity({(g.method, g.weights, g.bits): g.of("perplexity") for g in lines_of(rows)}, "m")
     (axes,) = chart.axes
     assert [bar.get_width() for bar in axes.patches] == [10.0, 32.0, 22.0, 50.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
