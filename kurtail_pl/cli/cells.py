@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kurtail_pl.cli.naming import Settings, learned_by
@@ -46,9 +46,13 @@ def cells_of(recipes: list[Recipe], weights: list[str] | None, seeds: list[int] 
 def cells_of_systems(
     systems: Mapping[str, Recipe], weights: list[str] | None, seeds: list[int] | None
 ) -> Iterator[Cell]:
-    """Every cell of recipes that stand for themselves, by the names of the systems."""
-    for name, recipe in zip(systems, _apart(systems.values()), strict=True):
-        for cell in _variants(recipe, weights, seeds if _fixed(recipe.own) is not False else None):
+    """Every cell of recipes that stand for themselves, by the names of the systems.
+
+    Folders are named after what is in them, so that they are the same beside any other systems.
+    """
+    for name, recipe in systems.items():
+        own = _changed(recipe, _elsewhere)
+        for cell in _variants(own, weights, seeds if _fixed(own.own) is not False else None):
             yield replace(cell, name=name)
 
 
@@ -66,7 +70,7 @@ def _changed(recipe: Recipe, change: Callable[[Settings], None]) -> Recipe:
     return copied
 
 
-def _apart(recipes: Iterable[Recipe]) -> Iterator[Recipe]:
+def _apart(recipes: list[Recipe]) -> Iterator[Recipe]:
     """Recipes without folders that an earlier one names for other rotations or another artefact."""
     runs: dict[str, Settings] = {}
     artefacts = set()

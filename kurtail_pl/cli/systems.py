@@ -88,11 +88,13 @@ def systems_of(
             _require_alike(recipe, next(iter(recipes.items()), None))
             recipes[name] = recipe
     cells: list[Cell] = []
+    seed_of: dict[str, int] = {}
     for cell in cells_of_systems(recipes, weights, seeds):
         assert cell.name is not None
         with _refusal(cell.name, refused):
+            if cell.seed == seed_of.setdefault(cell.name, cell.seed):
+                maker.check(cell)  # Other seeds are refused for nothing else.
             if cell.name not in refused:
-                maker.check(cell)
                 cells.append(cell)
     if not cells:
         name, first = next(iter(refused.items()))
