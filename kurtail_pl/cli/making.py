@@ -12,7 +12,7 @@ import yaml
 
 from kurtail_pl.cli.cells import Cell, Recipe
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
-from kurtail_pl.cli.refusals import require_sensible
+from kurtail_pl.cli.refusals import require_possible, require_sensible
 from kurtail_pl.cli.saving import RECIPE
 from kurtail_pl.cli.trainer import KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.errors import ArtefactError, listed
@@ -137,7 +137,7 @@ class Maker:
         if not self.stands(parsed.artefact):
             parsed.quantization.overwrite = self.overwrite
             require_sensible(parsed.cli.trainer)
-            parsed.cli.check()
+            require_possible(parsed.cli.trainer, parsed.cli.model, parsed.cli.datamodule)
 
     def make(self, parsed: Parsed) -> Row:
         """Run a cell's recipe unless its artefact stands there, finished.
