@@ -53,20 +53,14 @@ def _with_files(arguments: list[str]) -> Iterator[str]:
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if waiting:
-            yield _file(argument)
+            yield str(recipe_file(argument))
         elif option in CONFIGS and equals:
-            yield f"{option}={_file(value)}"
+            yield f"{option}={recipe_file(value)}"
         else:
             yield argument
         waiting = not waiting and option in CONFIGS and not equals
     if waiting:
-        _file("")
-
-
-def _file(name: str) -> str:
-    if not name or name.startswith("--"):
-        raise UsageError("--config names no file; give a recipe such as kurtail-plus, or a YAML file")
-    return str(recipe_file(name))
+        recipe_file("")
 
 
 def _spelled_out(arguments: list[str]) -> Iterator[str]:

@@ -116,12 +116,12 @@ class Maker:
         self._begun: set[Path] = set()
         self._made: set[Path] = set()
         self._cells: list[Cell] = []
-        (folder / "recipes").mkdir(parents=True, exist_ok=True)
 
     def parse(self, cell: Cell) -> Parsed:
         """Write a cell's recipe, and read it as a command line would."""
         if cell not in self._cells:
             self._cells.append(cell)
+        (self.folder / "recipes").mkdir(parents=True, exist_ok=True)
         path = self.folder / "recipes" / f"{self._cells.index(cell):02d}.yaml"
         with alone_with(self.folder):  # Another process may compare the same recipes.
             write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))

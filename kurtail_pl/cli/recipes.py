@@ -50,6 +50,8 @@ def recipe_file(name: str) -> Path:
     Raises:
         UsageError: when there is none, with the name that is most like it, or when the name is that of several.
     """
+    if not name or name.startswith("--"):
+        raise UsageError("--config names no file; give a recipe such as kurtail-plus, or a YAML file")
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
