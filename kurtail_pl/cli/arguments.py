@@ -34,11 +34,16 @@ def prepared(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str
     Raises:
         UsageError: when an option is given twice, or a recipe cannot be read.
     """
-    spelled = list(_spelled_out(arguments))
-    _refuse_repeated(spelled, (*CONFIGS, *repeatable))
-    found = list(_with_files(spelled))
+    found = list(_with_files(spelled(arguments, repeatable)))
     for recipe in _values_of(CONFIGS, found):
         check_recipe(Path(recipe))
+    return found
+
+
+def spelled(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str]:
+    """The same without a look at the recipes; raises UsageError when an option is given twice."""
+    found = list(_spelled_out(arguments))
+    _refuse_repeated(found, (*CONFIGS, *repeatable))
     return found
 
 
@@ -48,20 +53,14 @@ def _with_files(arguments: list[str]) -> Iterator[str]:
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if waiting:
-            yield _file(argument)
+            yield str(recipe_file(argument))
         elif option in CONFIGS and equals:
-            yield f"{option}={_file(value)}"
+            yield f"{option}={recipe_file(value)}"
         else:
             yield argument
         waiting = not waiting and option in CONFIGS and not equals
     if waiting:
-        _file("")
-
-
-def _file(name: str) -> str:
-    if not name or name.startswith("--"):
-        raise UsageError("--config names no file; give a recipe such as kurtail-plus, or a YAML file")
-    return str(recipe_file(name))
+        recipe_file("")
 
 
 def _spelled_out(arguments: list[str]) -> Iterator[str]:

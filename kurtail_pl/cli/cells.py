@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kurtail_pl.cli.naming import Settings, learned_by
 
@@ -23,10 +23,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of the table: a complete recipe, and the seed of its rotations."""
+    """One model of the table: a complete recipe, the seed of its rotations, and the name of the system that it is."""
 
     settings: Settings
     seed: int
+    name: str | None = None
 
 
 def cells_of(recipes: list[Recipe], weights: list[str] | None, seeds: list[int] | None) -> Iterator[Cell]:
@@ -40,6 +41,25 @@ def cells_of(recipes: list[Recipe], weights: list[str] | None, seeds: list[int] 
             yield from _variants(_baseline(recipes[0], hadamard), roundings, seeds if hadamard else None)
     for recipe in recipes:
         yield from _variants(recipe, weights, seeds if _fixed(recipe.own) is not False else None)
+
+
+def cells_of_systems(
+    systems: Mapping[str, Recipe], weights: list[str] | None, seeds: list[int] | None
+) -> Iterator[Cell]:
+    """Every cell of recipes that stand for themselves, by the names of the systems.
+
+    Folders are named after what is in them, so that they are the same beside any other systems.
+    """
+    for name, recipe in systems.items():
+        own = _changed(recipe, _elsewhere)
+        for cell in _variants(own, weights, seeds if _fixed(own.own) is not False else None):
+            yield replace(cell, name=name)
+
+
+def order_of_making(cells: Sequence[Cell]) -> list[int]:
+    """Numbers of cells, those together that share rotations and their fusion: a run folder holds one fused model."""
+    shared = [[learned_by(cell.settings), cell.settings["fusion"]] for cell in cells]
+    return sorted(range(len(cells)), key=lambda number: shared.index(shared[number]))
 
 
 def _changed(recipe: Recipe, change: Callable[[Settings], None]) -> Recipe:

@@ -23,7 +23,8 @@ from kurtail_pl.stages.evaluation.continuation import continuation, prompted
 from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, read_results
 from kurtail_pl.stages.planning.run import StagePlan
 from kurtail_pl.stages.planning.speed import Speed
-from kurtail_pl.stages.reporting.comparison import Row, write_comparison
+from kurtail_pl.stages.reporting.comparison import write_comparison
+from kurtail_pl.stages.reporting.lines import Row
 from kurtail_pl.stages.tables import markdown
 from kurtail_pl.stages.text import title_of
 from kurtail_pl.storage.card import is_ours

@@ -12,6 +12,7 @@ import yaml
 
 from kurtail_pl.cli.cells import Cell, Recipe
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
+from kurtail_pl.cli.refusals import require_possible, require_sensible
 from kurtail_pl.cli.saving import RECIPE
 from kurtail_pl.cli.trainer import KurtailCLI, RecipeCLI, command_line, fit
 from kurtail_pl.errors import ArtefactError, listed
@@ -31,21 +32,26 @@ from kurtail_pl.stages.evaluation.tasks.evaluate import questions_key
 from kurtail_pl.stages.fusion.scales import scale_windows
 from kurtail_pl.stages.fusion.signs import sign_windows
 from kurtail_pl.stages.quantization.spec import calibration_windows
-from kurtail_pl.stages.reporting.comparison import Row
+from kurtail_pl.stages.reporting.lines import Row
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.card import read_card
-from kurtail_pl.storage.files import write_text
+from kurtail_pl.storage.files import sha256_of_text, write_text
 from kurtail_pl.storage.keys import settings_key, unspelled
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.resume import differences
 
 log = logging.getLogger(__name__)
 
+NAME_LENGTH = 60
+"""Of a folder that is named after recipes; where these are many, digits of a hash stand for the rest."""
+
 
 def default_folder(recipes: Sequence[str]) -> Path:
     """Where the table of recipes goes when nobody says otherwise."""
-    return Path("comparisons") / "-".join(Path(name).stem for name in recipes)
+    name = "-".join(Path(name).stem for name in recipes)
+    short = name if len(name) <= NAME_LENGTH else f"{name[:NAME_LENGTH]}-{sha256_of_text(name)[:6]}"
+    return Path("comparisons") / short
 
 
 def recipe_of(arguments: list[str], roundings: list[str]) -> Recipe:
@@ -109,13 +115,14 @@ class Maker:
         self.folder, self.overwrite = folder, overwrite
         self._begun: set[Path] = set()
         self._made: set[Path] = set()
-        self._parsed = 0
-        (folder / "recipes").mkdir(parents=True, exist_ok=True)
+        self._cells: list[Cell] = []
 
     def parse(self, cell: Cell) -> Parsed:
         """Write a cell's recipe, and read it as a command line would."""
-        path = self.folder / "recipes" / f"{self._parsed:02d}.yaml"
-        self._parsed += 1
+        if cell not in self._cells:
+            self._cells.append(cell)
+        (self.folder / "recipes").mkdir(parents=True, exist_ok=True)
+        path = self.folder / "recipes" / f"{self._cells.index(cell):02d}.yaml"
         with alone_with(self.folder):  # Another process may compare the same recipes.
             write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
         return Parsed(cell, path, command_line(KurtailCLI, "kurtail compare", ["--config", str(path)], run=False))
@@ -123,6 +130,14 @@ class Maker:
     def stands(self, folder: Path) -> bool:
         """Whether a folder stands there, measured, and is not to be made anew."""
         return (folder / RESULTS).is_file() and (not self.overwrite or folder in self._made)
+
+    def check(self, cell: Cell) -> None:
+        """Raise what `fit` would raise of a cell before it does any work; nothing of one that stands there."""
+        parsed = self.parse(cell)
+        if not self.stands(parsed.artefact):
+            parsed.quantization.overwrite = self.overwrite
+            require_sensible(parsed.cli.trainer)
+            require_possible(parsed.cli.trainer, parsed.cli.model, parsed.cli.datamodule)
 
     def make(self, parsed: Parsed) -> Row:
         """Run a cell's recipe unless its artefact stands there, finished.
@@ -149,7 +164,7 @@ class Maker:
                 self._begun.add(root)
                 fit(["--config", str(parsed.path), *again])
                 self._made.add(folder)
-        return Row(folder, parsed.cell.seed)
+        return Row(folder, parsed.cell.seed, parsed.cell.name)
 
     def measure_float(self, parsed: Parsed) -> Row:
         """Measure the float model of a cell that is made, or take what was measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from pathlib import Path
 
 from kurtail_pl.cli.failures import UsageError
@@ -37,12 +38,20 @@ def summary(path: Path) -> str:
     return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
+def recipe_files(name: str) -> list[Path]:
+    """The files of recipes that come along, by a pattern such as ``methods/*``; of any other name the one file."""
+    found = fnmatch.filter(shipped(), name) if "*" in name else []
+    return [shipped()[full] for full in found] or [recipe_file(name)]
+
+
 def recipe_file(name: str) -> Path:
     """The file of a recipe: a path, or one that comes along, by its name or with its folder.
 
     Raises:
         UsageError: when there is none, with the name that is most like it, or when the name is that of several.
     """
+    if not name or name.startswith("--"):
+        raise UsageError("--config names no file; give a recipe such as kurtail-plus, or a YAML file")
     path = Path(name).expanduser()
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path

@@ -10,6 +10,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import CheckedCallback, callback_of
 from kurtail_pl.lit.datamodule import StoredModel
+from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.planning.plan import plan
 from kurtail_pl.stages.planning.run import StagePlan
@@ -46,8 +47,15 @@ def planned(trainer: L.Trainer, data: StoredModel) -> list[StagePlan]:
     )  # fmt: skip
 
 
-def require_room(trainer: L.Trainer, data: StoredModel) -> None:
-    """Raise ConfigError when a recipe does not fit this machine."""
+def require_possible(trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
+    """Let the callbacks refuse what would fail after capture and training.
+
+    Raises:
+        ConfigError: also when a recipe does not fit this machine.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CheckedCallback):
+            callback.check(trainer, module, data)
     data.compute.torch_device  # noqa: B018, refuses a device that is not there
     found = misfits(planned(trainer, data), free_memory(), free_disk(data.store_folder), device_memory())
     if found:

@@ -22,7 +22,7 @@ from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.failures import ours_in
 from kurtail_pl.cli.naming import Settings, artefact_suffix, run_folder, store_folder
 from kurtail_pl.cli.recipes import BASE, FOLDER
-from kurtail_pl.cli.refusals import require_room, require_sensible
+from kurtail_pl.cli.refusals import require_possible, require_sensible
 from kurtail_pl.cli.saving import KeepConfig
 from kurtail_pl.cli.usage import WRONG_SETTING, OneLine, late_errors_explained
 from kurtail_pl.errors import ConfigError, reason, require_seed
@@ -37,7 +37,6 @@ from kurtail_pl.lit.callbacks import (
     WeightQuantization,
 )
 from kurtail_pl.lit.callbacks.checkpoints import checkpoint_folder
-from kurtail_pl.lit.callbacks.order import CheckedCallback
 from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
@@ -170,10 +169,7 @@ class KurtailCLI(LightningCLI):
         require_sensible(self.trainer)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._claims.enter_context(alone_with(Path(self.trainer.default_root_dir)))
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CheckedCallback):
-                callback.check(self.trainer, self.model, self.datamodule)
-        require_room(self.trainer, self.datamodule)
+        require_possible(self.trainer, self.model, self.datamodule)
         last = self.last_checkpoint()
         if last is not None and not self._get(self.config, "overwrite") and not self._get(self.config, "ckpt_path"):
             require_checkpoint(last, "remove it to learn anew, or pass --overwrite")

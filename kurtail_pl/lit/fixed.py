@@ -41,7 +41,7 @@ class FixedRotations(RotationModule):
         super().__init__(sizes, rotation_seed, aim=aim, block=block)
         if block is not None and not hadamard:
             raise ConfigError(f"block is {block} and hadamard is false, which rotates nothing; leave one of them out")
-        self.hadamard = hadamard
+        self.rotates = hadamard
         self.method = "quarot" if hadamard else "none"
 
     def setup(self, stage: str) -> None:
@@ -65,4 +65,4 @@ class FixedRotations(RotationModule):
 
     def rotations(self, config: PretrainedConfig) -> Rotations:
         """The random Hadamards, or no rotations."""
-        return self.random_rotations(config) if self.hadamard else Rotations()
+        return self.random_rotations(config) if self.rotates else Rotations()

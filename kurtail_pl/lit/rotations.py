@@ -64,6 +64,8 @@ class RotationModule(L.LightningModule):
     """Name in artefacts and tables."""
     learns: ClassVar[bool] = True
     """Whether the trainer takes steps."""
+    rotates: bool = True
+    """Whether there are rotations at all."""
 
     def __init__(
         self,

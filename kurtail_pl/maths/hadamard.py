@@ -48,6 +48,11 @@ class HadamardFactors:
         return self.blocks * self.block
 
     @property
+    def multiplications(self) -> int:
+        """Of one row, by two products with the factors; kernels for Sylvester's matrix do with additions."""
+        return self.size * (self.left.shape[0] + self.right.shape[0])
+
+    @property
     def is_sylvester(self) -> bool:
         """Whether a block is Sylvester's matrix itself, for which runtimes have fast kernels."""
         factors = self.left, self.right

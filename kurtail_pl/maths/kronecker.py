@@ -28,6 +28,12 @@ class Kronecker:
         """The whole matrix, ``[a * b, a * b]``."""
         return torch.kron(self.left, self.right)
 
+    @property
+    def multiplications(self) -> int:
+        """Of one row, by a product with each factor."""
+        a, b = len(self.left), len(self.right)
+        return a * b * (a + b)
+
     def inverse_transposed(self) -> Kronecker:
         """The inverse of the transpose, in float64: a weight times it undoes the map, ``(x P) (W P^-T)^T = x W^T``."""
         return Kronecker(*(torch.linalg.inv(factor.double()).mT for factor in (self.left, self.right)))

@@ -98,6 +98,10 @@ class CacheFormat(Method):
         """
         return None
 
+    def multiplications(self, heads: int, kv_heads: int, head_dim: int) -> int:
+        """Of one token in one layer, by maps of its own of queries, keys, values and what attention makes of them."""
+        return 0
+
     def quantizer(self, part: str) -> Quantizer | None:
         """Quantizer of ``keys`` or ``values`` whose clip may be set for each layer; None where there is none."""
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from math import prod
 from typing import ClassVar
 
 from torch import Tensor
@@ -48,6 +49,10 @@ class Side(Method):
     @abstractmethod
     def buffers(self, rows: int, columns: int) -> dict[str, Buffer]:
         """What `fitted` gives for a weight ``[rows, columns]``."""
+
+    def multiplications(self, rows: int, columns: int) -> int:
+        """Of one token by the side of a weight ``[rows, columns]``; here one for each float that is stored."""
+        return sum(prod(b.shape) for b in self.buffers(rows, columns).values() if b.dtype.is_floating_point)
 
     @abstractmethod
     def dense(self, tensors: Tensors) -> Tensor:

@@ -26,7 +26,7 @@ from kurtail_pl.storage.records import fields_of, read_object, require_format
 from kurtail_pl.storage.resume import differences
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, COST = "manifest.json", "cost.json"
 BYTES_PER_VALUE = 2
 """Rows are kept in bfloat16."""
 

@@ -28,6 +28,11 @@ class OnlineHadamard(Exact):
         return hadamard_transform(wide, self.factors).to(x.dtype)
 
     @property
+    def multiplications(self) -> int:
+        """Of one row."""
+        return self.factors.multiplications
+
+    @property
     def factors(self) -> HadamardFactors:
         """Where the module is, and in its type."""
         return HadamardFactors(self.left, self.right, self.construction, self.blocks)
@@ -47,7 +52,17 @@ class OnlineKronecker(Exact):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., n]``, in float32 or wider."""
-        return _times(x, Kronecker(self.left, self.right))
+        return _times(x, self.kronecker)
+
+    @property
+    def kronecker(self) -> Kronecker:
+        """The map."""
+        return Kronecker(self.left, self.right)
+
+    @property
+    def multiplications(self) -> int:
+        """Of one row."""
+        return self.kronecker.multiplications
 
 
 class OnlineInverse(nn.Module):
@@ -62,6 +77,11 @@ class OnlineInverse(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., n]``, in float32 or wider."""
         return _times(x, self._inverse())
+
+    @property
+    def multiplications(self) -> int:
+        """Of one row, as many as those of the other map."""
+        return self._of[0].multiplications
 
     def _inverse(self) -> Kronecker:
         left, right = self._of[0].left, self._of[0].right

@@ -91,7 +91,7 @@ def test_verbs_and_recipes_exist(name: str) -> None:
     commands = re.findall(r"(?:^|`)kurtail ([a-z]+)([^`\n#]*)", text, re.M)
     assert {verb for verb, _ in commands} <= set(VERBS)
     options = " ".join(given for _, given in commands)
-    recipes = re.findall(r"--(?:config|with) ([a-z][\w./-]*)", options)
+    recipes = re.findall(r"--(?:config|with) ([a-z][\w./*-]*)", options)
     known = {*shipped(), *(Path(recipe).name for recipe in shipped())}
     assert {recipe for recipe in recipes if not recipe.endswith(".yaml")} <= known
 

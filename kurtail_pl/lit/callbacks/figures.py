@@ -15,7 +15,6 @@ from kurtail_pl.lit.callbacks.quantization import WeightQuantization
 from kurtail_pl.lit.callbacks.rotations import RotationWriter
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
-from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.reporting.figures import Pages, chosen_layers, figures, file_of
 from kurtail_pl.storage.rotation_file import FILE, read_rotations
 from kurtail_pl.surgery.rotations import random_rotations
@@ -39,7 +38,7 @@ class Figures(CheckedCallback):
 
     def check(self, trainer: L.Trainer, module: RotationModule, data: StoredModel) -> None:
         """Refuse what would fail after training."""
-        if module.method == UNROTATED:
+        if not module.rotates:
             raise ConfigError("Figures shows what rotations do, and this recipe has none; remove it")
         quantized = callback_of(trainer, WeightQuantization) is not None
         require_before(trainer, self, RotationWriter, *([WeightQuantization] if quantized else []))

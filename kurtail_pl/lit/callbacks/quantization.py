@@ -16,7 +16,6 @@ from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.target import ONLINE
 from kurtail_pl.stages.evaluation.results import RESULTS, artefact_name
-from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
 from kurtail_pl.stages.quantization.spec import calibration_windows, require_fit, tuning_windows
 from kurtail_pl.stages.reporting.page.model import CURVES, write_curves
@@ -63,7 +62,7 @@ class WeightQuantization(CheckedCallback):
         """Refuse a folder that must not be replaced, groups that fit no width, and a text too short."""
         require_before(trainer, self, RotationWriter, Fusion)
         fusion = callback_of(trainer, Fusion)
-        if fusion is not None and module.method != UNROTATED:
+        if fusion is not None and module.rotates:
             self.spec.runtime.require_online(ONLINE if fusion.online is None else fusion.online)
         folder = self.folder(module, data)
         require_fit(data.checkpoint.config, self.spec, data.compute)

@@ -82,6 +82,13 @@ class TurnedCache(CacheFormat):
         kept = self.keys if part == "keys" else self.values
         return self.bits + self.scale_bits(head_dim) if kept else FLOAT_BITS
 
+    def multiplications(self, heads: int, kv_heads: int, head_dim: int) -> int:
+        """Queries turn as keys do, outputs as values; by the numbers of the matrices that are not zero."""
+        cpu = torch.device("cpu")
+        turns = (self.keys, self.key_turn(head_dim, cpu)), (self.values, self.value_turn(head_dim, cpu))
+        each = (int(turn.forth.count_nonzero()) for kept, turn in turns if kept and turn is not None)
+        return sum(each) * (heads + kv_heads)
+
     def value_basis(self, head_dim: int) -> Tensor | None:
         """The matrix of unit rows."""
         turn = self.value_turn(head_dim, torch.device("cpu"))

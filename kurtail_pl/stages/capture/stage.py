@@ -18,6 +18,7 @@ from kurtail_pl.stages.meter import Meter
 from kurtail_pl.stages.text import TextSpec, Windows, cut_windows
 from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.activations import (
+    COST,
     MANIFEST,
     ActivationStore,
     Origin,
@@ -36,8 +37,6 @@ from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.rotations import head_dim_of
 
 log = logging.getLogger(__name__)
-
-COST = "cost.json"
 
 
 def _many_short_windows() -> TextSpec:

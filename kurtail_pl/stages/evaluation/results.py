@@ -18,7 +18,8 @@ from kurtail_pl.stages.evaluation.perplexity import perplexity
 from kurtail_pl.stages.evaluation.tasks.evaluate import evaluate_tasks
 from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.storage.activations import ActivationStore, Origin, block_sites
+from kurtail_pl.storage.activations import AGAIN as CAPTURE_AGAIN
+from kurtail_pl.storage.activations import COST, ActivationStore, Origin, block_sites
 from kurtail_pl.storage.card import is_ours, read_card, require_sound, rotations_of
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text, write_json
@@ -84,7 +85,6 @@ def evaluate_folder(
     kurtosis = _kurtosis(checkpoint, store, validation_rows)
     measured = perplexity(checkpoint, text, compute)
     answers = None if tasks is None else evaluate_tasks(checkpoint, tasks, compute.device)
-    learned = card.get("rotations", {}).get("cost")
     results = {
         "method": card["method"],
         "model": store.origin.model,
@@ -93,7 +93,7 @@ def evaluate_folder(
         "evaluation": measured,
         "kurtosis": kurtosis,
         "disk_bytes": checkpoint.size,
-        "cost": {**({"learn": learned} if learned else {}), **card["cost"], "evaluate": measured.pop("cost")},
+        "cost": {**_learning_cost(card, store), **card["cost"], "evaluate": measured.pop("cost")},
     }
     with alone_with(folder / RESULTS):
         earlier = read_results(folder).get("tasks") if (folder / RESULTS).is_file() else None
@@ -104,6 +104,16 @@ def evaluate_folder(
         # Only now: results without the tasks would pass for results of other settings.
         write_json(folder / RESULTS, results)
     return results
+
+
+def _learning_cost(card: dict[str, Any], store: ActivationStore) -> dict[str, Any]:
+    """What learning an artefact's rotations took, and the capture of what they were learned from."""
+    rotations, path = card.get("rotations", {}), store.folder / COST
+    data, found = rotations.get("data"), {}
+    if rotations.get("steps") and isinstance(data, dict) and "activations" in data and path.is_file():
+        found["capture"] = read_object(path, StoreMismatch, CAPTURE_AGAIN)
+        fields_of(found["capture"], _Cost, path, StoreMismatch, CAPTURE_AGAIN)
+    return {**found, **({"learn": rotations["cost"]} if rotations.get("cost") else {})}
 
 
 def _require_rows_of(

@@ -74,7 +74,7 @@ def _note(results: Sequence[dict[str, Any]]) -> str:
         f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
-        "learn, fuse and quantize; peak resident memory of any stage."
+        "capture what is learned from, learn, fuse and quantize; peak resident memory of any stage."
     )
 
 

@@ -151,7 +151,7 @@ def _is_cost(key: str) -> bool:
     return key in ("cost", "threads") or key in HASHES or key.endswith(("seconds", "peak_bytes"))
 
 
-COSTLY = ("seconds", "peak memory", "learn s", "learn CPU s", "all s")
+COSTLY = ("seconds", "peak memory", "learn CPU s", "all s", "all CPU s")
 
 
 def _columns_without_cost(lines: list[list[str]]) -> list[list[str]]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kurtail_pl.errors import ArtefactError, ConfigError, DiskFull, StoreMismatch, TextError
-from kurtail_pl.stages.capture.stage import COST, CaptureSpec, capture
+from kurtail_pl.stages.capture.stage import CaptureSpec, capture
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.storage.activations import MANIFEST, ActivationStore
+from kurtail_pl.storage.activations import COST, MANIFEST, ActivationStore
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 ROWS, SEED = 50, 3

@@ -1,6 +1,7 @@
 """The table of several models, from results written by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 from PIL import Image
 
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.stages.reporting.comparison import Row, groups_of, write_comparison
+from kurtail_pl.stages.reporting.comparison import write_comparison
 from kurtail_pl.stages.reporting.figures.perplexity import draw_perplexity
+from kurtail_pl.stages.reporting.lines import Row, lines_of
+from kurtail_pl.stages.reporting.serving import Serving
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.surgery.rotations import Rotations
 
@@ -76,6 +79,47 @@ def test_means_spreads_recovery_and_gap(rows: list[Row], tmp_path: Path) -> None
     assert "0-shot" not in table[0]
 
 
+def test_systems_of_one_method_are_lines_of_their_own(rows: list[Row], tmp_path: Path) -> None:
+    """Each with its seeds; QuaRot is what is called so. What was looked at stands beside, and who was refused below."""
+    names = [None, "quarot", "quarot", "qoq", "qoq", None]
+    folders = [row.folder for row in rows]
+    for folder in folders[3:5]:
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "method": "quarot"}))
+    looked: list[Path] = []
+
+    def look(folder: Path) -> Serving:
+        looked.append(folder)
+        return Serving(4.25, None, 1_500_000, 30_000_000, {"onnx": None, "vllm": "no"})
+
+    named = [replace(row, name=name) for row, name in zip(rows, names, strict=True)]
+    text = write_comparison(named, tmp_path, look, {"mxfp4": "blocks of 32 do not divide 172"})
+    table = cells(text)
+    assert [line["method"] for line in table] == ["float", "quarot", "qoq", "quarot"]
+    assert [line["perplexity"] for line in table] == [
+        "10.00", "32.00 (30.00 to 34.00)", "22.00 (20.00 to 24.00)", "50.00",
+    ]  # fmt: skip
+    assert [line["gap closed"] for line in table] == ["-", "-", "45 %", "-"]
+    assert looked == [folders[1], folders[3], folders[5]]
+    shown = [(each["bits a weight"], each["more products"], each["runs in"]) for each in table[:2]]
+    assert shown == [("16.00", "0", "-"), ("4.25", "1.50 M (5.0 %)", "torch, onnx")]
+    assert [line["bits of the cache"] for line in table] == ["16.00", "-", "-", "-"]
+    assert text.endswith("\nRefused:\n\n- mxfp4: blocks of 32 do not divide 172\n")
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert data["refused"] == {"mxfp4": "blocks of 32 do not divide 172"}
+    assert data["lines"][2]["serving"]["refusals"] == {"onnx": None, "vllm": "no"}
+
+
+def test_the_title_is_the_models_name(tmp_path: Path) -> None:
+    """Not where it lies."""
+    folder = write(tmp_path / "float", "float", 10.0)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "model": "/some/where/Small-2B.gguf"}))
+    write_comparison([Row(folder, 0)], tmp_path)
+    assert (tmp_path / "compare.md").read_text().startswith("# small-2b\n")
+    assert "<title>small-2b" in (tmp_path / "report.html").read_text()
+
+
 def test_recovery_is_of_accuracy_where_it_was_measured(tmp_path: Path) -> None:
     scored = [Row(write(tmp_path / m, m, 10.0, zero_shot=a), 0) for m, a in (("float", 0.5), ("kurtail", 0.4))]
     table = cells(write_comparison(scored, tmp_path))
@@ -95,7 +139,7 @@ def test_data_and_picture_hold_the_same_numbers(rows: list[Row], tmp_path: Path)
     assert [folder["seed"] for folder in data["folders"]] == [0, 1, 0, 1, 0]
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.format == "PNG"
-    chart = draw_perplexity({(g.method, g.weights, g.bits): g.of("perplexity") for g in groups_of(rows)}, "m")
+    chart = draw_perplexity({(g.method, g.weights, g.bits): g.of("perplexity") for g in lines_of(rows)}, "m")
     (axes,) = chart.axes
     assert [bar.get_width() for bar in axes.patches] == [10.0, 32.0, 22.0, 50.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [

@@ -12,7 +12,8 @@ from results import results_of
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import Scheme
-from kurtail_pl.stages.reporting.comparison import Row, write_comparison
+from kurtail_pl.stages.reporting.comparison import write_comparison
+from kurtail_pl.stages.reporting.lines import Row
 from kurtail_pl.stages.reporting.report import report
 from kurtail_pl.storage.rotation_file import write_rotations
 from kurtail_pl.surgery.rotations import Rotations
