@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.maths.gptq import OnGrid
-from kurtail_pl.maths.packing import pack_codes, unpack_codes
+from kurtail_pl.maths.packing import pack_codes, stored_bits, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, require_groups, split_groups
 from kurtail_pl.methods.method import Method
 
@@ -107,25 +107,23 @@ class Format(Method):
         return Quantized(codes.flatten(-2).to(self.code_dtype), grid)
 
     def packed(self, codes: Tensor) -> Tensor:
-        """Codes ``[out, in]`` as they are stored: two to a byte for 4 bits and less."""
-        return pack_codes(codes) if self._two_to_a_byte(codes.shape[-1]) else codes
+        """Codes ``[out, in]`` as they are stored, in as few bytes as rows of them fill."""
+        bits = stored_bits(self.bits, codes.shape[-1])
+        return codes if bits == 8 else pack_codes(codes, bits)
 
     def unpacked(self, codes: Tensor, columns: int) -> Tensor:
         """Codes ``[out, columns]`` of what is stored."""
-        return unpack_codes(codes, self.code_dtype.is_signed) if self._two_to_a_byte(columns) else codes
+        bits = stored_bits(self.bits, columns)
+        return codes if bits == 8 else unpack_codes(codes, self.code_dtype.is_signed, bits)
 
     def code_buffer(self, rows: int, columns: int) -> Buffer:
         """What `packed` gives for codes ``[rows, columns]``."""
-        if self._two_to_a_byte(columns):
-            return Buffer((rows, columns // 2), torch.uint8)
-        return Buffer((rows, columns), self.code_dtype)
+        bits = stored_bits(self.bits, columns)
+        return Buffer((rows, columns * bits // 8), self.code_dtype if bits == 8 else torch.uint8)
 
     def scale_buffer(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Buffer:
         """Of one number for each group of a weight ``[rows, columns]``."""
         return Buffer((rows, columns // (self.group_size or columns)), dtype)
-
-    def _two_to_a_byte(self, columns: int) -> bool:
-        return self.bits <= 4 and columns % 2 == 0
 
     @property
     def groups(self) -> str:
