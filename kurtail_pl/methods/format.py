@@ -60,6 +60,13 @@ class Format(Method):
         """The same with grids that span a share ``[out, 1]`` of the range of each group of a row, without a search."""
         raise NotImplementedError(f"{type(self).__name__} has no grids that span a share")
 
+    def fitted(self, weight: Tensor, hessian: Tensor | None) -> Format:
+        """The same with what it takes from a weight ``[out, in]`` and the Hessian of its inputs, if there is one.
+
+        For most formats that is nothing. Codes and grid tell all of it: the format itself stores and reads them.
+        """
+        return self
+
     def storable(self, grid: Grid) -> Grid:
         """The nearest grid whose scales are stored as they are; here any is."""
         return grid
@@ -124,6 +131,11 @@ class Format(Method):
     def scale_buffer(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Buffer:
         """Of one number for each group of a weight ``[rows, columns]``."""
         return Buffer((rows, columns // (self.group_size or columns)), dtype)
+
+    @property
+    def average_bits(self) -> float:
+        """Of a code, where not all have the same."""
+        return self.bits
 
     @property
     def groups(self) -> str:

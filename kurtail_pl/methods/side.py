@@ -50,8 +50,8 @@ class Side(Method):
         """What `fitted` gives for a weight ``[rows, columns]``."""
 
     @abstractmethod
-    def dense(self, tensors: Tensors) -> Tensor:
-        """The matrix S, ``[out, in]``, that it stands for, float64."""
+    def dense(self, tensors: Tensors, columns: int) -> Tensor:
+        """The matrix S, ``[out, columns]``, that it stands for, float64."""
 
     @abstractmethod
     def product(self, x: Tensor, tensors: Tensors) -> Tensor:
