@@ -22,8 +22,8 @@ WIDTHS = (2, 3, 4)
 """Bits that an output channel may get."""
 LARGEST = 127
 """A row's levels are integers up to that, times its scale."""
-PASSES = 250
-"""Over a weight: sorting, and for each width the rounds of k-means and the nearest levels."""
+PASSES = 500
+"""Over a weight: sorting, clusters, and for each width the nearest levels."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Skim(Format):
         exact = weight if weight.dtype == torch.float64 else weight.float()
         counts = exact.new_ones(exact.shape[1]) if hessian is None else hessian.diagonal().to(exact)
         rows, tables, scales, costs = len(exact), [], [], []
-        for bits in WIDTHS:
-            levels = row_levels(exact, counts, 1 << bits).to(exact)
+        for bits, found in zip(WIDTHS, row_levels(exact, counts, [1 << bits for bits in WIDTHS]), strict=True):
+            levels = found.to(exact)
             scale = levels.abs().amax(1, keepdim=True) / LARGEST
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             table = (levels / scale).round_()

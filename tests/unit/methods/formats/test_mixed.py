@@ -57,7 +57,9 @@ def test_no_other_groups_would_lose_less(seed: int, by_inputs: bool) -> None:
         mine = slice(g * SIZE, (g + 1) * SIZE)
         for bits, found in errors.items():
             found.append(float((best_error(weight[:, mine].double().numpy(), bits) * counts[mine]).sum()))
-    cost = {wide: sum(errors[4 if g in wide else 2][g] for g in range(GROUPS)) for wide in combinations(range(GROUPS), 3)}
+    cost = {
+        wide: sum(errors[4 if g in wide else 2][g] for g in range(GROUPS)) for wide in combinations(range(GROUPS), 3)
+    }
     assert tuple(wide_groups(own.nearest(weight).codes)) == min(cost, key=cost.__getitem__)
 
 
