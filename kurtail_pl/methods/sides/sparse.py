@@ -45,7 +45,7 @@ class Sparse(Side):
 
     def sentence(self) -> str:
         """The share."""
-        return f"{100 * self.share:g} % of the weights in 16 bits with their places, which read inputs before they are rounded"
+        return f"{100 * self.share:g} % of the weights in 16 bits, which read the inputs before they are rounded"
 
     def cost(self, sizes: Sizes) -> Cost:
         """Numbers and places on the disk."""

@@ -48,7 +48,7 @@ def test_wide_rows_have_wide_places() -> None:
 
 
 def test_several_linears_have_the_rows_of_one_side() -> None:
-    """What is rounded and the side are the weight, each row by its own linear; and the sum is what the layer computes."""
+    """The rounded rest and the side make up the weight, and each linear computes with its own rows."""
     notes = Notes(errors={}, fallbacks=[], borrowers=[], expert_tokens={})
     solver = WeightSolver(GPTQ(), None, Sparse(0.05), notes)
     weights = {name: weight_of(rows, 64) * scale for name, rows, scale in (("a", 8, 1.0), ("b", 16, 2.0))}
