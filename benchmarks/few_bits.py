@@ -35,12 +35,14 @@ ROWS: dict[str, tuple[Format, Rounder, Side | None]] = {
     "mixed, 2.2, a sparse side": (Mixed(2.2), GPTQ(), Sparse(0.005)),
     "mixed, 2.4": (Mixed(2.4), GPTQ(), None),
     "mixed, 2.6": (Mixed(2.6), GPTQ(), None),
+    "skim, 2": (Skim(2.0), GPTQ(), None),
     "skim, 2.5": (Skim(2.5), GPTQ(), None),
     "3 bits, rows": (Uniform(3, False), GPTQ(), None),
     "3 bits, rows, a sparse side": (Uniform(3, False), GPTQ(), Sparse(0.005)),
     "3 bits, groups of 64": (Uniform(3, False, 64), GPTQ(), None),
     "3 bits, normal levels, rows": (Normal(3), GPTQ(), None),
     "skim, 3": (Skim(3.0), GPTQ(), None),
+    "skim, 3, a sparse side": (Skim(3.0), GPTQ(), Sparse(0.005)),
     "skim, 3, rounded to nearest": (Skim(3.0), RTN(), None),
 }
 
