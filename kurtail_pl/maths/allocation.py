@@ -73,8 +73,8 @@ def _at_a_price(costs: Tensor, bits: Tensor, budget: int) -> tuple[Tensor, Tenso
     choice, more = cheapest(high), cheapest(low)
     steps = (bits[more] - bits[choice]).cumsum(0)
     choice = torch.where(steps <= budget - bits[choice].sum(), more, choice)
-    best = (costs + high * bits).topk(2, dim=1, largest=False).values
-    return choice, best[:, 1] - best[:, 0]
+    best = (costs + high * bits).sort(dim=1).values[:, :2]
+    return choice, best[:, -1] - best[:, 0]
 
 
 def _exactly(costs: Tensor, bits: Sequence[int], budget: int) -> list[int]:

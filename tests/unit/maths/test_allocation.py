@@ -41,6 +41,7 @@ def test_costs_that_grow_get_the_fewest_bits() -> None:
 
 def test_one_part_that_most_choices_are_too_much_for() -> None:
     assert allocate(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), BITS, 3.5) == [3]
+    assert allocate(torch.tensor([[4.0], [3.0]]), [3], 3.0) == [3, 3]
 
 
 def test_an_average_that_float_cannot_hold() -> None:
