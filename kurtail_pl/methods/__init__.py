@@ -11,10 +11,12 @@ from kurtail_pl.methods.caches.q4_0_cache import Q4_0Cache
 from kurtail_pl.methods.defaults import default_cache, default_format, default_rounder
 from kurtail_pl.methods.format import Format
 from kurtail_pl.methods.formats.fp4 import MXFP4, NVFP4
+from kurtail_pl.methods.formats.mixed import Mixed
 from kurtail_pl.methods.formats.mx_plus import MXFP4Plus
 from kurtail_pl.methods.formats.normal import Normal
 from kurtail_pl.methods.formats.nvint4 import NVINT4
 from kurtail_pl.methods.formats.progressive import Progressive
+from kurtail_pl.methods.formats.skim import Skim
 from kurtail_pl.methods.formats.uniform import Uniform
 from kurtail_pl.methods.rounder import Moments, Needs, Rounder
 from kurtail_pl.methods.rounders.gptq import GPTQ
@@ -22,6 +24,7 @@ from kurtail_pl.methods.rounders.hqq import HQQ, FloatZero
 from kurtail_pl.methods.rounders.rtn import RTN
 from kurtail_pl.methods.side import Side
 from kurtail_pl.methods.sides.low_rank import LowRank
+from kurtail_pl.methods.sides.sparse import Sparse
 from kurtail_pl.methods.tuner import BitTuner, ClipTuner, TransformTuner, Tuner, WeightTuner
 from kurtail_pl.methods.tuners.block_transforms import BlockTransforms
 from kurtail_pl.methods.tuners.learned_clips import LearnedClips
@@ -47,6 +50,7 @@ __all__ = [
     "LowRank",
     "MXFP4Plus",
     "Matching",
+    "Mixed",
     "Moments",
     "NUQCache",
     "Needs",
@@ -59,6 +63,8 @@ __all__ = [
     "SensitiveBits",
     "Side",
     "Sinks",
+    "Skim",
+    "Sparse",
     "TransformTuner",
     "Tuner",
     "Uniform",

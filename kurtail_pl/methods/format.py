@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.maths.gptq import OnGrid
-from kurtail_pl.maths.packing import pack_codes, unpack_codes
+from kurtail_pl.maths.packing import pack_codes, stored_bits, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantized, Quantizer, require_groups, split_groups
 from kurtail_pl.methods.method import Method
 
@@ -60,6 +60,13 @@ class Format(Method):
         """The same with grids that span a share ``[out, 1]`` of the range of each group of a row, without a search."""
         raise NotImplementedError(f"{type(self).__name__} has no grids that span a share")
 
+    def fitted(self, weight: Tensor, hessian: Tensor | None) -> Format:
+        """The same with what it takes from a weight ``[out, in]`` and the Hessian of its inputs, if there is one.
+
+        For most formats that is nothing. Codes and grid tell all of it: the format itself stores and reads them.
+        """
+        return self
+
     def storable(self, grid: Grid) -> Grid:
         """The nearest grid whose scales are stored as they are; here any is."""
         return grid
@@ -107,25 +114,28 @@ class Format(Method):
         return Quantized(codes.flatten(-2).to(self.code_dtype), grid)
 
     def packed(self, codes: Tensor) -> Tensor:
-        """Codes ``[out, in]`` as they are stored: two to a byte for 4 bits and less."""
-        return pack_codes(codes) if self._two_to_a_byte(codes.shape[-1]) else codes
+        """Codes ``[out, in]`` as they are stored, in as few bytes as rows of them fill."""
+        bits = stored_bits(self.bits, codes.shape[-1])
+        return codes if bits == 8 else pack_codes(codes, bits)
 
     def unpacked(self, codes: Tensor, columns: int) -> Tensor:
         """Codes ``[out, columns]`` of what is stored."""
-        return unpack_codes(codes, self.code_dtype.is_signed) if self._two_to_a_byte(columns) else codes
+        bits = stored_bits(self.bits, columns)
+        return codes if bits == 8 else unpack_codes(codes, self.code_dtype.is_signed, bits)
 
     def code_buffer(self, rows: int, columns: int) -> Buffer:
         """What `packed` gives for codes ``[rows, columns]``."""
-        if self._two_to_a_byte(columns):
-            return Buffer((rows, columns // 2), torch.uint8)
-        return Buffer((rows, columns), self.code_dtype)
+        bits = stored_bits(self.bits, columns)
+        return Buffer((rows, columns * bits // 8), self.code_dtype if bits == 8 else torch.uint8)
 
     def scale_buffer(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Buffer:
         """Of one number for each group of a weight ``[rows, columns]``."""
         return Buffer((rows, columns // (self.group_size or columns)), dtype)
 
-    def _two_to_a_byte(self, columns: int) -> bool:
-        return self.bits <= 4 and columns % 2 == 0
+    @property
+    def average_bits(self) -> float:
+        """Of a code, where not all have the same."""
+        return self.bits
 
     @property
     def groups(self) -> str:

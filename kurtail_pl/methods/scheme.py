@@ -140,7 +140,8 @@ class Scheme:
 
     def name_with(self, average: float | None) -> str:
         """The name, given the average bits of weights; None where all layers have the same."""
-        weights, activations = (16 if part is None else part.bits for part in (self.weights, self.activations))
+        weights = 16 if self.weights is None else self.weights.average_bits
+        activations = 16 if self.activations is None else self.activations.bits
         cache = bits_name(None, None) if self.cache is None else self.cache.name
         return f"w{weights if average is None else average:.3g}a{activations}{cache}"
 

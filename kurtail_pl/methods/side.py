@@ -55,8 +55,8 @@ class Side(Method):
         return sum(prod(b.shape) for b in self.buffers(rows, columns).values() if b.dtype.is_floating_point)
 
     @abstractmethod
-    def dense(self, tensors: Tensors) -> Tensor:
-        """The matrix S, ``[out, in]``, that it stands for, float64."""
+    def dense(self, tensors: Tensors, columns: int) -> Tensor:
+        """The matrix S, ``[out, columns]``, that it stands for, float64."""
 
     @abstractmethod
     def product(self, x: Tensor, tensors: Tensors) -> Tensor:

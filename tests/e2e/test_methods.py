@@ -43,6 +43,12 @@ ROADS = {
         torch.uint8,
     ),
     "hqq": (["--config", "hqq", GROUPS], {"codes", "scale", "zero_point"}, torch.float32),
+    "mixed-2-4-16": (
+        ["--config", "mixed-2-4-16"],
+        {"codes", "widths", "row_exponent", "group_scale", "zero_point", "side_index", "side_value"},
+        torch.uint8,
+    ),
+    "skim": (["--config", "skim"], {"codes", "levels", "widths", "scale"}, torch.uint8),
     "higgs by gptq": (["--config", "higgs", "--config", "gptq"], {"codes", "scale"}, torch.float32),
 }
 
@@ -84,12 +90,13 @@ def test_from_a_recipe_to_an_artefact(
     assert torch.equal(before, after)
     card = (folder / "README.md").read_text()
     assert "rounded" in card
-    if "group_scale" in stored or road == "nvint4 refined":
+    if "row_scale" in stored or road == "nvint4 refined":
         kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
         return
     with pytest.raises(SystemExit, match="1"):
         kurtail(place, "export", "--artefact", folder, "--out", "onnx")
-    assert "ONNX dequantizes evenly spaced integers with integer zero points alone" in capsys.readouterr().err
+    alone = "quantize with side: null" if "side_index" in stored else "evenly spaced integers with integer zero points"
+    assert alone in capsys.readouterr().err
 
 
 def test_svdquant_down_the_road(

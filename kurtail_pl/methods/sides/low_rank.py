@@ -93,7 +93,7 @@ class LowRank(Side):
             found = {"down": half_or_float(down), "up": half_or_float(up)}
             if self.rounds == 1:
                 return found
-            side = self.dense(found)
+            side = self.dense(found, exact.shape[1])
             error = lost(exact - side).double()
             size = output_square(error, hessian)
             if best and size >= least:
@@ -108,7 +108,7 @@ class LowRank(Side):
             "up": Buffer((rows, self.rank), torch.float16),
         }
 
-    def dense(self, tensors: Tensors) -> Tensor:
+    def dense(self, tensors: Tensors, columns: int) -> Tensor:
         """Up times down."""
         return tensors["up"].double() @ tensors["down"].double()
 

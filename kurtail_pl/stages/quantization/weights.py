@@ -74,7 +74,7 @@ class WeightSolver:
             self._note_fallback(name)
             tensors = self.side.fitted(whole, Moments(None, None), lost)
         put_side(several, self.side, tensors)
-        rest = whole.double() - self.side.dense(tensors)
+        rest = whole.double() - self.side.dense(tensors, whole.shape[1])
         rows = [linear.out_features for linear in several]
         for linear, part in zip(several, torch.split(rest, rows), strict=True):
             linear.weight = nn.Parameter(part.to(whole.dtype), requires_grad=False)
@@ -101,6 +101,7 @@ class WeightSolver:
         return weight
 
     def _codes(self, name: str, weight: Tensor, moments: Moments, weights: Format) -> Quantized:
+        weights = weights.fitted(weight, moments.hessian)
         try:
             return self.rounder.codes(weight, weights, moments)
         except LinAlgError:

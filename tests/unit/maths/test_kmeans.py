@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kurtail_pl.maths.kmeans import BINS, best_levels, binned, on_levels
+from kurtail_pl.maths.kmeans import BINS, RUNS, best_levels, binned, on_levels, row_levels
 
 Numbers = NDArray[np.float64]
 
@@ -72,3 +72,30 @@ def test_levels_of_bins_are_nearly_those_of_all_numbers() -> None:
     exact, coarse = best_levels(x, w, 16), best_levels(*binned(x, w), 16)
     errors = [float((x - on_levels(x, levels)).square().mean()) for levels in (exact, coarse)]
     assert errors[0] <= errors[1] <= 1.01 * errors[0]
+
+
+@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("n", [60, 300])
+def test_levels_of_rows_are_nearly_the_best(power: int, n: int) -> None:
+    """Against the exact search of each row; up to `RUNS` values they are the same."""
+    draw = torch.Generator().manual_seed(n + power)
+    rows, weights = torch.randn(5, n, generator=draw) ** power, torch.logspace(-2, 1, n).double()
+    for count, found in zip((4, 8, 16), row_levels(rows, weights, (4, 8, 16)), strict=True):
+        assert found.shape == (5, count)
+        assert (found.diff(dim=1) >= 0).all()
+        for row, levels in zip(rows.double(), found, strict=True):
+            lost, least = (
+                ((row - on_levels(row, each)).square() @ weights).item()
+                for each in (levels, best_levels(row, weights, count))
+            )
+            assert lost == pytest.approx(least, rel=1e-4 if n <= RUNS else 0.02)
+
+
+def test_rows_of_few_values_have_exactly_these() -> None:
+    row = torch.tensor([-7.0, -1.0, 0.5, 90.0]).repeat(50)
+    (four, eight) = row_levels(torch.stack([row, row * 0 + 3]), torch.ones(200), (4, 8))
+    torch.testing.assert_close(four[0], torch.tensor([-7.0, -1.0, 0.5, 90.0]).double())
+    assert set(eight[0].mul(2).round().tolist()) == {-14.0, -2.0, 1.0, 180.0}
+    torch.testing.assert_close(four[1], torch.full((4,), 3.0).double())
+    (nothing,) = row_levels(torch.zeros(2, 7), torch.zeros(7), (4,))
+    assert nothing.eq(0).all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.packing import pack_codes, unpack_codes
+from kurtail_pl.maths.packing import pack_codes, stored_bits, unpack_codes
 from kurtail_pl.maths.quantizers import Grid, Quantizer, dequantize
 from kurtail_pl.maths.weights import round_to_nearest, search_grid
 
@@ -177,7 +177,40 @@ def test_packing_keeps_leading_dimensions() -> None:
     assert torch.equal(unpack_codes(pack_codes(codes), signed=True), codes)
 
 
-@pytest.mark.parametrize("n", [1, 7])
-def test_packing_an_odd_number_raises(n: int) -> None:
-    with pytest.raises(ValueError, match=rf"even number .* got {n}$"):
-        pack_codes(torch.zeros(2, n, dtype=torch.int8))
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_every_bit_of_a_code_has_its_place_in_a_byte(bits: int, signed: bool) -> None:
+    """Against planes of 4, 2 and 1 bits, cut by Python's integers; bytes are as few as the bits fill."""
+    draw, n = torch.Generator().manual_seed(bits), 48
+    codes = torch.randint(0, 1 << bits, (3, n), generator=draw) - ((1 << bits - 1) if signed else 0)
+    expected = []
+    for row in codes.tolist():
+        low, packed = 0, []
+        for width in (4, 2, 1):
+            if bits & width:
+                part, per = [(code >> low) % (1 << width) for code in row], 8 // width
+                step = n // per
+                packed += [sum(part[j + step * k] << width * k for k in range(per)) for j in range(step)]
+                low += width
+        expected.append(packed)
+    kept = codes.to(torch.int8 if signed else torch.uint8)
+    packed = pack_codes(kept, bits)
+    assert packed.tolist() == expected
+    assert packed.shape == (3, n * bits // 8)
+    unpacked = unpack_codes(packed, signed, bits)
+    assert unpacked.dtype == kept.dtype
+    assert torch.equal(unpacked, kept)
+
+
+@pytest.mark.parametrize(
+    ("count", "widths"),
+    [(576, [2, 3, 4, 5, 6, 7, 8]), (172, [2, 4, 4, 6, 6, 8, 8]), (6, [4, 4, 4, 8, 8, 8, 8]), (7, [8] * 7)],
+)
+def test_rows_that_fill_no_bytes_take_more_bits(count: int, widths: list[int]) -> None:
+    assert [stored_bits(bits, count) for bits in range(2, 9)] == widths
+
+
+@pytest.mark.parametrize(("bits", "n", "of"), [(4, 1, 2), (4, 7, 2), (2, 6, 4), (3, 172, 8)])
+def test_packing_what_fills_no_bytes_raises(bits: int, n: int, of: int) -> None:
+    with pytest.raises(ValueError, match=rf"{bits} bits .* multiple of {of} codes .* got {n}$"):
+        pack_codes(torch.zeros(2, n, dtype=torch.int8), bits)

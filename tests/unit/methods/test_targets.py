@@ -19,6 +19,7 @@ from kurtail_pl.methods import (
     FloatZero,
     Int4PerTokenHead,
     LowRank,
+    Mixed,
     MXFP4Plus,
     Normal,
     NUQCache,
@@ -27,6 +28,8 @@ from kurtail_pl.methods import (
     Q4_0Cache,
     SearchedClips,
     Sinks,
+    Skim,
+    Sparse,
     Uniform,
 )
 from kurtail_pl.methods.scheme import FLOAT, Scheme
@@ -58,6 +61,12 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
             (name, {"weights": Progressive(32)}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform")
             for name in ("llama.cpp", "vllm")
         ),
+        *(
+            (name, {"weights": weights}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform")
+            for name in ("onnxruntime", "llama.cpp", "vllm")
+            for weights in (Mixed(), Skim())
+        ),
+        *((name, {"side": Sparse()}, "scheme.side: null") for name in ("onnxruntime", "llama.cpp", "vllm")),
         ("onnxruntime", {"weights": Uniform(3)}, "scheme.weights.bits: 4"),
         ("onnxruntime", {"activations": Quantizer(6)}, "scheme.activations.bits: 4"),
         ("onnxruntime", {"cache": PerTokenHead(sinks=Sinks())}, "scheme.cache.sinks: null"),

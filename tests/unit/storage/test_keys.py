@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Normal, PerTokenHead, Progressive, Uniform
+from kurtail_pl.methods import GPTQ, MXFP4, NVFP4, RTN, Mixed, Normal, PerTokenHead, Progressive, Skim, Uniform
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
 from kurtail_pl.stages.fusion.stage import fuse
@@ -158,7 +158,7 @@ def test_rotations_of_another_model_are_refused(nested: bool) -> None:
 
 def test_methods_count_by_their_kinds() -> None:
     """Two kinds may have the same settings, or none."""
-    weights = [MXFP4(), NVFP4(), Uniform(group_size=32), Normal(group_size=32), Progressive(32)]
+    weights = [MXFP4(), NVFP4(), Uniform(group_size=32), Normal(group_size=32), Progressive(32), Mixed(), Skim()]
     rounders = [RTN(), GPTQ()]
     keys = [str(settings_key(QuantizeSpec(Scheme(each), rounder))) for each in weights for rounder in rounders]
     assert len(set(keys)) == len(keys)

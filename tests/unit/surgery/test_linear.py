@@ -100,11 +100,12 @@ def test_a_float_weight_stays_float() -> None:
     ("quantizer", "codes", "scale", "zero_point"),
     [
         (Uniform(4), (OUT, IN // 2), (OUT, 1), None),
-        (Uniform(2), (OUT, IN // 2), (OUT, 1), None),
+        (Uniform(2), (OUT, IN // 4), (OUT, 1), None),
+        (Uniform(3), (OUT, 3 * IN // 8), (OUT, 1), None),
         (Uniform(4, group_size=12), (OUT, IN // 2), (OUT, 4), None),
         (Uniform(4, symmetric=False, group_size=8), (OUT, IN // 2), (OUT, 6), (OUT, 6)),
         (Uniform(8), (OUT, IN), (OUT, 1), None),
-        (Uniform(5, symmetric=False), (OUT, IN), (OUT, 1), (OUT, 1)),
+        (Uniform(5, symmetric=False), (OUT, 5 * IN // 8), (OUT, 1), (OUT, 1)),
     ],
     ids=str,
 )
@@ -119,7 +120,7 @@ def test_state(
         names = {"codes", "scale", "bias"} | (set() if zero_point is None else {"zero_point"})
         assert set(state) == names
         assert state["codes"].shape == codes
-        assert state["codes"].dtype == (torch.int8 if quantizer.bits > 4 and quantizer.symmetric else torch.uint8)
+        assert state["codes"].dtype == (torch.int8 if quantizer.bits == 8 and quantizer.symmetric else torch.uint8)
         assert state["scale"].shape == scale
         assert state["scale"].dtype == torch.float32
         if zero_point is not None:
@@ -254,7 +255,7 @@ def test_levels_of_the_normal_distribution(bits: int, group_size: int | None) ->
     torch.testing.assert_close(packed(x), expected, rtol=1e-11, atol=1e-11)
     state = packed.state_dict()
     assert set(state) == {"bias", "codes", "scale"}
-    assert state["codes"].shape == (OUT, IN // 2 if bits <= 4 else IN)
+    assert state["codes"].shape == (OUT, IN * bits // 8)
     stored, expecting = (QuantizedLinear(linear().float(), None, None) for _ in range(2))
     stored.pack(quantizer.nearest(layer.weight.float()), quantizer)
     expecting.expect_codes(quantizer)

@@ -40,7 +40,7 @@ def test_what_is_stored() -> None:
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == dict(buffers)
     assert [buffer.dtype for buffer in buffers.values()] == [torch.float16] * 2
     up, down = tensors["up"].double().numpy(), tensors["down"].double().numpy()
-    assert np.array_equal(side.dense(tensors).numpy(), up @ down)
+    assert np.array_equal(side.dense(tensors, 16).numpy(), up @ down)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     np.testing.assert_allclose(side.product(x, tensors).numpy(), x.numpy() @ (up @ down).T, rtol=1e-12, atol=1e-12)
     assert side.product(x.float(), tensors).dtype == torch.float32
@@ -52,14 +52,14 @@ def test_the_range_of_float16_is_that_of_the_square_root(size: float) -> None:
     side, weight = LowRank(16, weighted=False), weight_of() * size
     tensors = side.fitted(weight, NONE, nothing)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert relative(side.dense(tensors), weight.double()) < 2 * LARGEST_LOSS
+    assert relative(side.dense(tensors, weight.shape[1]), weight.double()) < 2 * LARGEST_LOSS
 
 
 def test_what_float16_does_not_hold_is_float32() -> None:
     side, weight = LowRank(16, weighted=False), weight_of() * 1e12
     tensors = side.fitted(weight, NONE, nothing)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert relative(side.dense(tensors), weight.double()) < 2 * LARGEST_LOSS
+    assert relative(side.dense(tensors, weight.shape[1]), weight.double()) < 2 * LARGEST_LOSS
 
 
 def test_rounds_are_numpys() -> None:
@@ -78,8 +78,8 @@ def test_rounds_are_numpys() -> None:
     found = LowRank(4, rounds=50, weighted=False)
     tensors = found.fitted(weight_of(), NONE, coarse)
     # Float16 keeps eleven bits of each factor.
-    assert relative(found.dense(tensors), torch.from_numpy(best)) < 0.02
-    left = coarse(torch.from_numpy(weight) - found.dense(tensors))
+    assert relative(found.dense(tensors, weight.shape[1]), torch.from_numpy(best)) < 0.02
+    left = coarse(torch.from_numpy(weight) - found.dense(tensors, weight.shape[1]))
     assert float(left.square().sum()) < (errors[-1] + errors[1]) / 2
 
 
@@ -104,7 +104,7 @@ def test_the_first_that_is_no_better_is_the_last(errors: list[float], asked: int
     side, weight = LowRank(2, rounds=4, weighted=False), weight_of()
     tensors = side.fitted(weight, NONE, lost)
     assert len(rests) == asked
-    assert torch.equal(weight.double() - side.dense(tensors), rests[taken])
+    assert torch.equal(weight.double() - side.dense(tensors, weight.shape[1]), rests[taken])
 
 
 def test_one_round_rounds_nothing() -> None:
@@ -123,7 +123,7 @@ def test_inputs_that_are_large_are_approximated_better() -> None:
     moments, weight = Moments(torch.diag(scale**2), None), weight_of()
     kinds = {w: LowRank(4, rounds=2, weighted=w) for w in (False, True)}
     sides: dict[bool, Tensors] = {w: side.fitted(weight, moments, everything) for w, side in kinds.items()}
-    errors = {w: weight.double() - LowRank(4).dense(tensors) for w, tensors in sides.items()}
+    errors = {w: weight.double() - LowRank(4).dense(tensors, weight.shape[1]) for w, tensors in sides.items()}
     assert (errors[True] * scale).norm() < 0.9 * (errors[False] * scale).norm()
     assert errors[True].norm() > errors[False].norm()
 

@@ -31,6 +31,18 @@ def codes_of(packed: Tensor) -> np.ndarray:
     return np.where(codes > 7, codes - 16, codes)
 
 
+def unsigned_codes_of(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The same of 2, 3, 4 and 8 bits that count from 0; of 3 bits the low two stand before the high ones."""
+
+    def spread(data: np.ndarray, width: int) -> np.ndarray:
+        return np.concatenate([data >> k & 2**width - 1 for k in range(0, 8, width)], -1)
+
+    if bits == 3:
+        low, high = np.split(packed, [packed.shape[-1] * 2 // 3], -1)
+        return spread(low, 2) + 4 * spread(high, 1)
+    return spread(packed, bits)
+
+
 def best_row(row: np.ndarray, bits: int) -> tuple[float, float]:
     """Least error of norm 2.4 over the 80 ratios, and its scale, each weight on the nearest of all values."""
     grid = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
@@ -70,8 +82,10 @@ def test_higgs_takes_the_nearest_level_of_each_group(fused: Path, tmp_path: Path
         groups = weights[f"{full}.weight"].double().numpy().reshape(-1, 4)
         scale = np.linalg.norm(groups, axis=-1, keepdims=True) / 2
         nearest = np.abs((groups / scale)[..., None] - normal_levels(bits).numpy()).argmin(-1)
-        data = packed[f"{full}.codes"].numpy()
-        codes = data if bits > 4 else np.concatenate([data % 16, data // 16], -1)
+        columns, data = weights[f"{full}.weight"].shape[1], packed[f"{full}.codes"].numpy()
+        kept = 4 if bits == 3 and columns % 8 else bits  # Eight codes of 3 bits fill bytes.
+        assert data.shape[1] == columns * kept // 8
+        codes = unsigned_codes_of(data, kept)
         assert (codes.reshape(-1, 4) != nearest).mean() < 1e-3  # float32 on an edge
         np.testing.assert_allclose(packed[f"{full}.scale"].numpy().reshape(-1, 1), scale, rtol=1e-6)
         assert packed[f"{full}.scale"].dtype == torch.float32
