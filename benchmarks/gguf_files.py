@@ -1,6 +1,6 @@
 """Perplexity, size and speed of GGUF files in llama.cpp itself, by the package xllamacpp, on a CPU.
 
-    python benchmarks/gguf_files.py --artefact artifacts/ours exports/ours/model.gguf exports/float/model.gguf
+    python benchmarks/gguf_files.py exports/ours/model.gguf exports/float/model.gguf --artefact artifacts/ours
 
 The text is that of `kurtail eval` in the artefact's tokens: each token is forced, and the logarithm of its probability
 read. Speeds are of a prompt and of greedy tokens behind it, on one thread, in the processor's time, which other work on

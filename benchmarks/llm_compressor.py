@@ -78,13 +78,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--observer", default="memoryless_mse", help="how weight scales are chosen")
     parser.add_argument("--group_size", type=int, help="inputs of a scale; all without it")
+    parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
+    parser.add_argument("--seqlen", type=int, default=1024, help="tokens of a sample")
     parser.add_argument("--windows", type=int, default=6, help="of 2048 tokens, to measure on")
     parser.add_argument("--save", type=Path, help="folder for the checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     checkpoint = Checkpoint(args.model)
-    calibration = cut_windows(checkpoint, TextSpec(args.calibration, 16, 1024), "calibration", seed=args.seed).tokens
+    calibration = cut_windows(
+        checkpoint, TextSpec(args.calibration, args.samples, args.seqlen), "calibration", seed=args.seed
+    ).tokens
     evaluation = cut_windows(checkpoint, TextSpec(args.evaluation, args.windows, 2048), "evaluation").tokens
     mask = torch.ones_like(calibration)
     data = Dataset.from_dict({"input_ids": calibration.tolist(), "attention_mask": mask.tolist()})
@@ -95,7 +99,7 @@ def main() -> None:
         if method != "float":
             recipe = modifiers(method, scheme(args.bits, args.observer, args.group_size))
             oneshot(
-                model=model, dataset=data, recipe=recipe, processor=tokenizer, max_seq_length=1024,
+                model=model, dataset=data, recipe=recipe, processor=tokenizer, max_seq_length=args.seqlen,
                 num_calibration_samples=len(data),
             )  # fmt: skip
         seconds, cpu = time.perf_counter() - seconds, time.process_time() - cpu
