@@ -5,7 +5,7 @@
 
 Each turn decodes the same number of greedy tokens behind a short prompt in both, on one thread. What counts is the time
 of the processor, which other work on a machine takes least from. Prints tokens a second of the medians, their ratio,
-the smallest and largest ratio of a turn, and what parts of the graph take.
+and the smallest and largest ratio of a turn. What the parts of the graph take, `ort_cpu.py` says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 from pathlib import Path
 
 from gguf_files import processor_seconds, server_of
-from kurtail_onnx.verify.kernels import time_by_part, trace
 from ort_cpu import NEW, PROMPT, decode_speed, load
 
 
@@ -46,7 +45,6 @@ def main() -> None:
         "llama.cpp": theirs,
         "ratio": ours / theirs,
         "ratios": [ratios[0], ratios[-1]],
-        "time": time_by_part(trace(opened, given.profile, steps=(PROMPT, *[1] * NEW), threads=1)),
     }
     print(json.dumps(report, indent=2))
 
