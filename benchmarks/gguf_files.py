@@ -1,11 +1,10 @@
 """Perplexity, size and speed of GGUF files in llama.cpp itself, by the package xllamacpp, on a CPU.
 
-    python benchmarks/gguf_files.py --artefact artifacts/ours exports/ours/model.gguf exports/float/model.gguf
-    python benchmarks/gguf_files.py --artefact artifacts/ours exports/float/model.gguf --round Q4_0 --cache q4_0
+    python benchmarks/gguf_files.py exports/ours/model.gguf exports/float/model.gguf --artefact artifacts/ours
 
 The text is that of `kurtail eval` in the artefact's tokens: each token is forced, and the logarithm of its probability
-read. `--round Q4_0` first writes every matrix of the layers of a file of floats in that type, as llama.cpp's own
-quantizer does without an importance matrix (`gguf.quants`), beside the file.
+read. Speeds are of a prompt and of greedy tokens behind it, on one thread, in the processor's time, which other work on
+the machine takes least from; the files take turns.
 """
 
 from __future__ import annotations
@@ -13,53 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xllamacpp
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor, quants
 
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.checkpoint import Checkpoint
 
 FORCED = 1e4
 """Added to the logit of a token that is to come next; probabilities are told without it."""
+PROMPT, NEW = 256, 64
+"""Tokens whose speed is measured: of a text, and greedy ones behind it."""
 
 
-def rounded(path: Path, kind: GGMLQuantizationType) -> Path:
-    """A copy of a file whose layers' matrices have another type."""
-    out = path.with_name(f"{path.stem}-{kind.name}.gguf")
-    rewrite(path, out, kind, lambda tensor: quants.dequantize(tensor.data, tensor.tensor_type))
-    return out
-
-
-def rewrite(path: Path, out: Path, kind: GGMLQuantizationType, values_of: Callable[[ReaderTensor], Any]) -> None:
-    """Copy a file, with other values of its layers' matrices, in another type."""
-    reader = GGUFReader(path)
-    writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for name, each in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            inner = each.types[-1] if each.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(name, each.contents(), each.types[0], inner)
-    for tensor in reader.tensors:
-        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            writer.add_tensor(tensor.name, quants.quantize(values_of(tensor), kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def server_of(path: Path, context: int, cache: str, threads: int) -> Any:
-    """llama.cpp with a file."""
+def server_of(path: Path, context: int, cache: str) -> Any:
+    """llama.cpp with a file, on one thread."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = context, 1, 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.warmup, parameters.verbosity, parameters.fit_params = False, -1, False
     kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
     parameters.cache_type_k = parameters.cache_type_v = kind
@@ -81,40 +56,59 @@ def surprise(server: Any, tokens: list[int]) -> list[float]:
     return found
 
 
-def measure(path: Path, windows: list[list[int]], cache: str, threads: int) -> dict[str, Any]:
-    """Perplexity over windows, megabytes, and tokens a second of a forced text."""
-    context = -(-(len(windows[0]) + 8) // 256) * 256
-    server = server_of(path, context, cache, threads)
-    start = time.perf_counter()
+def perplexity(server: Any, windows: list[list[int]]) -> float:
+    """Over all windows."""
     losses = [loss for window in windows for loss in surprise(server, window)]
-    seconds = time.perf_counter() - start
-    return {
-        "file": path.name,
-        "cache": cache,
-        "perplexity": math.exp(sum(losses) / len(losses)),
-        "megabytes": path.stat().st_size / 1e6,
-        "tokens_per_second": len(losses) / seconds,
-        "xllamacpp": xllamacpp.__version__,
-    }
+    return math.exp(statistics.fmean(losses))
+
+
+def processor_seconds(run: Callable[[], Any]) -> float:
+    """What all threads of this process took."""
+    before = time.process_time()
+    run()
+    return time.process_time() - before
+
+
+def speeds(server: Any, prompt: list[int]) -> tuple[float, float]:
+    """Tokens a second of a prompt that is not known yet, and of the greedy tokens behind it."""
+    request = {"prompt": prompt, "ignore_eos": True, "temperature": 0}
+    read = processor_seconds(lambda: server.handle_completions({**request, "n_predict": 1, "cache_prompt": False}))
+    new = processor_seconds(lambda: server.handle_completions({**request, "n_predict": NEW, "cache_prompt": True}))
+    return len(prompt) / read, NEW / new
 
 
 def main() -> None:
-    """Print a line of JSON for each file."""
+    """Print a line of JSON for each cache and file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--artefact", type=Path, required=True, help="whose tokenizer cuts the text")
     parser.add_argument("--text", default="pydoc")
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--cache", default="f16", help="f16, f32, q8_0 or q4_0")
-    parser.add_argument("--round", choices=["Q4_0", "Q4_1", "Q8_0"], help="round the files' floats so first")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--caches", nargs="+", default=["f16", "q4_0"], help="f16, f32, q8_0 or q4_0")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of speed; their median is told")
     given = parser.parse_args()
     text = TextSpec(given.text, windows=given.windows, seqlen=given.seqlen)
     windows = cut_windows(Checkpoint(given.artefact), text, "evaluation").tokens.tolist()
-    for path in given.files:
-        file = path if given.round is None else rounded(path, GGMLQuantizationType[given.round])
-        print(json.dumps(measure(file, windows, given.cache, given.threads)))
+    context = -(-(max(given.seqlen, PROMPT + NEW) + 8) // 256) * 256
+    for cache in given.caches:
+        servers = {path: server_of(path, context, cache) for path in given.files}
+        timed = [
+            {path: speeds(server, windows[0][:PROMPT]) for path, server in servers.items()}
+            for _ in range(given.repeats)
+        ]
+        for path, server in servers.items():
+            prompt, new = (statistics.median(each) for each in zip(*(turn[path] for turn in timed), strict=True))
+            report: dict[str, Any] = {
+                "file": path.name,
+                "cache": cache,
+                "perplexity": perplexity(server, windows),
+                "megabytes": path.stat().st_size / 1e6,
+                "prompt_tokens_per_second": prompt,
+                "new_tokens_per_second": new,
+                "xllamacpp": xllamacpp.__version__,
+            }
+            print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

