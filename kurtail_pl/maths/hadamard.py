@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from kurtail_pl.maths.backends import apply_right
 from kurtail_pl.maths.galois import jacobsthal_matrix, prime_power
+from kurtail_pl.maths.orthogonal import random_signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,8 +298,3 @@ def _hartley(k: int) -> Tensor:
     # The product is reduced before it becomes an angle: a large angle would cost digits.
     angle = 2 * math.pi / k * (index[:, None] * index % k).double()
     return (angle.cos() + angle.sin()) / math.sqrt(k)
-
-
-def random_signs(n: int, generator: torch.Generator) -> Tensor:
-    """Draw n independent signs, `[n]` float64."""
-    return torch.randint(2, (n,), generator=generator).double() * 2 - 1

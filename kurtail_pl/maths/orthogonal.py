@@ -78,3 +78,8 @@ def nearest_orthogonal(x: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(x.double())
     nearest: Tensor = u @ vh
     return nearest
+
+
+def random_signs(n: int, generator: torch.Generator) -> Tensor:
+    """Draw n independent signs, `[n]` float64."""
+    return torch.randint(2, (n,), generator=generator).double() * 2 - 1

@@ -17,9 +17,9 @@ from kurtail_pl.maths.hadamard import (
     block_hadamard_factors,
     random_hadamard,
     random_hadamard_factors,
-    random_signs,
     widest_block,
 )
+from kurtail_pl.maths.orthogonal import random_signs
 from kurtail_pl.methods.target import ONLINE, Online
 from kurtail_pl.surgery.families import mlp_widths
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_pl.errors import ConfigError, require_seed
-from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors, random_signs
+from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform, random_hadamard_factors
+from kurtail_pl.maths.orthogonal import random_signs
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
 from kurtail_pl.methods.tuner import relative
 from kurtail_pl.stages.fusion.scales import Part, ScaleSpec
