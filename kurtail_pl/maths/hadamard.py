@@ -69,8 +69,7 @@ class HadamardFactors:
 
     def transposed(self) -> "HadamardFactors":
         """Return the factors of the transpose, which is the inverse: fused into a weight it undoes the transform."""
-        left, right = self.left.mT.contiguous(), self.right.mT.contiguous()
-        return replace(self, left=left, right=right)
+        return replace(self, left=self.left.mT.contiguous(), right=self.right.mT.contiguous())
 
 
 def hadamard_matrix(order: int) -> Tensor:
