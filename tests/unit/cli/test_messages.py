@@ -74,7 +74,7 @@ SETTINGS = [
     (
         "quantization.scheme.side",
         "lowrank",
-        "quantization.scheme.side is lowrank, expected one of LowRank; did you mean LowRank?",
+        "quantization.scheme.side is lowrank, expected one of LowRank, Sparse; did you mean LowRank?",
     ),
     ("quantization.scheme.weights", "mxfp", "quantization.scheme.weights is mxfp, expected one of FloatZero, MXFP4"),
     ("quantization.scheme.weights.init_args.bitz", 4, "there is no setting bitz; did you mean bits?"),
