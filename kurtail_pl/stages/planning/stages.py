@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kurtail_pl.methods.cost import FLOAT16, FLOAT32, FLOAT64, Cost
@@ -86,7 +87,8 @@ def quantize(run: Run, spec: QuantizeSpec) -> StagePlan:
     if calibration:
         kept += models * run.states(spec.text) + calibration * s.widest * value
     embedding = s.embedding * FLOAT32
-    solved = max(_solving(run, spec, costs), s.layer // 2 + max((cost.memory for cost in costs), default=0))
+    codes = _bytes_of_codes(s.layer, spec)
+    solved = max(_solving(run, spec, costs, codes), codes + max((cost.memory for cost in costs), default=0))
     again = sum(cost.again for cost in costs)
     flops = (models + again) * s.forward(calibration, spec.text.seqlen) + measured.flops
     flops += sum(cost.flops for cost in costs) + (2 * 2.0 * calibration + s.widest) * s.layers * s.active
@@ -98,20 +100,26 @@ def quantize(run: Run, spec: QuantizeSpec) -> StagePlan:
         kept,
         max(embedding + s.embedding * FLOAT16, solved, measured.before),
         max(embedding, solved + run.window(spec.text)) + SEARCH_BYTES,
-        JOINED * (s.stack // 2 + 2 * s.embedding * FLOAT16 + beside) + kept + measured.states,
+        JOINED * (_bytes_of_codes(s.stack, spec) + 2 * s.embedding * FLOAT16 + beside) + kept + measured.states,
         flops,
         sum(cost.passes for cost in costs),
         "fewer calibration windows (quantization.text.windows)",
     )
 
 
-def _solving(run: Run, spec: QuantizeSpec, costs: Sequence[Cost]) -> int:
+def _bytes_of_codes(numbers: int, spec: QuantizeSpec) -> int:
+    """Of so many weights as the artefact has them, float ones in float16."""
+    weights = spec.scheme.weights
+    return numbers * FLOAT16 if weights is None else math.ceil(numbers * weights.average_bits / 8)
+
+
+def _solving(run: Run, spec: QuantizeSpec, costs: Sequence[Cost], codes: int) -> int:
     """Bytes of a layer whose weights become codes, and of what is held beside it."""
     s, value = run.sizes, run.sizes.value
-    # Codes of what is solved already, half a byte each, beside the widest linear, or all experts still to come.
-    unsolved = s.layer * value if s.active < s.layer else s.layer // 2 + s.wide * value
+    # Codes of what is solved already, beside the widest linear, or all experts still to come.
+    unsolved = s.layer * value if s.active < s.layer else codes + s.wide * value
     if spec.needs_float_model:
-        unsolved = s.layer * value + s.layer // 2  # The float model's layer lets go of its weights at the end.
+        unsolved = s.layer * value + codes  # The float model's layer lets go of its weights at the end.
     if not spec.needs_inputs:
         return max(s.layer * value, unsolved)
     copies = max(2, *(cost.copies for cost in costs))

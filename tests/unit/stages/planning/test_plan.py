@@ -25,6 +25,7 @@ from kurtail_pl.methods import (
     PerTokenHead,
     Q4_0Cache,
     SensitiveBits,
+    Uniform,
 )
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.capture.stage import CaptureSpec
@@ -145,6 +146,18 @@ def test_more_windows_take_more(text_file: Path) -> None:
     assert many["quantize"] == few["quantize"]
     rtn = planned(config, capture, QuantizeSpec(rounder=RTN()), 0)
     assert rtn["quantize"].memory < few["quantize"].memory
+
+
+def test_the_disk_of_an_artefact_follows_the_bits_of_its_weights() -> None:
+    """Written twice, in parts and joined; float weights in float16."""
+    config, capture = LlamaConfig(), CaptureSpec("x", TextSpec("pydoc", 8, 512), 4096)
+    formats = {2: Uniform(2), 4: Uniform(4), 8: Uniform(8), 16: None}
+    disk = {
+        bits: planned(config, capture, QuantizeSpec(Scheme(weights), RTN()), 0)["quantize"].disk
+        for bits, weights in formats.items()
+    }
+    numbers = sizes_of(config).stack
+    assert {bits: disk[bits] - disk[4] for bits in disk} == {bits: 2 * numbers * (bits - 4) // 8 for bits in disk}
 
 
 def test_static_scales_need_the_text_whatever_the_method() -> None:
