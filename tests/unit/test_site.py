@@ -99,11 +99,11 @@ def test_a_page_of_the_site_is_read_in_one_sitting(site: Path) -> None:
 
 
 def test_help_and_settings_are_the_real_ones(site: Path) -> None:
-    stages, rounders, recipe = (
+    help_of, rounders, recipe = (
         unescape(re.sub(r"<[^>]+>", "", (site / f"{name}.html").read_text()))
-        for name in ("reference/stages", "methods/rounders", "reference/recipe")
+        for name in ("reference/quantize", "methods/rounders", "reference/recipe")
     )
-    assert "--spec.rounder" in stages
+    assert "--spec.rounder" in help_of
     assert "percdamp" in rounders
     assert "Raises" in rounders
     assert "rotation_seed: 0" in recipe
