@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from kurtail_pl.cli.arguments import check_recipe
 from kurtail_pl.cli.cells import Cell, Recipe, cells_of_systems
@@ -104,12 +105,17 @@ def systems_of(
 
 def _require_alike(recipe: Recipe, first: tuple[str, Recipe] | None) -> None:
     """Raise ConfigError when a recipe is not measured as the first one is."""
-    for name, place in (("evaluation", ("evaluation",)), ("model", ("data", "init_args", "capture", "model"))):
-        own, other = recipe.own, None if first is None else first[1].own
-        for key in place:
-            own, other = own[key], None if other is None else other[key]
-        if first is not None and own != other:
-            raise ConfigError(f"its {name} is another than that of {first[0]}, and one table has one: leave it out")
+    if first is None:
+        return
+    name, other = first
+    for part, own in _measured_on(recipe).items():
+        if own != _measured_on(other)[part]:
+            raise ConfigError(f"its {part} is another than that of {name}, and one table has one: leave it out")
+
+
+def _measured_on(recipe: Recipe) -> dict[str, Any]:
+    own = recipe.own
+    return {"evaluation": own["evaluation"], "model": own["data"]["init_args"]["capture"]["model"]}
 
 
 @contextmanager

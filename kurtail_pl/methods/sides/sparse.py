@@ -64,18 +64,21 @@ class Sparse(Side):
 
     def dense(self, tensors: Tensors, columns: int) -> Tensor:
         """Zeros but for its numbers."""
-        value = tensors["value"].double()
-        return value.new_zeros(len(value), columns).scatter_(1, tensors["index"].long(), value)
+        return _scattered(tensors, columns, torch.float64)
 
     def product(self, x: Tensor, tensors: Tensors) -> Tensor:
         """By the dense matrix, which no kernel for sparse ones beats here."""
-        value = tensors["value"].to(x.dtype)
-        dense = value.new_zeros(len(value), x.shape[-1]).scatter_(1, tensors["index"].long(), value)
-        return F.linear(x, dense)
+        return F.linear(x, _scattered(tensors, x.shape[-1], x.dtype))
 
     def _count(self, columns: int) -> int:
         """Numbers of a row."""
         return max(1, round(self.share * columns))
+
+
+def _scattered(tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+    """The matrix ``[out, columns]``, in a type."""
+    value = tensors["value"].to(dtype)
+    return value.new_zeros(len(value), columns).scatter_(1, tensors["index"].long(), value)
 
 
 def _places(columns: int) -> torch.dtype:
