@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -59,6 +60,13 @@ class Format(Method):
     def spanning(self, share: Tensor) -> Format:
         """The same with grids that span a share ``[out, 1]`` of the range of each group of a row, without a search."""
         raise NotImplementedError(f"{type(self).__name__} has no grids that span a share")
+
+    def holding(self, kind: type[Format], **found: object) -> Format:
+        """The same settings as a kind, made for one weight alone, that holds what was found for it."""
+        own = kind(**{each.name: getattr(self, each.name) for each in fields(self)})  # type: ignore[arg-type]
+        for name, value in found.items():
+            object.__setattr__(own, name, value)
+        return own
 
     def fitted(self, weight: Tensor, hessian: Tensor | None) -> Format:
         """The same with what it takes from a weight ``[out, in]`` and the Hessian of its inputs, if there is one.

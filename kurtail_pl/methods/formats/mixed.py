@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -90,10 +90,8 @@ class Mixed(Format):
         widths = torch.tensor(allocate(torch.stack(costs, 1), (NARROW, WIDE), self.average), device=weight.device)
         scale, zero_point = (torch.where(widths == WIDE, wide, narrow) for narrow, wide in zip(*grids, strict=True))
         empty = split_groups(exact, self.group_size).abs().amax(-1) == 0
-        own = _Widths(**{each.name: getattr(self, each.name) for each in fields(self)})
-        object.__setattr__(own, "widths", widths)
-        object.__setattr__(own, "found", self.storable(Grid(scale.masked_fill(empty, 0), zero_point)))
-        return own
+        found = self.storable(Grid(scale.masked_fill(empty, 0), zero_point))
+        return self.holding(_Widths, widths=widths, found=found)
 
     def grid(self, weight: Tensor) -> Grid:
         """With widths by the weight alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -89,10 +89,8 @@ class Skim(Format):
             scales.append(scale)
         widths = allocate(torch.stack(costs, 1), WIDTHS, self.average)
         chosen = torch.tensor([WIDTHS.index(width) for width in widths], device=weight.device)[:, None, None]
-        own = _Levels(**{each.name: getattr(self, each.name) for each in fields(self)})
-        object.__setattr__(own, "table", torch.stack(tables, 1).take_along_dim(chosen, 1)[:, 0])
-        object.__setattr__(own, "scale", torch.stack(scales, 1).take_along_dim(chosen, 1)[:, 0])
-        return own
+        table, scale = (torch.stack(each, 1).take_along_dim(chosen, 1)[:, 0] for each in (tables, scales))
+        return self.holding(_Levels, table=table, scale=scale)
 
     def grid(self, weight: Tensor) -> Grid:
         """With levels by the weight alone."""

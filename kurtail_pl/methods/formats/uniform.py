@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -81,9 +81,7 @@ class Uniform(Format):
 
     def spanning(self, share: Tensor) -> Format:
         """A value for one weight, which no recipe has."""
-        found = _Spanning(**{each.name: getattr(self, each.name) for each in fields(self)})
-        object.__setattr__(found, "share", share)
-        return found
+        return self.holding(_Spanning, share=share)
 
     def storable(self, grid: Grid) -> Grid:
         """By `scales`."""
