@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -17,17 +18,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kurtail_pl.stages.capture.stage import CaptureSpec
 from kurtail_pl.stages.planning.learning import ProxyLearning
 from kurtail_pl.stages.planning.plan import plan
 from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
-from kurtail_pl.storage.sources import config_of, open_model
+from kurtail_pl.storage.sources import config_of
 
 SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "vocab_size": 49152},
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
     "llama-3-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
     # For one layer: with SmolLM2's vocabulary, as embedding and head would be larger than it.
@@ -48,22 +59,39 @@ print(program, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def random_model(shapes: str, layers: int, folder: Path) -> Path:
-    """A Llama of true shapes with random bfloat16 weights, one shard a layer, and SmolLM2's tokenizer."""
+def word_tokenizer(words: int = 1000) -> PreTrainedTokenizerFast:
+    """Knows the words w0, w1 and so on, and needs no file."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n + 3 for n in range(words)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def word_text(path: Path, tokens: int) -> Path:
+    """A text of so many of the tokenizer's words at least, drawn at random."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    # A file's last part is kept for evaluation.
+    lines = max(200, tokens // 12)
+    path.write_text("\n".join(" ".join(f"w{draw.randrange(1000)}" for _ in range(20)) for _ in range(lines)))
+    return path
+
+
+def random_model(shapes: str, layers: int, folder: Path, device: str = "cpu") -> Path:
+    """A Llama of true shapes with random bfloat16 weights, drawn on a device, one shard a layer."""
     if (folder / "config.json").is_file():
         return folder
-    tokenizer = open_model("smollm2-135m").tokenizer()  # First: the weights take minutes.
     folder.mkdir(parents=True)
-    config = LlamaConfig(**SHAPES[shapes], num_key_value_heads=8, num_hidden_layers=layers, dtype="bfloat16")
-    hidden, width, kv = config.hidden_size, config.intermediate_size, 8 * config.head_dim
+    config = LlamaConfig(**{"num_key_value_heads": 8, **SHAPES[shapes]}, num_hidden_layers=layers, dtype="bfloat16")
+    hidden, width, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     linears = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
     linears |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden)}
     linears |= {"mlp.down_proj": (hidden, width)}
     weight_map: dict[str, str] = {}
 
     def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shapes.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        tensors = {n: torch.randn(s, dtype=torch.bfloat16, device=device) * 0.02 for n, s in shapes.items()}
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
 
     for i in range(layers):
@@ -73,7 +101,7 @@ def random_model(shapes: str, layers: int, folder: Path) -> Path:
     write("embedding.safetensors", {"model.embed_tokens.weight": (config.vocab_size, hidden)})
     write("head.safetensors", {"lm_head.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    tokenizer.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     config.save_pretrained(folder)
     return folder
 
@@ -91,8 +119,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/memory"))
     args = parser.parse_args()
     model = str(random_model(args.shapes, args.layers, args.work / args.shapes)) if args.shapes else args.model
-    text = TextSpec(windows=args.windows, seqlen=args.seqlen)
-    cut = ["--spec.text.windows", args.windows, "--spec.text.seqlen", args.seqlen]
+    source = str(word_text(args.work / "words.txt", args.windows * args.seqlen)) if args.shapes else "pydoc"
+    text = TextSpec(source, args.windows, args.seqlen)
+    cut = ["--spec.text.source", source, "--spec.text.windows", args.windows, "--spec.text.seqlen", args.seqlen]
     verbs = {
         "capture": ["capture", "--spec.model", model, *cut, "--spec.rows", args.rows, "--out", args.work / "store"],
         "fuse": ["fuse", "--model", model, "--method", "quarot", "--out", args.work / "fused"],

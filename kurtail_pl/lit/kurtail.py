@@ -155,12 +155,12 @@ class KurTailModule(RotationModule):
         """
         losses, kurtoses = [], []
         for site in batch["residual"]:
-            rows, mean = self.block_input(site)
+            rows, mean = self.block_input(site.to(self.residual))
             rotated = self.turned(rows)
             losses.append(self._objective(rotated, mean))
             with torch.no_grad():
                 kurtoses.append(kurtosis(rotated, mean))
-        return torch.stack(losses), torch.stack(kurtoses), self._kurtosis_r2(batch["value"])
+        return torch.stack(losses), torch.stack(kurtoses), self._kurtosis_r2(batch["value"].to(self.value))
 
     def _kurtosis_r2(self, heads: Tensor) -> Tensor:
         """Of values as `o_proj` reads them, and as a cache that turns them keeps them."""

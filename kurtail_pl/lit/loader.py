@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class StepLoader(ABC, Generic[T]):
-    """`steps` batches, each a pure function of its step.
+    """`steps` batches, each a pure function of its step; the next one is read while one is learned from.
 
     A plain DataLoader starts over at batch 0 when training resumes; this one carries on, through the `state_dict` that
     Lightning saves with the checkpoint.
@@ -35,10 +36,14 @@ class StepLoader(ABC, Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         start, self._next_step = self._next_step % self._steps, 0
-        for step in range(start, self._steps):
-            batch = self.batch(step)
-            self._next_step = step + 1
-            yield batch
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(self.batch, start)
+            for step in range(start, self._steps):
+                batch = coming.result()
+                if step + 1 < self._steps:
+                    coming = reader.submit(self.batch, step + 1)
+                self._next_step = step + 1
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The step that comes next."""
@@ -60,8 +65,9 @@ class BlockLoader(StepLoader[Batch]):
 
     The rows ``[first_row, last_row)`` are cut into blocks, the last one perhaps shorter.
 
-    A batch is ``{"residual": [2 layers, rows, hidden], "value": [layers, rows, kv_heads, head_dim]}``, float32. Of
-    several processes each takes its `share`, (rank, world size), of every batch: contiguous rows, equally many.
+    A batch is ``{"residual": [2 layers, rows, hidden], "value": [layers, rows, kv_heads, head_dim]}`` in bfloat16, as
+    the store has them: the device makes float32 of them, which are half as many bytes on the way. Of several processes
+    each takes its `share`, (rank, world size), of every batch: contiguous rows, equally many.
     """
 
     def __init__(
@@ -104,8 +110,8 @@ class WindowLoader(StepLoader[Tensor]):
 
 
 def read_batch(store: ActivationStore, start: int, stop: int) -> Batch:
-    """Rows ``[start, stop)`` of every site."""
+    """Rows ``[start, stop)`` of every site, bfloat16."""
     shape = store.shape
-    residual = torch.stack([store.read(site, start, stop) for site in block_sites(shape.layers)])
-    value = torch.stack([store.read(site, start, stop) for site in value_sites(shape.layers)])
+    residual = torch.stack([store.stored(site, start, stop) for site in block_sites(shape.layers)])
+    value = torch.stack([store.stored(site, start, stop) for site in value_sites(shape.layers)])
     return {"residual": residual, "value": value.view(shape.layers, stop - start, shape.kv_heads, shape.head_dim)}

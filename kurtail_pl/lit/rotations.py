@@ -152,10 +152,10 @@ class RotationModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Kurtosis and 4-bit error of every block input on rows kept out of training."""
-        self.site_kurtosis.update(self.turned(rms_norm(batch["residual"], self.rms_norm_eps)))
+        self.site_kurtosis.update(self.turned(rms_norm(batch["residual"].to(self.residual), self.rms_norm_eps)))
         errors = []
         for site in batch["residual"]:
-            rows, mean = self.block_input(site)
+            rows, mean = self.block_input(site.to(self.residual))
             errors.append(rounding_error(self.turned(rows), mean, HELD_OUT))
         rows_of_site = batch["residual"].shape[1]
         self.log("error/validation", torch.stack(errors).mean(), batch_size=rows_of_site, sync_dist=True)
@@ -186,7 +186,7 @@ class RotationModule(L.LightningModule):
         """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU; raises NotFinite when one diverged."""
         if not (is_finite(self.residual.detach()) and is_finite(self.value.detach())):
             raise NotFinite("the learned rotations are nan or infinite; learn with a smaller step size, optimizer.lr")
-        r1, r2 = (nearest_orthogonal(each.detach().cpu()) for each in (self.residual, self.value))
+        r1, r2 = (nearest_orthogonal(each.detach()).cpu() for each in (self.residual, self.value))
         return (r1, r2) if self.block is None else (block_diagonal(r1), block_diagonal(r2))
 
     def rotations(self, config: PretrainedConfig) -> Rotations:

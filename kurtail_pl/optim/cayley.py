@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.orthogonal import capped_step, cayley_step, skew_direction
+from kurtail_pl.maths.products import tf32_products
 
 
 def _check(lr: float, decays: tuple[float, ...], eps: float, q: float, iterations: int) -> None:
@@ -59,7 +60,9 @@ class _Cayley(Optimizer):
                     continue
                 if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
                     raise ValueError(f"parameter of shape {tuple(x.shape)} is no stack of square matrices [..., n, n]")
-                x.copy_(self._update(x, x.grad, self.state[x], group))
+                # TF32 turns the direction by a thousandth at most; the last pass restores orthogonality in float32.
+                with tf32_products(x.is_cuda):
+                    x.copy_(self._update(x, x.grad, self.state[x], group))
         return loss
 
     @abstractmethod
@@ -105,9 +108,11 @@ class CayleyAdam(_Cayley):
         momentum = state["momentum"].lerp_(grad, 1 - beta1)
         second = state["second_moment"].lerp_(grad.square().sum((-2, -1)), 1 - beta2)
         w = skew_direction(x, momentum / correct1)
-        state["momentum"] = (w @ x) * correct1
-        w = w / (second / correct2 + group["eps"]).sqrt()[..., None, None]
-        return cayley_step(x, w, capped_step(group["lr"], w, group["q"], group["eps"]), group["iterations"])
+        wx = w @ x
+        state["momentum"] = wx * correct1
+        scale = (second / correct2 + group["eps"]).rsqrt()[..., None, None]
+        w, wx = w * scale, wx * scale
+        return cayley_step(x, w, wx, capped_step(group["lr"], w, group["q"], group["eps"]), group["iterations"])
 
 
 class CayleySGD(_Cayley):
@@ -141,5 +146,5 @@ class CayleySGD(_Cayley):
         if not state:
             state["momentum"] = torch.zeros_like(x)
         w = skew_direction(x, state["momentum"] * group["momentum"] + grad)
-        state["momentum"] = w @ x
-        return cayley_step(x, w, capped_step(group["lr"], w, group["q"], group["eps"]), group["iterations"])
+        wx = state["momentum"] = w @ x
+        return cayley_step(x, w, wx, capped_step(group["lr"], w, group["q"], group["eps"]), group["iterations"])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kurtail_pl.errors import NotFinite, StoreMismatch, listed, reason
 from kurtail_pl.maths.finite import is_finite
-from kurtail_pl.storage.files import claim, sha256_of, write_json
+from kurtail_pl.storage.files import claim, sha256_of_each, write_json
 from kurtail_pl.storage.records import fields_of, read_object, require_format
 from kurtail_pl.storage.resume import differences
 
@@ -141,7 +141,7 @@ def write_manifest(folder: Path, origin: Origin, shape: Shape, versions: dict[st
         "origin": asdict(origin),
         "shape": asdict(shape),
         "versions": versions,
-        "sha256": {site: sha256_of(_file(folder, site)) for site in sites},
+        "sha256": dict(zip(sites, sha256_of_each([_file(folder, site) for site in sites]), strict=True)),
     }
     write_json(folder / MANIFEST, manifest)
 
@@ -194,13 +194,20 @@ class ActivationStore:
 
     def require_intact(self) -> None:
         """Raise StoreMismatch when a file's hash is not the manifest's."""
-        for site, expected in self._sha256.items():
-            path = _file(self.folder, site)
-            if not path.is_file() or sha256_of(path) != expected:
-                raise StoreMismatch(f"{path} is missing or damaged; remove {self.folder} and capture again")
+        paths = [_file(self.folder, site) for site in self._sha256]
+        bad = next((path for path in paths if not path.is_file()), None)
+        if bad is None:
+            found = zip(paths, sha256_of_each(paths), self._sha256.values(), strict=True)
+            bad = next((path for path, sha256, expected in found if sha256 != expected), None)
+        if bad is not None:
+            raise StoreMismatch(f"{bad} is missing or damaged; remove {self.folder} and capture again")
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
         """A block of one site's rows, ``[stop - start, width]``, float32."""
+        return self.stored(site, start, stop).float()
+
+    def stored(self, site: str, start: int, stop: int) -> Tensor:
+        """The same in bfloat16, as they are stored."""
         path = _file(self.folder, site)
         try:
             with safe_open(path, framework="pt") as file:
@@ -208,7 +215,7 @@ class ActivationStore:
                 if stored.get_dtype() != "BF16" or stored.get_shape() != [self.origin.rows, self.shape.width(site)]:
                     raise StoreMismatch(f"{path} holds other rows than the manifest beside it says; {AGAIN}")
                 rows: Tensor = stored[start:stop]
-                return rows.float()
+                return rows
         except (SafetensorError, OSError) as error:
             raise StoreMismatch(f"{path} cannot be read ({reason(error)}); {AGAIN}") from error
 

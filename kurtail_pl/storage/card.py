@@ -15,7 +15,7 @@ from pydantic import with_config
 
 from kurtail_pl.errors import ArtefactError
 from kurtail_pl.methods.scheme import FLOAT, Scheme
-from kurtail_pl.storage.files import sha256_of, write_json
+from kurtail_pl.storage.files import sha256_of_each, write_json
 from kurtail_pl.storage.mark import CARD as CARD
 from kurtail_pl.storage.mark import require_card
 from kurtail_pl.storage.records import OTHERS_TOO, Number, fields_of, read_object, require_format, require_inside
@@ -31,7 +31,8 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `kurtail.json`, the last file of a folder, with the hashes of every other file."""
     # A process that was killed while or after it wrote the card left one of the same folder, maybe under a hidden name.
     others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD and not p.name.startswith(".")]
-    write_json(folder / CARD, {"format": FORMAT, **card, "sha256": {path.name: sha256_of(path) for path in others}})
+    hashes = dict(zip((path.name for path in others), sha256_of_each(others), strict=True))
+    write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
 
 
 @with_config(OTHERS_TOO)
@@ -99,11 +100,12 @@ def require_intact(folder: Path) -> None:
         raise ArtefactError(
             f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit"
         )
-    for name, expected in read_card(folder)["sha256"].items():
-        path = folder / name
+    expected = {folder / name: sha256 for name, sha256 in read_card(folder)["sha256"].items()}
+    for path in expected:
         if not path.is_file():
             raise ArtefactError(f"{path} is missing; {AGAIN}")
-        if sha256_of(path) != expected:
+    for (path, wanted), found in zip(expected.items(), sha256_of_each([*expected]), strict=True):
+        if found != wanted:
             raise ArtefactError(f"{path} is damaged (its hash changed); {AGAIN}")
 
 

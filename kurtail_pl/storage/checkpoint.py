@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kurtail_pl.errors import CheckpointError, shortened
 from kurtail_pl.maths.finite import is_finite
-from kurtail_pl.storage.files import sha256_of, sha256_of_text
+from kurtail_pl.storage.files import sha256_of_each, sha256_of_text
 from kurtail_pl.storage.mark import CARD, require_card, without_mark
 from kurtail_pl.storage.model_config import read_config
 from kurtail_pl.storage.parameters import placed, require_held
@@ -142,8 +142,8 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of configuration and weights."""
         digest = hashlib.sha256()
-        for path in (self.folder / "config.json", *self.files):
-            digest.update(sha256_of(path).encode())
+        for sha256 in sha256_of_each([self.folder / "config.json", *self.files]):
+            digest.update(sha256.encode())
         return digest.hexdigest()
 
     def tokenizer_sha256(self) -> str:

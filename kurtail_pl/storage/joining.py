@@ -1,13 +1,15 @@
 """Weights in many safetensors files, joined into files as the Hugging Face hub has them.
 
 Bytes are copied from file to file, as the format lets one: a length of 8 bytes, a JSON header, and the bytes of tensor
-after tensor. So nothing of a model is held in memory, and equal parts give equal files.
+after tensor. So nothing of a model is held in memory, and equal parts give equal files. A part that is large enough to
+be a file of its own is not copied: it gets a second name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -19,6 +21,8 @@ from kurtail_pl.storage.weights import INDEX, SINGLE
 
 LARGEST = 5_000_000_000
 """Bytes of tensors in a file; the hub's own limit for what is previewed and cached well."""
+WHOLE = 500_000_000
+"""A part of so many bytes or more stays a file."""
 CHUNK = 1 << 24
 METADATA = "__metadata__"
 
@@ -54,12 +58,16 @@ def join(parts: Sequence[Path], folder: Path, largest: int = LARGEST) -> None:
     Raises:
         NotWritable: when the operating system does not let it be written; DiskFull when the disk is full.
     """
-    shards = _split([piece for part in parts for piece in pieces_of(part)], largest)
+    shards = _split([pieces_of(part) for part in parts], largest)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        # Large numbers first, so that each begins at a multiple of its size, which readers of mapped files need.
-        _write(folder / name, sorted(shard, key=lambda piece: -piece.itemsize))
+        whole = shard[0].path
+        if pieces_of(whole) == shard:
+            _name(folder / name, whole)
+        else:
+            # Large numbers first, so that each begins at a multiple of its size, which readers of mapped files need.
+            _write(folder / name, sorted(shard, key=lambda piece: -piece.itemsize))
     if count > 1:
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         size = sum(piece.size for shard in shards for piece in shard)
@@ -80,17 +88,40 @@ def pieces_of(path: Path) -> list[Piece]:
     return sorted(pieces, key=lambda piece: piece.start)
 
 
-def _split(pieces: Sequence[Piece], largest: int) -> list[list[Piece]]:
-    """Fill one file after another."""
+def room_for(sizes: Iterable[int]) -> int:
+    """Bytes that parts of these sizes and the files joined from them take together."""
+    return sum(size if _stays(size, LARGEST) else 2 * size for size in sizes)
+
+
+def _stays(size: int, largest: int) -> bool:
+    return WHOLE <= size <= largest
+
+
+def _split(parts: Sequence[Sequence[Piece]], largest: int) -> list[list[Piece]]:
+    """Fill one file after another; a part that stays is one."""
     shards: list[list[Piece]] = [[]]
     size = 0
-    for piece in pieces:
-        if shards[-1] and size + piece.size > largest:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += piece.size
-    return shards
+    for part in parts:
+        stays = _stays(sum(piece.size for piece in part), largest)
+        for number, piece in enumerate(part):
+            begins = number == 0 if stays else size + piece.size > largest
+            if shards[-1] and begins:
+                shards.append([])
+                size = 0
+            shards[-1].append(piece)
+            size += piece.size
+        if stays:
+            size = largest
+    return [shard for shard in shards if shard]
+
+
+def _name(path: Path, part: Path) -> None:
+    """Let a part have a second name; where a disk knows no such thing, it is copied."""
+    with whole_file(path) as temporary:
+        try:
+            temporary.hardlink_to(part)
+        except OSError:
+            shutil.copyfile(part, temporary)
 
 
 def _write(path: Path, pieces: Sequence[Piece]) -> None:

@@ -15,6 +15,7 @@ from kurtail_pl.errors import NotFinite
 from kurtail_pl.maths.finite import is_finite
 from kurtail_pl.storage.files import claim
 from kurtail_pl.storage.resume import Workplace
+from kurtail_pl.storage.transfer import Staging
 
 CPU = torch.device("cpu")
 
@@ -51,20 +52,26 @@ class MappedStates:
                 claim(file, size)
         values = size // dtype.itemsize
         self._states = torch.from_file(str(path), shared=True, size=values, dtype=dtype).view(shape)
+        self._staging = Staging(shape[1:], dtype, device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, window: int) -> Tensor:
-        return self._states[window : window + 1].to(self._device)
+        states = self._states[window]
+        return (states.to(self._device) if self._staging is None else self._staging.to_device(states)).unsqueeze(0)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[window] for window in range(len(self)))
 
     def __setitem__(self, window: int, states: Tensor) -> None:
         """Write the states of a window; raises NotFinite when a value is infinite or not a number."""
-        self._states[window] = states[0]
-        if not is_finite(self._states[window]):
+        if self._staging is None:
+            self._states[window] = states[0]
+        else:
+            self._staging.from_device(states[0], self._states[window])
+        # On the device, where a look takes less time.
+        if not is_finite(self._states[window] if self._staging is None else states[0].to(self._states.dtype)):
             raise NotFinite(
                 f"window {window} has hidden states in {self._place()} that are nan or infinite; the model's values "
                 f"are too large for {str(self._states.dtype).removeprefix('torch.')}: use another copy of the model"

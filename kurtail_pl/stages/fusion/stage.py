@@ -24,6 +24,7 @@ from kurtail_pl.stages.versions import versions
 from kurtail_pl.storage.card import is_ours, read_card, require_intact, write_card
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import require_space, sha256_of
+from kurtail_pl.storage.joining import room_for
 from kurtail_pl.storage.keys import companions_sha256, require_learned_on, settings_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.mark import write_config
@@ -34,6 +35,7 @@ from kurtail_pl.storage.rotation_file import hash_of, require_rotations_of, writ
 from kurtail_pl.storage.statement import origin_of
 from kurtail_pl.streaming.compute import Compute, Device
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.rotations import Rotations
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def fuse(
             return folder
         walker = Walker(checkpoint, dtype=torch.float64, device=compute.torch_device)
         # The weights and the parts that they are joined from.
-        require_space(folder, 2 * 4 * sum(p.numel() for p in walker.model.parameters()))
+        require_space(folder, room_for(_float32_parts(walker)))
         with resumable_folder(folder, overwrite, recipe) as work:
             with Meter(work.state.get("cost")) as meter:
                 chosen, rotations = chosen.searched(checkpoint, rotations, work, compute)
@@ -162,6 +164,15 @@ class _Chosen:
             tokens = self.sign_text.tokens
             work.state["signs"] = sign_errors(checkpoint, rotations, self.signs, tokens, self.scales, compute)
         return with_signs(rotations, self.signs, work.state["signs"])
+
+
+def _float32_parts(walker: Walker) -> list[int]:
+    """Bytes of the parts that a fused model is written in: embedding, layers, final norm with head."""
+    model, architecture = walker.model, walker.architecture
+    ends = [[architecture.embedding], [architecture.final_norm, architecture.head]]
+    parts = [[model.get_submodule(name) for name in end] for end in ends]
+    parts += [[layer] for layer in layers_of(model, architecture)]
+    return [4 * sum(p.numel() for module in part for p in module.parameters()) for part in parts]
 
 
 def _recipe(checkpoint: Checkpoint, rotations: Rotations, method: str, chosen: _Chosen) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from kurtail_pl.methods.cost import FLOAT32, KEPT_HIDDEN, KEPT_WIDE
 from kurtail_pl.stages.planning.run import Run, StagePlan
 
-CAYLEY_PRODUCTS = 12
-"""One Cayley step has so many products of square matrices: the skew direction, five fixed-point passes, the polish."""
+CAYLEY_PRODUCTS = 9
+"""One Cayley step has so many products of square matrices: direction, its product with X, five passes, the polish."""
 
 
 class Learning(ABC):
@@ -37,6 +37,7 @@ class ProxyLearning(Learning):
     def plan(self, run: Run) -> StagePlan:
         """Batches and square matrices."""
         s, program, on_cuda = run.sizes, run.program, run.compute.on_cuda
+        # In bfloat16 twice, with the one that is read meanwhile; what is kept of it is float32.
         batch = 2 * s.layers * self.batch_rows * s.hidden * FLOAT32
         products = self.steps * 3.0 * 4 * s.layers * self.batch_rows * s.hidden**2
         taken = 3 * batch + _square(run)

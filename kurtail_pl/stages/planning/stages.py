@@ -13,11 +13,12 @@ from kurtail_pl.stages.planning.run import Run, StagePlan, tokens_of
 from kurtail_pl.stages.quantization import QuantizeSpec, sensitivity
 from kurtail_pl.stages.quantization.moments import FLOAT64_WIDTH
 from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.storage.joining import room_for
 
 SEARCH_BYTES = 8 * FLOAT32 << 25
 """The search of a grid holds so much on CUDA: eight float32 copies of the values that it takes at once."""
 JOINED = 2
-"""Weights are written in parts, and joined into files while these are there."""
+"""Codes are written in parts, and joined into files while these are there."""
 ROUNDING_PASSES = 20
 """What is rotated and rounded is passed over so often, to measure the error of that."""
 
@@ -69,7 +70,7 @@ def fuse(run: Run, scales: ScaleSpec | None, signs: SignSpec | None) -> StagePla
         states,
         square + max(ends, rows, layer, turned),
         3 * square + max(rows, turned),
-        JOINED * (s.stack + 2 * s.embedding) * FLOAT32 + states,
+        room_for(FLOAT32 * size for size in (*2 * [s.embedding], *s.layers * [s.stack // s.layers])) + states,
         flops,
         passes,
         "a disk or machine with more room: fusion holds one layer in float64",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 
 import torch
 from torch import Tensor
 
+from kurtail_pl.maths.products import tf32_products
 from kurtail_pl.methods import Moments
 from kurtail_pl.surgery.linear import QuantizedLinear
 
@@ -55,20 +55,10 @@ def _empty_product(width: int, device: torch.device) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left^T right`` of ``[tokens, in]``, float32 products, to a sum ``[in, in]`` in its own type."""
-    with _exact_products(right.dtype):
+    # No value of bfloat16 is rounded by them.
+    with tf32_products(right.is_cuda and right.dtype == torch.bfloat16):
         left, right = left.float(), right.float()
         if total.dtype == torch.float32:
             total.addmm_(left.T, right)
         else:
             total += left.T @ right
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let CUDA multiply bfloat16 values, held as float32, by its fast TF32 units, which round none of them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -34,10 +34,10 @@ def test_a_batch_is_a_block_of_every_site_in_the_models_order(known: Any) -> Non
         rows = row_numbers(batch)
         assert batch["residual"].shape == (6, 7, 16)
         assert batch["value"].shape == (3, 7, 2, 4)
-        assert batch["residual"].dtype == batch["value"].dtype == torch.float32
+        assert batch["residual"].dtype == batch["value"].dtype == torch.bfloat16
         assert rows == list(range(rows[0], rows[0] + 7))
-        assert torch.equal(batch["residual"], known.residual[:, rows])
-        assert torch.equal(batch["value"], known.value[:, rows])
+        assert torch.equal(batch["residual"].float(), known.residual[:, rows])
+        assert torch.equal(batch["value"].float(), known.value[:, rows])
 
 
 def test_each_epoch_covers_every_block_once_in_an_order_of_its_own(known: Any) -> None:

@@ -61,7 +61,7 @@ def textbook_adam(
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * float(np.linalg.norm(g)) ** 2
         r = (1 - b1**k) * np.sqrt(v / (1 - b2**k) + eps)
-        a = m @ x.T - 0.5 * x @ (x.T @ m @ x.T)
+        a = 0.5 * m @ x.T  # m @ x.T - 0.5 * x @ (x.T @ m @ x.T), for a square x
         w = (a - a.T) / r
         m = r * w @ x
         x = cayley_curve(x, w, lr, q, eps, iterations)
@@ -75,7 +75,7 @@ def textbook_sgd(
     m = np.zeros_like(x)
     for g in gradients:
         m = momentum * m + g
-        a = m @ x.T - 0.5 * x @ (x.T @ m @ x.T)
+        a = 0.5 * m @ x.T  # m @ x.T - 0.5 * x @ (x.T @ m @ x.T), for a square x
         w = a - a.T
         m = w @ x
         x = cayley_curve(x, w, lr, q, eps, iterations)

@@ -81,6 +81,42 @@ def test_a_tensor_that_is_larger_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert [list(load_file(path)) for path in files] == [["0"], ["1"], ["2"], ["3"], ["4"], ["5"]]
 
 
+def test_a_large_part_stays_a_file_without_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "WHOLE", 100)
+    monkeypatch.setattr(joining, "LARGEST", 300)
+    sizes = {"a": 10, "b": 25, "c": 30, "d": 5, "e": 6, "f": 100}  # Of float32: the last part is larger than a file.
+    state = {name: torch.full((size,), float(size)) for name, size in sizes.items()}
+    parts = write_parts(tmp_path, state, 1)
+    join(parts, tmp_path, 300)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert [list(load_file(path)) for path in files] == [["a"], ["b"], ["c"], ["d", "e"], ["f"]]
+    # Whatever is one part, as a and f come to be, needs no copy.
+    assert [path.stat().st_nlink for path in files] == [2, 2, 2, 1, 2]
+    assert all(same(load_file(path), {n: state[n] for n in load_file(path)}) for path in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: path.name for path in files for name in load_file(path)}
+    assert joining.room_for(4 * size for size in sizes.values()) == 4 * (2 * (10 + 5 + 6 + 100) + 25 + 30)
+    before = {path.name: path.read_bytes() for path in files}
+    join(parts, tmp_path, 300)
+    assert {path.name: path.read_bytes() for path in files} == before
+
+
+def test_where_a_file_has_one_name_a_part_that_stays_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "WHOLE", 8)
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    state = tensors(2)
+    join(write_parts(tmp_path, state, 1), tmp_path, 100)
+    found = [load_file(path) for path in sorted(tmp_path.glob("model-*.safetensors"))]
+    assert len(found) == 2
+    assert same({name: tensor for each in found for name, tensor in each.items()}, state)
+
+
 def test_again_after_a_kill_it_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = write_parts(tmp_path, tensors(48), 5)
     folders = [tmp_path / name for name in ("alone", "killed")]
