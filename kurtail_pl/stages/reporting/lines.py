@@ -221,6 +221,6 @@ def note_of(results: Mapping[str, Any], lines: Sequence[Line], scored: bool) -> 
         f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
         f"{results['kurtosis']['rows']} rows kept out of training. Recovery: of the float model's {kept}."
-        f"{closed} Seconds to learn: to capture what is learned from, and learn. All seconds: to fuse and quantize, too; "
-        f"peak resident memory of any stage, the largest of all seeds.{served if lines[-1].serving else ''}"
+        f"{closed} Seconds to learn: to capture what is learned from, and learn. All seconds: to fuse and quantize, "
+        f"too; peak resident memory of any stage, the largest of all seeds.{served if lines[-1].serving else ''}"
     )
