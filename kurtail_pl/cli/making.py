@@ -33,6 +33,7 @@ from kurtail_pl.stages.fusion.scales import scale_windows
 from kurtail_pl.stages.fusion.signs import sign_windows
 from kurtail_pl.stages.quantization.spec import calibration_windows
 from kurtail_pl.stages.reporting.lines import Row
+from kurtail_pl.stages.reporting.report import is_reported, report
 from kurtail_pl.stages.text import TextSpec, cut_windows
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.card import read_card
@@ -156,6 +157,8 @@ class Maker:
                 have = {**_decisive(found), **_made_from(folder), **_measured(folder)}
                 _require_same(folder, have, {**_decisive(cli.settings), **_to_be_made_from(cli), **_origin(cli)})
                 log.info("reusing %s", folder)
+                if not is_reported(folder):  # It was measured, and the disk was full then.
+                    report(folder)
             else:
                 again = ["--overwrite"] if self.overwrite else []
                 last = cli.last_checkpoint()

@@ -85,9 +85,12 @@ def test_methods_roundings_and_seeds_in_one_table(
     assert (card["rotations"]["steps"], card["rotations"]["data"]["batch_windows"]) == (2, 2)
     assert (place / "comparisons" / "recipe" / "compare.md").read_text().endswith(printed.out.rstrip("\n") + "\n")
 
-    # Again: nothing is made, and what was interrupted is made alone.
+    # Again: nothing is made, and what was interrupted is made alone, be it a page of an artefact that was measured.
     lost = artefact(place, "tied-kurtail-w4a4kv4", seed=1)
     (lost / "results.json").unlink()
+    unwritten = artefact(place, "tied-quarot-w4a4kv4", seed=0) / "README.md"
+    page = unwritten.read_text()
+    unwritten.unlink()
     before = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
     kurtail(place, *arguments)
     after = {path: path.stat().st_mtime_ns for path in (place / "artifacts").rglob("*.json")}
@@ -95,6 +98,7 @@ def test_methods_roundings_and_seeds_in_one_table(
         lost / "results.json",
         lost / "figures" / "figures.json",
     }
+    assert unwritten.read_text() == page
     again = compared(place)["lines"]
     assert [[v["perplexity"] for v in line["values"]] for line in again] == [
         [v["perplexity"] for v in line["values"]] for line in lines

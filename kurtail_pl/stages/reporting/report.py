@@ -124,6 +124,11 @@ def report(folder: Path) -> str:
     return text
 
 
+def is_reported(folder: Path) -> bool:
+    """Whether all pages of an artefact were written: the model card is the last."""
+    return (folder / MODEL_CARD).is_file()
+
+
 def _exceptions(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Weights that were not quantized as the rest, and what was done with them."""
     fallbacks, borrowers, tokens = (card.get(key, {}) for key in ("fallbacks", "borrowers", "expert_tokens"))
