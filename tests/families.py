@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -17,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -76,13 +80,36 @@ def qwen3_moe() -> PretrainedConfig:
     return Qwen3MoeConfig(**sizes(attention_bias=True), **experts, mlp_only_layers=[1])
 
 
+def seed_oss() -> PretrainedConfig:
+    return SeedOssConfig(**sizes(attention_bias=True, attention_out_bias=True, mlp_bias=True))
+
+
+def ministral() -> PretrainedConfig:
+    """Sliding and full layers in turn."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return MinistralConfig(**sizes(sliding_window=WINDOW, layer_types=kinds))
+
+
+def ministral3() -> PretrainedConfig:
+    """Queries grow every eight tokens."""
+    yarn = rope("yarn", factor=16.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.4)
+    return Ministral3Config(**sizes(), **yarn)
+
+
+def hunyuan() -> PretrainedConfig:
+    return HunYuanDenseV1Config(**sizes(attention_bias=True), **rope("dynamic", factor=1.0, alpha=50.0))
+
+
 def smollm3() -> PretrainedConfig:
     return SmolLM3Config(**sizes(attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]))
 
 
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    maker.__name__: maker for maker in (llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3)
-}
+    maker.__name__: maker
+    for maker in (
+        llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, hunyuan,
+    )
+}  # fmt: skip
 
 
 def tiny_family(name: str, **changes: Any) -> PreTrainedModel:

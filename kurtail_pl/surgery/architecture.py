@@ -28,6 +28,9 @@ class Architecture:
         value: see `query`.
         output: projection of the attention output.
         head_norms: norms of single query and key heads; rotations leave them alone.
+        norms_after_rope: whether RoPE comes before the norms of heads, not behind them.
+        query_scale: key among the rotary parameters of beta, where queries are multiplied by
+            ``1 + beta log(1 + floor(position / original positions))``.
         mlp: MLP block.
         mlp_norm: norm that the MLP block reads.
         gate: projections of a gated MLP, named from the MLP or, in a mixture, from one expert. A family that fuses
@@ -61,6 +64,8 @@ class Architecture:
     down: str
 
     head_norms: tuple[str, ...] = ()
+    norms_after_rope: bool = False
+    query_scale: str | None = None
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None

@@ -51,6 +51,12 @@ MIXTRAL = replace(
         (".down_proj.", ".w2."),
     ),
 )
+HUNYUAN = replace(
+    LLAMA,
+    model_type="hunyuan_v1_dense",
+    head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"),
+    norms_after_rope=True,
+)
 QWEN3_MOE = replace(
     QWEN3, model_type="qwen3_moe", mlp_width="moe_intermediate_size", router="mlp.gate", experts="mlp.experts"
 )
@@ -62,6 +68,10 @@ REGISTRY: dict[str, Architecture] = {
         replace(LLAMA, model_type="mistral"),
         replace(LLAMA, model_type="qwen2"),
         replace(LLAMA, model_type="smollm3"),
+        replace(LLAMA, model_type="seed_oss"),
+        replace(LLAMA, model_type="ministral"),
+        replace(LLAMA, model_type="ministral3", query_scale="llama_4_scaling_beta"),
+        HUNYUAN,
         QWEN3,
         PHI3,
         MIXTRAL,
