@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
@@ -96,6 +97,17 @@ def ministral3() -> PretrainedConfig:
     return Ministral3Config(**sizes(), **yarn)
 
 
+def granite() -> PretrainedConfig:
+    """None of its four numbers is one."""
+    numbers = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+        "attention_multiplier": 0.3,
+    }
+    return GraniteConfig(**sizes(attention_bias=True, mlp_bias=True, tie_word_embeddings=True), **numbers)
+
+
 def hunyuan() -> PretrainedConfig:
     return HunYuanDenseV1Config(**sizes(attention_bias=True), **rope("dynamic", factor=1.0, alpha=50.0))
 
@@ -107,7 +119,8 @@ def smollm3() -> PretrainedConfig:
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
-        llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, hunyuan,
+        llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, granite,
+        hunyuan,
     )
 }  # fmt: skip
 

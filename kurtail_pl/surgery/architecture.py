@@ -37,6 +37,10 @@ class Architecture:
             gate and up names one module twice.
         up: see `gate`.
         down: see `gate`.
+        embedding_multiplier: key of the configuration that holds what embeddings are multiplied by; None for nothing.
+            Numbers commute with rotations; so do the next two.
+        residual_multiplier: the same for what a block adds to the residual stream.
+        logits_divisor: the same for what logits are divided by.
         mlp_width: key of the configuration that holds the width `down` reads.
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
         experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
@@ -66,6 +70,9 @@ class Architecture:
     head_norms: tuple[str, ...] = ()
     norms_after_rope: bool = False
     query_scale: str | None = None
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    logits_divisor: str | None = None
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None

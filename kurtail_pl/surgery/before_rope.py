@@ -46,7 +46,7 @@ class Written(NamedTuple):
 
 
 def written_in(layer: nn.Module, architecture: Architecture, head_dim: int) -> list[Written]:
-    """Keys and values of a layer: behind the norm of key heads, where RoPE follows one, and where one linear makes all."""
+    """Keys and values of a layer: behind a norm of key heads that RoPE follows, and where one linear makes all."""
     value, whole = layer.get_submodule(architecture.value), slice(None)
     norms = () if architecture.norms_after_rope else architecture.head_norms
     if architecture.value == architecture.query:

@@ -51,6 +51,13 @@ MIXTRAL = replace(
         (".down_proj.", ".w2."),
     ),
 )
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    embedding_multiplier="embedding_multiplier",
+    residual_multiplier="residual_multiplier",
+    logits_divisor="logits_scaling",
+)
 HUNYUAN = replace(
     LLAMA,
     model_type="hunyuan_v1_dense",
@@ -71,6 +78,7 @@ REGISTRY: dict[str, Architecture] = {
         replace(LLAMA, model_type="seed_oss"),
         replace(LLAMA, model_type="ministral"),
         replace(LLAMA, model_type="ministral3", query_scale="llama_4_scaling_beta"),
+        GRANITE,
         HUNYUAN,
         QWEN3,
         PHI3,
@@ -82,16 +90,19 @@ REGISTRY: dict[str, Architecture] = {
 
 _LAYER_NORM = "its LayerNorm subtracts the mean of a token, which a rotation does not keep"
 _POST_NORM = "it normalises what a block writes into the residual stream, where no linear can take the norm's weight"
-_SCALED = "its embeddings are multiplied by a constant"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "olmo"), _LAYER_NORM),
     **dict.fromkeys(("opt", "phi", "stablelm", "starcoder2"), _LAYER_NORM),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"), _POST_NORM),
-    **dict.fromkeys(("granite", "granitemoe"), _SCALED),
-    "gemma": f"its norms multiply by 1 + weight, and {_SCALED}",
+    "gemma": "its norms multiply by 1 + weight, and its embeddings by a number that its configuration does not hold",
     "gpt_oss": "its attention has learned sinks, and its experts have biases and a clamp",
 }
 """Families that cannot be rotated exactly as they are, and why."""
+
+
+def number_of(config: PretrainedConfig, key: str | None) -> float:
+    """A number that a record gives the key of; 1 where it gives none."""
+    return 1.0 if key is None else float(getattr(config, key))
 
 
 def is_dense(config: PretrainedConfig, layer: int) -> bool:

@@ -143,11 +143,12 @@ class Fuser:
     def _embedding(self) -> None:
         """Write the rotated embedding, and start the probes."""
         embedding = self.walker.embedding(torch.float32)
-        reference = embedding(self.probe).double()
-        text = [embedding(window.unsqueeze(0).to(self.walker.device)) for window in self.text]
+        reference = self.walker.embed(embedding, self.probe).double()
+        text = [self.walker.embed(embedding, window.unsqueeze(0).to(self.walker.device)) for window in self.text]
         for rows in torch.split(embedding.weight.data, ROWS):
             rows.copy_(self._into_residual(rows.double()))
-        self.hidden.before.fill([reference, self._into_residual(reference), embedding(self.probe), *text])
+        rounded = self.walker.embed(embedding, self.probe)
+        self.hidden.before.fill([reference, self._into_residual(reference), rounded, *text])
         self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
 

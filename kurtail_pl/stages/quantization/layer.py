@@ -91,14 +91,14 @@ class LayerSolver:
         if architecture.has_experts(layer):
             self._experts(layer, prefix, normed)
             block = layer.get_submodule(architecture.mlp)
-            states.fill(h + block(norm(h)) for h in states)
+            states.fill(self.walker.added(h, block(norm(h))) for h in states)
         else:
             down = layer.get_submodule(f"{architecture.mlp}.{architecture.down}")
             assert isinstance(down, QuantizedLinear)
             inner = hidden.scratch(down.in_features)
             wanted = self._exact.mlp_inputs if self._exact else None
             self._gated_mlp(layer, prefix, architecture.mlp, normed, wanted, inner)
-            states.fill(h + down(x) for h, x in zip(states, inner, strict=True))
+            states.fill(self.walker.added(h, down(x)) for h, x in zip(states, inner, strict=True))
         if self._exact is not None:
             self._exact.add_mlp()
 
@@ -124,7 +124,7 @@ class LayerSolver:
                 self._tuning.cache(output, attended, hidden.before)
             inner.fill(attended(hidden.before))
         self._solve(layer, prefix, (architecture.output,), lambda: inner, exact.output_inputs if exact else None)
-        hidden.after.fill(h + output(x) for h, x in zip(hidden.before, inner, strict=True))
+        hidden.after.fill(self.walker.added(h, output(x)) for h, x in zip(hidden.before, inner, strict=True))
         if exact is not None:
             exact.add_attention()
 

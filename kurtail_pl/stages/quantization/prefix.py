@@ -45,7 +45,7 @@ def prefix_states(
     """
     walker = Walker(checkpoint, skeleton(checkpoint), dtype, device)
     embedding = walker.embedding()
-    states = embedding(torch.tensor([prefix], device=walker.device))
+    states = walker.embed(embedding, torch.tensor([prefix], device=walker.device))
     embedding.to("meta")
     ids = torch.arange(-len(prefix), 0, device=walker.device).unsqueeze(0)
     positions = walker.model.get_submodule(walker.architecture.rotary)(states, ids)
