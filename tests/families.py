@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
@@ -108,6 +109,25 @@ def granite() -> PretrainedConfig:
     return GraniteConfig(**sizes(attention_bias=True, mlp_bias=True, tie_word_embeddings=True), **numbers)
 
 
+def granite4() -> PretrainedConfig:
+    """The dense one: what the others call the shared MLP is the only one."""
+    dense = {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 172,
+        "layer_types": ["full_attention"] * 3,
+        "mamba_n_heads": 8,
+    }
+    numbers = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+        "attention_multiplier": 0.3,
+    }
+    return GraniteMoeHybridConfig(
+        **sizes(attention_bias=True, intermediate_size=60), **dense, **numbers, position_embedding_type="rope"
+    )
+
+
 def hunyuan() -> PretrainedConfig:
     return HunYuanDenseV1Config(**sizes(attention_bias=True), **rope("dynamic", factor=1.0, alpha=50.0))
 
@@ -120,7 +140,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
         llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, granite,
-        hunyuan,
+        granite4, hunyuan,
     )
 }  # fmt: skip
 

@@ -44,6 +44,8 @@ class Architecture:
         mlp_width: key of the configuration that holds the width `down` reads.
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
         experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
+        requires: (key of the configuration, values that it may have, what a model with others has), of a family with
+            members that the record does not describe; a list may have these values alone.
         on_disk: (module name, name in checkpoints), parts of names that differ within a decoder layer.
     """
 
@@ -76,6 +78,7 @@ class Architecture:
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None
+    requires: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     on_disk: tuple[tuple[str, str], ...] = ()
 
     @property

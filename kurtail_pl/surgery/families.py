@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.errors import UnsupportedArchitecture, shortened
 from kurtail_pl.surgery.architecture import Architecture
 
 LLAMA = Architecture(
@@ -58,6 +58,20 @@ GRANITE = replace(
     residual_multiplier="residual_multiplier",
     logits_divisor="logits_scaling",
 )
+GRANITE_4 = replace(
+    GRANITE,
+    model_type="granitemoehybrid",
+    mlp="shared_mlp",
+    gate="input_linear",
+    up="input_linear",
+    down="output_linear",
+    mlp_width="shared_intermediate_size",
+    requires=(
+        ("layer_types", ("full_attention",), "state-space layers"),
+        ("num_local_experts", (0,), "experts beside an MLP that all tokens share"),
+        ("position_embedding_type", ("rope",), "no rotary positions"),
+    ),
+)
 HUNYUAN = replace(
     LLAMA,
     model_type="hunyuan_v1_dense",
@@ -79,6 +93,7 @@ REGISTRY: dict[str, Architecture] = {
         replace(LLAMA, model_type="ministral"),
         replace(LLAMA, model_type="ministral3", query_scale="llama_4_scaling_beta"),
         GRANITE,
+        GRANITE_4,
         HUNYUAN,
         QWEN3,
         PHI3,
@@ -115,8 +130,9 @@ def is_dense(config: PretrainedConfig, layer: int) -> bool:
 
 def mlp_widths(config: PretrainedConfig) -> tuple[int, ...]:
     """Widths that down projections read: of the model's gated MLPs or experts, and of a mixture's dense layers."""
-    widths: list[int] = [getattr(config, architecture_of(config).mlp_width)]
-    if any(is_dense(config, layer) for layer in range(config.num_hidden_layers)):
+    record = architecture_of(config)
+    widths: list[int] = [getattr(config, record.mlp_width)]
+    if record.experts is not None and any(is_dense(config, layer) for layer in range(config.num_hidden_layers)):
         widths.append(config.intermediate_size)
     return tuple(dict.fromkeys(widths))
 
@@ -140,7 +156,19 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"model type {config.model_type!r} has no architecture record (known: {known}); "
             "use one of those, or add a record as docs/extend.md describes"
         )
+    _require_described(record, config)
     step = getattr(config, "decoder_sparse_step", 1)
     if record.experts is not None and (not isinstance(step, int) or step < 1):
         raise UnsupportedArchitecture(f"decoder_sparse_step is {step!r}; expected 1 or more; mend config.json")
     return record
+
+
+def _require_described(record: Architecture, config: PretrainedConfig) -> None:
+    """Raise UnsupportedArchitecture for a model of a family whose record describes others of it alone."""
+    for key, allowed, otherwise in record.requires:
+        value = getattr(config, key)
+        if not set(value if isinstance(value, list | tuple) else [value]) <= set(allowed):
+            raise UnsupportedArchitecture(
+                f"{key} is {shortened(repr(value), 60)}: this {record.model_type} has {otherwise}, which no record "
+                f"describes; use a model whose {key} is {' or '.join(map(repr, allowed))}"
+            )

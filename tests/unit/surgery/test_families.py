@@ -188,6 +188,23 @@ def test_what_cannot_be_rotated_is_refused_with_the_reason(config: GPT2Config, r
         empty_model(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "has state-space layers"),
+        ({"num_local_experts": 2}, "has experts beside an MLP that all tokens share"),
+        ({"position_embedding_type": None}, "has no rotary positions"),
+    ],
+)
+def test_members_of_a_family_that_no_record_describes_are_refused(changes: dict[str, Any], reason: str) -> None:
+    config = FAMILIES["granite4"]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    (key,) = changes
+    with pytest.raises(UnsupportedArchitecture, match=rf"{key} is .*this granitemoehybrid {reason}.*whose {key} is"):
+        empty_model(config)
+
+
 DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
     "one": ({"mlp_only_layers": [0]}, [True, False, False]),
     "every other": ({"mlp_only_layers": [], "decoder_sparse_step": 2}, [True, False, True]),
