@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     GraniteConfig,
     GraniteMoeHybridConfig,
@@ -98,6 +99,12 @@ def ministral3() -> PretrainedConfig:
     return Ministral3Config(**sizes(), **yarn)
 
 
+def apertus() -> PretrainedConfig:
+    """No gate: xIELU with two learned numbers in each layer."""
+    scaling = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    return ApertusConfig(**sizes(attention_bias=True), **scaling)
+
+
 def granite() -> PretrainedConfig:
     """None of its four numbers is one."""
     numbers = {
@@ -139,10 +146,15 @@ def smollm3() -> PretrainedConfig:
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
-        llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, granite,
-        granite4, hunyuan,
+        llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, apertus,
+        granite,        granite4, hunyuan,
     )
 }  # fmt: skip
+
+
+WITHOUT_GRAPH = {"apertus": "an MLP of a apertus has no gate"}
+"""Families that ONNX has no graph for, and what the export says."""
+GRAPHS = [name for name in FAMILIES if name not in WITHOUT_GRAPH]
 
 
 def tiny_family(name: str, **changes: Any) -> PreTrainedModel:

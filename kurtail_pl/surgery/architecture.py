@@ -34,13 +34,16 @@ class Architecture:
         mlp: MLP block.
         mlp_norm: norm that the MLP block reads.
         gate: projections of a gated MLP, named from the MLP or, in a mixture, from one expert. A family that fuses
-            gate and up names one module twice.
+            gate and up names one module twice; None where what up writes goes through the activation alone.
         up: see `gate`.
         down: see `gate`.
         embedding_multiplier: key of the configuration that holds what embeddings are multiplied by; None for nothing.
             Numbers commute with rotations; so do the next two.
         residual_multiplier: the same for what a block adds to the residual stream.
         logits_divisor: the same for what logits are divided by.
+        rigid_hidden: why channels that `down` reads cannot be multiplied where `up` writes them, in words; None where
+            they can.
+        kept: modules with numbers of their own that no rotation concerns.
         mlp_width: key of the configuration that holds the width `down` reads.
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
         experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
@@ -65,7 +68,7 @@ class Architecture:
 
     mlp: str
     mlp_norm: str
-    gate: str
+    gate: str | None
     up: str
     down: str
 
@@ -75,6 +78,8 @@ class Architecture:
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logits_divisor: str | None = None
+    rigid_hidden: str | None = None
+    kept: tuple[str, ...] = ()
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None
@@ -105,8 +110,8 @@ class Architecture:
         return tuple(name for mlp in self.gated_mlps(layer) for name in self.gate_and_up(mlp))
 
     def gate_and_up(self, mlp: str) -> tuple[str, ...]:
-        """The linears that read what one gated MLP reads; one name where they are fused."""
-        return tuple(dict.fromkeys((f"{mlp}.{self.gate}", f"{mlp}.{self.up}")))
+        """The linears that read what one gated MLP reads; one name where they are fused, or there is no gate."""
+        return tuple(dict.fromkeys(f"{mlp}.{name}" for name in (self.gate, self.up) if name is not None))
 
     def mlp_writers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that write the MLP's output into the residual stream."""
@@ -132,7 +137,7 @@ def check_layer(layer: nn.Module, architecture: Architecture) -> None:
             weights that the layer has and the record does not know.
     """
     modules = dict(layer.named_modules())
-    expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms}
+    expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms, *architecture.kept}
     if architecture.has_experts(layer):
         expected |= {name for name in (architecture.router, architecture.experts) if name is not None}
     expected |= set(architecture.linears(layer))

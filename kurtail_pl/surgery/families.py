@@ -51,6 +51,16 @@ MIXTRAL = replace(
         (".down_proj.", ".w2."),
     ),
 )
+APERTUS = replace(
+    LLAMA,
+    model_type="apertus",
+    attention_norm="attention_layernorm",
+    mlp_norm="feedforward_layernorm",
+    head_norms=HEAD_NORMS,
+    gate=None,
+    rigid_hidden="xIELU, which is not linear, stands between them",
+    kept=("mlp.act_fn",),
+)
 GRANITE = replace(
     LLAMA,
     model_type="granite",
@@ -92,6 +102,7 @@ REGISTRY: dict[str, Architecture] = {
         replace(LLAMA, model_type="seed_oss"),
         replace(LLAMA, model_type="ministral"),
         replace(LLAMA, model_type="ministral3", query_scale="llama_4_scaling_beta"),
+        APERTUS,
         GRANITE,
         GRANITE_4,
         HUNYUAN,

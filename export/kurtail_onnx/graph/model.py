@@ -111,5 +111,9 @@ def _times(g: GraphBuilder, x: ir.Value, number: float) -> ir.Value:
 
 
 def _require_silu(source: Source) -> None:
+    if source.architecture.gate is None:
+        raise UnsupportedArchitecture(
+            f"an MLP of a {source.config.model_type} has no gate, and those of a graph have one; use another exporter"
+        )
     if source.config.hidden_act != "silu":
         raise UnsupportedArchitecture(f"hidden_act is {source.config.hidden_act!r}, expected 'silu'")

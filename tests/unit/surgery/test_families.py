@@ -107,13 +107,30 @@ def test_scaling_channels_changes_nothing(name: str) -> None:
 
     def scale(layer: nn.Module, architecture: Architecture) -> None:
         folding.scale_values(layer, architecture, torch.randn(kv_heads, head_dim, generator=draw).double().exp())
-        for mlp in architecture.gated_mlps(layer):
+        for mlp in architecture.gated_mlps(layer) if architecture.rigid_hidden is None else ():
             width = layer.get_submodule(f"{mlp}.{architecture.down}").in_features
             folding.scale_hidden(layer, architecture, mlp, torch.randn(width, generator=draw).double().exp())
 
     ours = make_exact(rotated(plain, random_rotations(config, 1), scale))
     for run in (prefill, decode):
         assert change(run(exact), run(ours)) < 1e-8, run
+
+
+RIGID = [name for name in FAMILIES if architecture_of(FAMILIES[name]()).rigid_hidden is not None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["scales", "signs"])
+@pytest.mark.parametrize("name", RIGID)
+def test_what_a_record_does_not_allow_does_change_the_logits(name: str, part: str) -> None:
+    """Channels multiplied where `up` writes them and divided where `down` reads them, as if nothing stood between."""
+    plain, forced = tiny_family(name), tiny_family(name)
+    architecture, draw = architecture_of(plain.config), torch.Generator().manual_seed(7)
+    for layer in layers_of(forced, architecture):
+        for mlp in architecture.gated_mlps(layer):
+            noise = torch.randn(layer.get_submodule(f"{mlp}.{architecture.down}").in_features, generator=draw)
+            folding.scale_hidden(layer, architecture, mlp, noise.exp() if part == "scales" else noise.sign())
+    assert change(plain(IDS).logits, forced(IDS).logits) > 1e-2
 
 
 @torch.no_grad()

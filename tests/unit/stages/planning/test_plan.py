@@ -64,9 +64,10 @@ def planned(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_are_those_of_the_model(name: str) -> None:
-    """Linears only: norms and biases are nothing."""
+    """Linears only: norms, biases and an activation's two numbers are nothing."""
+    nothing = ("bias", "alpha_p", "alpha_n")
     model = tiny_family(name)
-    weights = {n: p.numel() for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n}
+    weights = {n: p.numel() for n, p in model.named_parameters() if not n.endswith(nothing) and "norm" not in n}
     router = {n for n in weights if n.endswith("mlp.gate.weight")}
     layers, active = [], 0
     for i in range(3):
