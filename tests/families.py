@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
@@ -139,6 +140,13 @@ def hunyuan() -> PretrainedConfig:
     return HunYuanDenseV1Config(**sizes(attention_bias=True), **rope("dynamic", factor=1.0, alpha=50.0))
 
 
+def glm4_moe() -> PretrainedConfig:
+    """A dense layer before two mixtures, two groups of experts and one beside them, half of each head rotated."""
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 1}
+    routing = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
+    return Glm4MoeConfig(**sizes(attention_bias=True), **experts, **routing, use_qk_norm=True)
+
+
 def smollm3() -> PretrainedConfig:
     return SmolLM3Config(**sizes(attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]))
 
@@ -147,12 +155,12 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
         llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, apertus,
-        granite,        granite4, hunyuan,
+        granite,        granite4, hunyuan, glm4_moe,
     )
 }  # fmt: skip
 
 
-WITHOUT_GRAPH = {"apertus": "an MLP of a apertus has no gate"}
+WITHOUT_GRAPH = {"apertus": "an MLP of a apertus has no gate", "glm4_moe": "weighs experts by sigmoids"}
 """Families that ONNX has no graph for, and what the export says."""
 GRAPHS = [name for name in FAMILIES if name not in WITHOUT_GRAPH]
 
@@ -182,6 +190,9 @@ def fill(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=draw))
     return model
 
 

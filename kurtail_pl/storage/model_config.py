@@ -35,7 +35,8 @@ NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq
 SIZES = {
     "vocab_size": 2**32, "hidden_size": 2**20, "intermediate_size": 2**22, "moe_intermediate_size": 2**22,
     "num_hidden_layers": 2000, "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
-    "num_local_experts": 2**12, "num_experts": 2**12, "num_experts_per_tok": 2**12, "max_position_embeddings": 2**40,
+    "num_local_experts": 2**12, "num_experts": 2**12, "n_routed_experts": 2**12,
+    "num_experts_per_tok": 2**12, "max_position_embeddings": 2**40,
     "sliding_window": 2**40,
 }  # fmt: skip
 """Each of these numbers is from 1 to its limit: a slip of ten digits would fill the memory with empty modules."""

@@ -64,8 +64,10 @@ class Walker:
     def _to_device(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         # First to the device, as it is: fewer bytes, and the conversion is done there.
         tensor = tensor.to(self.device, non_blocking=True)
-        # The scales of packed weights stay float32: there is one for thousands of weights.
-        return to_float(tensor, torch.promote_types(dtype, torch.float32) if name.endswith("scale") else dtype)
+        # The scales of packed weights stay float32, as there is one for thousands of weights; so do biases that choose
+        # experts, where a rounded one would choose others.
+        exact = name.endswith(("scale", "correction_bias"))
+        return to_float(tensor, torch.promote_types(dtype, torch.float32) if exact else dtype)
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None) -> nn.Module:
         return self._put(module, self._read(prefix), prefix, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -28,6 +29,7 @@ class Architecture:
         value: see `query`.
         output: projection of the attention output.
         head_norms: norms of single query and key heads; rotations leave them alone.
+        head_norms_key: key of the configuration that says whether a model has these norms; None where all have them.
         norms_after_rope: whether RoPE comes before the norms of heads, not behind them.
         query_scale: key among the rotary parameters of beta, where queries are multiplied by
             ``1 + beta log(1 + floor(position / original positions))``.
@@ -47,6 +49,9 @@ class Architecture:
         mlp_width: key of the configuration that holds the width `down` reads.
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
         experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
+        shared: gated MLP beside the experts that every token meets, as wide as one of them; None where there is none.
+        routing: how the router weighs experts: the largest of a softmax, or of sigmoids within the best groups, where a
+            bias that only chooses is added.
         requires: (key of the configuration, values that it may have, what a model with others has), of a family with
             members that the record does not describe; a list may have these values alone.
         on_disk: (module name, name in checkpoints), parts of names that differ within a decoder layer.
@@ -73,6 +78,7 @@ class Architecture:
     down: str
 
     head_norms: tuple[str, ...] = ()
+    head_norms_key: str | None = None
     norms_after_rope: bool = False
     query_scale: str | None = None
     embedding_multiplier: str | None = None
@@ -83,6 +89,8 @@ class Architecture:
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None
+    shared: str | None = None
+    routing: Literal["softmax", "sigmoid"] = "softmax"
     requires: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     on_disk: tuple[tuple[str, str], ...] = ()
 
@@ -99,11 +107,21 @@ class Architecture:
         """What chooses a layer's experts; None for a dense layer."""
         return self.router if self.has_experts(layer) else None
 
-    def gated_mlps(self, layer: nn.Module) -> tuple[str, ...]:
-        """The gated MLPs of a layer: its only one, or every expert."""
+    def routed_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The experts of a layer; none of a dense one."""
         if self.experts is None or not self.has_experts(layer):
-            return (self.mlp,)
+            return ()
         return tuple(f"{self.experts}.{name}" for name, _ in layer.get_submodule(self.experts).named_children())
+
+    def common_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The gated MLPs of a layer that every token meets: its only one, or one beside the experts, if any."""
+        if not self.has_experts(layer):
+            return (self.mlp,)
+        return () if self.shared is None else (self.shared,)
+
+    def gated_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The gated MLPs of a layer: its only one, or every expert and what stands beside them."""
+        return (*self.routed_mlps(layer), *self.common_mlps(layer))
 
     def mlp_readers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that read the MLP norm."""

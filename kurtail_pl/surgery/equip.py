@@ -52,7 +52,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def take_over(model: PreTrainedModel) -> None:
-    """Put modules of our own into an empty model that transformers made: exact rotary frequencies, single experts.
+    """Put modules of our own into an empty model that transformers made: single experts, buffers that no cast changes.
 
     Raises:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
@@ -62,6 +62,9 @@ def take_over(model: PreTrainedModel) -> None:
     model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=model.config))
     for layer in layers_of(model, architecture):
         separate_experts(layer, architecture)
+        if (router := architecture.router_of(layer)) is not None:
+            with torch.device("meta"):
+                layer.set_submodule(router, exact_class(type(layer.get_submodule(router)))(model.config))
         check_layer(layer, architecture)
     model.train(False).requires_grad_(False)
 

@@ -92,6 +92,15 @@ QWEN3_MOE = replace(
     QWEN3, model_type="qwen3_moe", mlp_width="moe_intermediate_size", router="mlp.gate", experts="mlp.experts"
 )
 
+GLM_4_MOE = replace(
+    QWEN3_MOE,
+    model_type="glm4_moe",
+    head_norms_key="use_qk_norm",
+    shared="mlp.shared_experts",
+    routing="sigmoid",
+    requires=(("n_shared_experts", (1,), "an MLP beside the experts that is wider than one of them"),),
+)
+
 REGISTRY: dict[str, Architecture] = {
     record.model_type: record
     for record in (
@@ -110,6 +119,7 @@ REGISTRY: dict[str, Architecture] = {
         PHI3,
         MIXTRAL,
         QWEN3_MOE,
+        GLM_4_MOE,
     )
 }
 """The known families. A user's own record is added by assignment."""
@@ -136,6 +146,8 @@ def is_dense(config: PretrainedConfig, layer: int) -> bool:
     if architecture_of(config).experts is None:
         return True
     dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    if layer < getattr(config, "first_k_dense_replace", 0):
+        return True
     return layer in dense or getattr(config, "num_experts", 1) == 0 or (layer + 1) % step != 0
 
 
@@ -171,6 +183,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     step = getattr(config, "decoder_sparse_step", 1)
     if record.experts is not None and (not isinstance(step, int) or step < 1):
         raise UnsupportedArchitecture(f"decoder_sparse_step is {step!r}; expected 1 or more; mend config.json")
+    if record.head_norms_key is not None and not getattr(config, record.head_norms_key):
+        return replace(record, head_norms=())
     return record
 
 

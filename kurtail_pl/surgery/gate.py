@@ -98,10 +98,44 @@ class ExactRouter(nn.Module):
         return logits, weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights, index
 
 
+class ExactSigmoidRouter(nn.Module):
+    """transformers' router by sigmoids within groups, computing in its input's dtype instead of float32.
+
+    Args:
+        router: the module to stand in for; its weight and its bias, which only chooses, are shared.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, router.weight)
+        self.register_buffer("e_score_correction_bias", cast(Tensor, router.e_score_correction_bias))
+        self.top_k, self.groups, self.best_groups = (
+            cast(int, getattr(router, name)) for name in ("top_k", "num_group", "topk_group")
+        )
+        self.norm_topk_prob = bool(router.norm_topk_prob)
+        self.routed_scaling_factor = cast(float, router.routed_scaling_factor)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[..., hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``."""
+        logits = F.linear(x.flatten(0, -2), self.weight)
+        scores = logits.sigmoid()
+        grouped = (scores + cast(Tensor, self.e_score_correction_bias)).view(len(scores), self.groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.best_groups, dim=-1).indices
+        seen = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)
+        index = grouped.masked_fill(~seen.unsqueeze(-1), -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, index)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if self.norm_topk_prob else weights
+        return logits, weights * self.routed_scaling_factor, index
+
+
+EXACT_ROUTERS: dict[str, type[nn.Module]] = {"softmax": ExactRouter, "sigmoid": ExactSigmoidRouter}
+"""By how a record says that they weigh experts."""
+
+
 def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) -> None:
     """Make a decoder layer's norms and router compute in their input's dtype."""
     for norm in (architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms):
         use_exact_norm(layer, norm, eps)
     router = architecture.router_of(layer)
     if router is not None:
-        layer.set_submodule(router, ExactRouter(layer.get_submodule(router)))
+        layer.set_submodule(router, EXACT_ROUTERS[architecture.routing](layer.get_submodule(router)))

@@ -38,7 +38,7 @@ def stacked(layer: nn.Module, architecture: Architecture) -> dict[str, tuple[tup
     """Stacked experts of a decoder layer: name -> shape, and the weights of our modules that it holds."""
     if not architecture.has_experts(layer):
         return {}
-    mlps = architecture.gated_mlps(layer)
+    mlps = architecture.routed_mlps(layer)
     gate = cast(nn.Linear, layer.get_submodule(f"{mlps[0]}.{architecture.gate}"))
     width, hidden = gate.weight.shape
     both = tuple(f"{mlp}.{part}.weight" for mlp in mlps for part in (architecture.gate, architecture.up))

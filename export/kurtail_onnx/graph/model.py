@@ -115,5 +115,10 @@ def _require_silu(source: Source) -> None:
         raise UnsupportedArchitecture(
             f"an MLP of a {source.config.model_type} has no gate, and those of a graph have one; use another exporter"
         )
+    if source.architecture.routing != "softmax":
+        raise UnsupportedArchitecture(
+            f"the router of a {source.config.model_type} weighs experts by sigmoids, and that of a graph by a softmax; "
+            "use another exporter"
+        )
     if source.config.hidden_act != "silu":
         raise UnsupportedArchitecture(f"hidden_act is {source.config.hidden_act!r}, expected 'silu'")

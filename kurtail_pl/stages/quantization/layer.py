@@ -156,10 +156,10 @@ class LayerSolver:
         self._solver.pack(solved, moments, self._weights)
 
     def _experts(self, layer: nn.Module, prefix: str, normed: Inputs) -> None:
-        """Quantize every expert on the tokens routed to it."""
+        """Quantize every expert on the tokens routed to it, and an MLP beside them on all tokens."""
         architecture = self.walker.architecture
         assert architecture.router is not None
-        router, mlps = layer.get_submodule(architecture.router), architecture.gated_mlps(layer)
+        router, mlps = layer.get_submodule(architecture.router), architecture.routed_mlps(layer)
         index = [routed(router, x.flatten(0, 1)) for x in normed()]
         needs_tokens = bool(self._solver.needs) or self.scheme.static
         for number, mlp in enumerate(mlps):
@@ -171,6 +171,8 @@ class LayerSolver:
                 return lambda: (x[:, mask] for x, mask in zip(of(), chosen, strict=True))
 
             self._gated_mlp(layer, prefix, mlp, rows(normed), rows(self._exact.mlp_inputs) if self._exact else None)
+        for mlp in architecture.common_mlps(layer):
+            self._gated_mlp(layer, prefix, mlp, normed, self._exact.mlp_inputs if self._exact else None)
         if needs_tokens:
             counts = [self.notes["expert_tokens"][f"{prefix}.{mlp}"] for mlp in mlps]
             log.info("%s: tokens routed to each expert %s", prefix, counts)

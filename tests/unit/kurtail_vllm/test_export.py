@@ -21,7 +21,7 @@ from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "glm4_moe")
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
 
@@ -127,8 +127,13 @@ def test_experts_have_the_names_of_checkpoints(
     assert checks["mirror"]["logits_error"] < 1e-12
     assert "transformers" not in checks
     names = set(load_file(folder / "model.safetensors"))
-    block, expert = {"mixtral": ("block_sparse_moe", "3.w2"), "qwen3_moe": ("mlp", "5.down_proj")}[family]
-    assert f"model.layers.0.{block}.experts.{expert}.weight_packed" in names
+    block, expert = {
+        "mixtral": ("block_sparse_moe", "3.w2"),
+        "qwen3_moe": ("mlp", "5.down_proj"),
+        "glm4_moe": ("mlp", "7.down_proj"),
+    }[family]
+    assert ("model.layers.2.mlp.shared_experts.up_proj.weight_packed" in names) == (family == "glm4_moe")
+    assert f"model.layers.2.{block}.experts.{expert}.weight_packed" in names
     assert f"model.layers.2.{block}.gate.weight" in names
     ignored = described(folder, "config.json")["quantization_config"]["ignore"]
     assert ignored == ["lm_head", rf"re:.*{block}\.gate$"]

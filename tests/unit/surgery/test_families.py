@@ -116,6 +116,32 @@ def test_scaling_channels_changes_nothing(name: str) -> None:
         assert change(run(exact), run(ours)) < 1e-8, run
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exact_modules_are_transformers_own(name: str) -> None:
+    """Norms and routers, but for the type that they compute in."""
+    assert change(tiny_family(name)(IDS).logits, make_exact(tiny_family(name))(IDS).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_a_family_may_have_head_norms_or_not() -> None:
+    """GLM-4.5 has them and GLM-4.5-Air has not."""
+    plain, exact = (tiny_family("glm4_moe", use_qk_norm=False) for _ in range(2))
+    assert not hasattr(plain.model.layers[0].self_attn, "q_norm")
+    ours = make_exact(rotated(plain, random_rotations(plain.config, 1)))
+    assert change(prefill(make_exact(exact)), prefill(ours)) < 1e-8
+
+
+@torch.no_grad()
+def test_a_bias_that_chooses_experts_is_never_rounded() -> None:
+    own, config = tiny_family("glm4_moe"), FAMILIES["glm4_moe"]()
+    router = empty_model(config).model.layers[1].mlp.gate
+    router.load_state_dict(own.model.layers[1].mlp.gate.state_dict(), assign=True)
+    router.bfloat16()
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.e_score_correction_bias, own.model.layers[1].mlp.gate.e_score_correction_bias)
+
+
 RIGID = [name for name in FAMILIES if architecture_of(FAMILIES[name]()).rigid_hidden is not None]
 
 
@@ -206,19 +232,26 @@ def test_what_cannot_be_rotated_is_refused_with_the_reason(config: GPT2Config, r
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("family", "changes", "reason"),
     [
-        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "has state-space layers"),
-        ({"num_local_experts": 2}, "has experts beside an MLP that all tokens share"),
-        ({"position_embedding_type": None}, "has no rotary positions"),
+        ("glm4_moe", {"n_shared_experts": 2}, "has an MLP beside the experts that is wider than one of them"),
+        (
+            "granite4",
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            "has state-space layers",
+        ),
+        ("granite4", {"num_local_experts": 2}, "has experts beside an MLP that all tokens share"),
+        ("granite4", {"position_embedding_type": None}, "has no rotary positions"),
     ],
 )
-def test_members_of_a_family_that_no_record_describes_are_refused(changes: dict[str, Any], reason: str) -> None:
-    config = FAMILIES["granite4"]()
+def test_members_of_a_family_that_no_record_describes_are_refused(
+    family: str, changes: dict[str, Any], reason: str
+) -> None:
+    config = FAMILIES[family]()
     for key, value in changes.items():
         setattr(config, key, value)
     (key,) = changes
-    with pytest.raises(UnsupportedArchitecture, match=rf"{key} is .*this granitemoehybrid {reason}.*whose {key} is"):
+    with pytest.raises(UnsupportedArchitecture, match=rf"{key} is .*this {config.model_type} {reason}.*whose {key} is"):
         empty_model(config)
 
 
