@@ -10,6 +10,7 @@ from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
     Glm4MoeConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
@@ -147,6 +148,13 @@ def glm4_moe() -> PretrainedConfig:
     return Glm4MoeConfig(**sizes(attention_bias=True), **experts, **routing, use_qk_norm=True)
 
 
+def gpt_oss() -> PretrainedConfig:
+    """Learned sinks, biases everywhere, experts that a small clamp meets often, every other layer sliding."""
+    yarn = rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.0}
+    return GptOssConfig(**sizes(intermediate_size=60, sliding_window=WINDOW), **experts, **yarn)
+
+
 def smollm3() -> PretrainedConfig:
     return SmolLM3Config(**sizes(attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]))
 
@@ -155,12 +163,16 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
         llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, apertus,
-        granite,        granite4, hunyuan, glm4_moe,
+        granite,        granite4, hunyuan, glm4_moe, gpt_oss,
     )
 }  # fmt: skip
 
 
-WITHOUT_GRAPH = {"apertus": "an MLP of a apertus has no gate", "glm4_moe": "weighs experts by sigmoids"}
+WITHOUT_GRAPH = {
+    "apertus": "an MLP of a apertus has no gate",
+    "glm4_moe": "weighs experts by sigmoids",
+    "gpt_oss": "has learned sinks",
+}
 """Families that ONNX has no graph for, and what the export says."""
 GRAPHS = [name for name in FAMILIES if name not in WITHOUT_GRAPH]
 

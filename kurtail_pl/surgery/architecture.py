@@ -33,6 +33,8 @@ class Architecture:
         norms_after_rope: whether RoPE comes before the norms of heads, not behind them.
         query_scale: key among the rotary parameters of beta, where queries are multiplied by
             ``1 + beta log(1 + floor(position / original positions))``.
+        learned_sinks: whether each query head has a learned score of no key, which takes its share of the softmax.
+            transformers computes such attention in plain torch alone.
         mlp: MLP block.
         mlp_norm: norm that the MLP block reads.
         gate: projections of a gated MLP, named from the MLP or, in a mixture, from one expert. A family that fuses
@@ -50,6 +52,8 @@ class Architecture:
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
         experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
         shared: gated MLP beside the experts that every token meets, as wide as one of them; None where there is none.
+        interleaved: whether experts are always stacked on disk, with rows of gate and up in turn, transposed, and have
+            biases, and gate and up are clamped.
         routing: how the router weighs experts: the largest of a softmax, or of sigmoids within the best groups, where a
             bias that only chooses is added.
         requires: (key of the configuration, values that it may have, what a model with others has), of a family with
@@ -84,12 +88,14 @@ class Architecture:
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logits_divisor: str | None = None
+    learned_sinks: bool = False
     rigid_hidden: str | None = None
     kept: tuple[str, ...] = ()
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None
     shared: str | None = None
+    interleaved: bool = False
     routing: Literal["softmax", "sigmoid"] = "softmax"
     requires: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     on_disk: tuple[tuple[str, str], ...] = ()

@@ -34,11 +34,11 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
         CheckpointError: when transformers cannot make the model.
     """
-    architecture_of(config)
+    attention = "eager" if architecture_of(config).learned_sinks else "sdpa"
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation="sdpa", trust_remote_code=False
+                config, attn_implementation=attention, trust_remote_code=False
             )
         take_over(model)
     except KurtailError:

@@ -100,6 +100,16 @@ GLM_4_MOE = replace(
     routing="sigmoid",
     requires=(("n_shared_experts", (1,), "an MLP beside the experts that is wider than one of them"),),
 )
+GPT_OSS = replace(
+    LLAMA,
+    model_type="gpt_oss",
+    learned_sinks=True,
+    rigid_hidden="both are clamped, and one is added to what up_proj writes",
+    kept=("self_attn",),
+    router="mlp.router",
+    experts="mlp.experts",
+    interleaved=True,
+)
 
 REGISTRY: dict[str, Architecture] = {
     record.model_type: record
@@ -120,6 +130,7 @@ REGISTRY: dict[str, Architecture] = {
         MIXTRAL,
         QWEN3_MOE,
         GLM_4_MOE,
+        GPT_OSS,
     )
 }
 """The known families. A user's own record is added by assignment."""
@@ -131,7 +142,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("opt", "phi", "stablelm", "starcoder2"), _LAYER_NORM),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"), _POST_NORM),
     "gemma": "its norms multiply by 1 + weight, and its embeddings by a number that its configuration does not hold",
-    "gpt_oss": "its attention has learned sinks, and its experts have biases and a clamp",
 }
 """Families that cannot be rotated exactly as they are, and why."""
 

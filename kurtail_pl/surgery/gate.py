@@ -81,19 +81,20 @@ class ExactRouter(nn.Module):
     """transformers' top-k router, computing in its input's dtype instead of float32.
 
     Args:
-        router: the module to stand in for; its weight is shared. Families that do not always normalise the chosen
-            weights say so in `norm_topk_prob`.
+        router: the module to stand in for; its weight and its bias, if any, are shared. Families that do not always
+            normalise the chosen weights say so in `norm_topk_prob`.
     """
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.weight = cast(nn.Parameter, router.weight)
+        self.bias = cast(nn.Parameter | None, getattr(router, "bias", None))
         self.top_k = cast(int, router.top_k)
         self.norm_topk_prob = bool(getattr(router, "norm_topk_prob", True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[tokens, hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``."""
-        logits = F.linear(x, self.weight)
+        logits = F.linear(x, self.weight, self.bias)
         weights, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
         return logits, weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights, index
 

@@ -115,6 +115,11 @@ def _require_silu(source: Source) -> None:
         raise UnsupportedArchitecture(
             f"an MLP of a {source.config.model_type} has no gate, and those of a graph have one; use another exporter"
         )
+    if source.architecture.learned_sinks:
+        raise UnsupportedArchitecture(
+            f"the attention of a {source.config.model_type} has learned sinks, and that of a graph has none; use "
+            "another exporter"
+        )
     if source.architecture.routing != "softmax":
         raise UnsupportedArchitecture(
             f"the router of a {source.config.model_type} weighs experts by sigmoids, and that of a graph by a softmax; "

@@ -133,7 +133,7 @@ class Fuser:
 
     def _write_layer(self, index: int, layer: nn.Module) -> None:
         # No name outlives this: one would keep the layer's weights in memory while the next ones are read.
-        state = checkpoint_state(layer.state_dict(), self.architecture)
+        state = checkpoint_state(layer.state_dict(), self.architecture, plain=not self.rotations.any_online)
         self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
 
     def _into_residual(self, hidden: Tensor) -> Tensor:

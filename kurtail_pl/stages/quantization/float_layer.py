@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.experts import written
 
 
 class FloatLayer:
@@ -58,7 +59,7 @@ class FloatLayer:
         """Take the states past the MLP; the layer then lets go of its weights."""
         block = self.layer.get_submodule(self.architecture.mlp)
         states = zip(self.hidden.after, self.mlp_inputs(), strict=True)
-        self.hidden.after.fill(self.walker.added(h, block(x)) for h, x in states)
+        self.hidden.after.fill(self.walker.added(h, written(block(x))) for h, x in states)
         self.layer.to("meta")
 
 

@@ -19,7 +19,7 @@ from kurtail_pl.stages.quantization.moments import moments_of
 from kurtail_pl.stages.quantization.weights import Notes, WeightSolver
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.experts import routed
+from kurtail_pl.surgery.experts import routed, written
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class LayerSolver:
         if architecture.has_experts(layer):
             self._experts(layer, prefix, normed)
             block = layer.get_submodule(architecture.mlp)
-            states.fill(self.walker.added(h, block(norm(h))) for h in states)
+            states.fill(self.walker.added(h, written(block(norm(h)))) for h in states)
         else:
             down = layer.get_submodule(f"{architecture.mlp}.{architecture.down}")
             assert isinstance(down, QuantizedLinear)

@@ -22,7 +22,8 @@ from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
 MIXTURES = ("mixtral", "qwen3_moe", "glm4_moe")
-DENSE = [family for family in FAMILIES if family not in MIXTURES]
+REFUSED = "gpt_oss"
+DENSE = [family for family in FAMILIES if family not in (*MIXTURES, REFUSED)]
 
 
 def described(folder: Path, name: str) -> dict[str, Any]:
@@ -115,6 +116,14 @@ def test_transformers_gives_the_artefacts_logits_and_tokens(
         model.generate(ids[:, :5], max_new_tokens=12, min_new_tokens=12, do_sample=False) for model in (ours, theirs)
     )
     assert torch.equal(wanted, given)
+
+
+def test_experts_that_vllm_reads_stacked_are_refused(
+    make_model: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    artefact = make_artefact(make_model(REFUSED), weights=Uniform(4, group_size=4))
+    with pytest.raises(ConfigError, match="reads the experts of a gpt_oss stacked.*use the artefact with"):
+        export(artefact, tmp_path / "vllm", VLLM())
 
 
 @pytest.mark.parametrize("family", MIXTURES)
