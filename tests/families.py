@@ -15,10 +15,12 @@ from transformers import (
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
+    MiniMaxM2Config,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -148,6 +150,20 @@ def glm4_moe() -> PretrainedConfig:
     return Glm4MoeConfig(**sizes(attention_bias=True), **experts, **routing, use_qk_norm=True)
 
 
+def minimax_m2() -> PretrainedConfig:
+    """Norms of all heads at once, a bias that chooses experts beside the router, half of each head rotated."""
+    return MiniMaxM2Config(
+        **sizes(intermediate_size=60, num_local_experts=4, num_experts_per_tok=2),
+        **rope("default", partial_rotary_factor=0.5),
+    )
+
+
+def olmoe() -> PretrainedConfig:
+    """Heads as wide as hidden / heads, as its class has them."""
+    shape = {"hidden_size": 96, "intermediate_size": 60}
+    return OlmoeConfig(**sizes(**shape), num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)
+
+
 def gpt_oss() -> PretrainedConfig:
     """Learned sinks, biases everywhere, experts that a small clamp meets often, every other layer sliding."""
     yarn = rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -163,7 +179,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
         llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, apertus,
-        granite,        granite4, hunyuan, glm4_moe, gpt_oss,
+        granite,        granite4, hunyuan, glm4_moe, gpt_oss, minimax_m2, olmoe,
     )
 }  # fmt: skip
 
@@ -172,6 +188,8 @@ WITHOUT_GRAPH = {
     "apertus": "an MLP of a apertus has no gate",
     "glm4_moe": "weighs experts by sigmoids",
     "gpt_oss": "has learned sinks",
+    "minimax_m2": "norms of all heads at once",
+    "olmoe": "norms of all heads at once",
 }
 """Families that ONNX has no graph for, and what the export says."""
 GRAPHS = [name for name in FAMILIES if name not in WITHOUT_GRAPH]

@@ -30,6 +30,7 @@ class Architecture:
         output: projection of the attention output.
         head_norms: norms of single query and key heads; rotations leave them alone.
         head_norms_key: key of the configuration that says whether a model has these norms; None where all have them.
+        whole_norms: whether these norms are of all heads at once, before they are taken apart.
         norms_after_rope: whether RoPE comes before the norms of heads, not behind them.
         query_scale: key among the rotary parameters of beta, where queries are multiplied by
             ``1 + beta log(1 + floor(position / original positions))``.
@@ -56,6 +57,7 @@ class Architecture:
             biases, and gate and up are clamped.
         routing: how the router weighs experts: the largest of a softmax, or of sigmoids within the best groups, where a
             bias that only chooses is added.
+        choosing_bias: that bias; None for a softmax. It is given to a router that does not hold it.
         requires: (key of the configuration, values that it may have, what a model with others has), of a family with
             members that the record does not describe; a list may have these values alone.
         on_disk: (module name, name in checkpoints), parts of names that differ within a decoder layer.
@@ -83,6 +85,7 @@ class Architecture:
 
     head_norms: tuple[str, ...] = ()
     head_norms_key: str | None = None
+    whole_norms: bool = False
     norms_after_rope: bool = False
     query_scale: str | None = None
     embedding_multiplier: str | None = None
@@ -97,6 +100,7 @@ class Architecture:
     shared: str | None = None
     interleaved: bool = False
     routing: Literal["softmax", "sigmoid"] = "softmax"
+    choosing_bias: str | None = None
     requires: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     on_disk: tuple[tuple[str, str], ...] = ()
 

@@ -61,10 +61,11 @@ def take_over(model: PreTrainedModel) -> None:
     rotary = model.get_submodule(architecture.rotary)
     model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=model.config))
     for layer in layers_of(model, architecture):
-        separate_experts(layer, architecture)
-        if (router := architecture.router_of(layer)) is not None:
+        if architecture.choosing_bias is not None and architecture.has_experts(layer):
+            holder = architecture.choosing_bias.rpartition(".")[0]
             with torch.device("meta"):
-                layer.set_submodule(router, exact_class(type(layer.get_submodule(router)))(model.config))
+                layer.set_submodule(holder, exact_class(type(layer.get_submodule(holder)))(model.config))
+        separate_experts(layer, architecture)
         check_layer(layer, architecture)
     model.train(False).requires_grad_(False)
 

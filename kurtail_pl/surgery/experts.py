@@ -101,7 +101,10 @@ def written(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def routed(router: nn.Module, x: Tensor) -> Tensor:
-    """The experts that a router sends ``[tokens, hidden]`` to, ``[tokens, k]``."""
-    _, _, index = cast(Any, router)(x)
+def routed(layer: nn.Module, architecture: Architecture, x: Tensor) -> Tensor:
+    """The experts that a layer's router sends ``[tokens, hidden]`` to, ``[tokens, k]``."""
+    router, bias = architecture.router, architecture.choosing_bias
+    assert router is not None
+    beside = () if bias is None or bias.startswith(f"{router}.") else (layer.get_buffer(bias),)
+    _, _, index = cast(Any, layer.get_submodule(router))(x, *beside)
     return cast(Tensor, index)

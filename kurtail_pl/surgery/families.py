@@ -98,7 +98,23 @@ GLM_4_MOE = replace(
     head_norms_key="use_qk_norm",
     shared="mlp.shared_experts",
     routing="sigmoid",
+    choosing_bias="mlp.gate.e_score_correction_bias",
     requires=(("n_shared_experts", (1,), "an MLP beside the experts that is wider than one of them"),),
+)
+MINIMAX_M2 = replace(
+    MIXTRAL,
+    model_type="minimax_m2",
+    head_norms=HEAD_NORMS,
+    whole_norms=True,
+    routing="sigmoid",
+    choosing_bias="mlp.e_score_correction_bias",
+)
+OLMOE = replace(
+    QWEN3_MOE,
+    model_type="olmoe",
+    whole_norms=True,
+    mlp_width="intermediate_size",
+    requires=(("clip_qkv", (None,), "values cut off at a number, which a rotated value (R2) meets elsewhere"),),
 )
 GPT_OSS = replace(
     LLAMA,
@@ -131,6 +147,8 @@ REGISTRY: dict[str, Architecture] = {
         QWEN3_MOE,
         GLM_4_MOE,
         GPT_OSS,
+        MINIMAX_M2,
+        OLMOE,
     )
 }
 """The known families. A user's own record is added by assignment."""

@@ -103,24 +103,28 @@ class ExactSigmoidRouter(nn.Module):
     """transformers' router by sigmoids within groups, computing in its input's dtype instead of float32.
 
     Args:
-        router: the module to stand in for; its weight and its bias, which only chooses, are shared.
+        router: the module to stand in for; its weight is shared, and its bias, which only chooses, if it has one.
     """
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.weight = cast(nn.Parameter, router.weight)
-        self.register_buffer("e_score_correction_bias", cast(Tensor, router.e_score_correction_bias))
+        self.register_buffer("e_score_correction_bias", getattr(router, "e_score_correction_bias", None))
         self.top_k, self.groups, self.best_groups = (
-            cast(int, getattr(router, name)) for name in ("top_k", "num_group", "topk_group")
+            cast(int, getattr(router, name, 1)) for name in ("top_k", "num_group", "topk_group")
         )
-        self.norm_topk_prob = bool(router.norm_topk_prob)
-        self.routed_scaling_factor = cast(float, router.routed_scaling_factor)
+        self.norm_topk_prob = bool(getattr(router, "norm_topk_prob", True))
+        self.routed_scaling_factor = cast(float, getattr(router, "routed_scaling_factor", 1.0))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[..., hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[..., hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``.
+
+        The bias is given where the router has none of its own.
+        """
+        bias = bias if bias is not None else cast(Tensor, self.e_score_correction_bias)
         logits = F.linear(x.flatten(0, -2), self.weight)
         scores = logits.sigmoid()
-        grouped = (scores + cast(Tensor, self.e_score_correction_bias)).view(len(scores), self.groups, -1)
+        grouped = (scores + bias).view(len(scores), self.groups, -1)
         best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.best_groups, dim=-1).indices
         seen = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)
         index = grouped.masked_fill(~seen.unsqueeze(-1), -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices

@@ -120,6 +120,11 @@ def _require_silu(source: Source) -> None:
             f"the attention of a {source.config.model_type} has learned sinks, and that of a graph has none; use "
             "another exporter"
         )
+    if source.architecture.whole_norms:
+        raise UnsupportedArchitecture(
+            f"a {source.config.model_type} has norms of all heads at once, and a graph those of single heads; use "
+            "another exporter"
+        )
     if source.architecture.routing != "softmax":
         raise UnsupportedArchitecture(
             f"the router of a {source.config.model_type} weighs experts by sigmoids, and that of a graph by a softmax; "

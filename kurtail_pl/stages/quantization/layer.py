@@ -158,9 +158,8 @@ class LayerSolver:
     def _experts(self, layer: nn.Module, prefix: str, normed: Inputs) -> None:
         """Quantize every expert on the tokens routed to it, and an MLP beside them on all tokens."""
         architecture = self.walker.architecture
-        assert architecture.router is not None
-        router, mlps = layer.get_submodule(architecture.router), architecture.routed_mlps(layer)
-        index = [routed(router, x.flatten(0, 1)) for x in normed()]
+        mlps = architecture.routed_mlps(layer)
+        index = [routed(layer, architecture, x.flatten(0, 1)) for x in normed()]
         needs_tokens = bool(self._solver.needs) or self.scheme.static
         for number, mlp in enumerate(mlps):
             chosen = [(window == number).any(-1) for window in index]

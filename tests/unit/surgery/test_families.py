@@ -236,6 +236,7 @@ def test_what_cannot_be_rotated_is_refused_with_the_reason(config: GPT2Config, r
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
+        ("olmoe", {"clip_qkv": 8.0}, "has values cut off at a number"),
         ("glm4_moe", {"n_shared_experts": 2}, "has an MLP beside the experts that is wider than one of them"),
         (
             "granite4",
