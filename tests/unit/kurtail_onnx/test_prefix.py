@@ -29,7 +29,7 @@ FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", [family for family in GRAPHS if family != "hunyuan"])
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **PREFIXED)
     model = kurtail_pl.load(artefact)
