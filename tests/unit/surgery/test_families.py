@@ -28,7 +28,7 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, online_rotations
-from kurtail_pl.surgery.families import LLAMA, architecture_of, is_dense
+from kurtail_pl.surgery.families import LLAMA, REGISTRY, architecture_of, is_dense
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
@@ -297,6 +297,12 @@ def test_an_online_rotation_of_no_mlps_width_is_refused() -> None:
     rotations = replace(random_rotations(config, 1), dense_hidden=None)
     with pytest.raises(CheckpointError, match=r"R5 is of size 20 and an MLP of this model has 172 channels"):
         equip_model(empty_model(config), FLOAT, rotations)
+
+
+def test_the_documentation_has_a_row_for_each_family() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    assert [kind for kind in REGISTRY if f"| `{kind}` |" not in text] == []
+    assert {architecture_of(make()).model_type for make in FAMILIES.values()} == set(REGISTRY)
 
 
 def test_weights_that_a_record_does_not_know_are_named() -> None:
