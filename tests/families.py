@@ -7,16 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    MiniMaxM2Config,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -76,13 +87,112 @@ def qwen3_moe() -> PretrainedConfig:
     return Qwen3MoeConfig(**sizes(attention_bias=True), **experts, mlp_only_layers=[1])
 
 
+def seed_oss() -> PretrainedConfig:
+    return SeedOssConfig(**sizes(attention_bias=True, attention_out_bias=True, mlp_bias=True))
+
+
+def ministral() -> PretrainedConfig:
+    """Sliding and full layers in turn."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return MinistralConfig(**sizes(sliding_window=WINDOW, layer_types=kinds))
+
+
+def ministral3() -> PretrainedConfig:
+    """Queries grow every eight tokens."""
+    yarn = rope("yarn", factor=16.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.4)
+    return Ministral3Config(**sizes(), **yarn)
+
+
+def apertus() -> PretrainedConfig:
+    """No gate: xIELU with two learned numbers in each layer."""
+    scaling = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    return ApertusConfig(**sizes(attention_bias=True), **scaling)
+
+
+def granite() -> PretrainedConfig:
+    """None of its four numbers is one."""
+    numbers = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+        "attention_multiplier": 0.3,
+    }
+    return GraniteConfig(**sizes(attention_bias=True, mlp_bias=True, tie_word_embeddings=True), **numbers)
+
+
+def granite4() -> PretrainedConfig:
+    """The dense one: what the others call the shared MLP is the only one."""
+    dense = {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 172,
+        "layer_types": ["full_attention"] * 3,
+        "mamba_n_heads": 8,
+    }
+    numbers = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+        "attention_multiplier": 0.3,
+    }
+    return GraniteMoeHybridConfig(
+        **sizes(attention_bias=True, intermediate_size=60), **dense, **numbers, position_embedding_type="rope"
+    )
+
+
+def hunyuan() -> PretrainedConfig:
+    return HunYuanDenseV1Config(**sizes(attention_bias=True), **rope("dynamic", factor=1.0, alpha=50.0))
+
+
+def glm4_moe() -> PretrainedConfig:
+    """A dense layer before two mixtures, two groups of experts and one beside them, half of each head rotated."""
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 1}
+    routing = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
+    return Glm4MoeConfig(**sizes(attention_bias=True), **experts, **routing, use_qk_norm=True)
+
+
+def minimax_m2() -> PretrainedConfig:
+    """Norms of all heads at once, a bias that chooses experts beside the router, half of each head rotated."""
+    return MiniMaxM2Config(
+        **sizes(intermediate_size=60, num_local_experts=4, num_experts_per_tok=2),
+        **rope("default", partial_rotary_factor=0.5),
+    )
+
+
+def olmoe() -> PretrainedConfig:
+    """Heads as wide as hidden / heads, as its class has them."""
+    shape = {"hidden_size": 96, "intermediate_size": 60}
+    return OlmoeConfig(**sizes(**shape), num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)
+
+
+def gpt_oss() -> PretrainedConfig:
+    """Learned sinks, biases everywhere, experts that a small clamp meets often, every other layer sliding."""
+    yarn = rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.0}
+    return GptOssConfig(**sizes(intermediate_size=60, sliding_window=WINDOW), **experts, **yarn)
+
+
 def smollm3() -> PretrainedConfig:
     return SmolLM3Config(**sizes(attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]))
 
 
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    maker.__name__: maker for maker in (llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3)
+    maker.__name__: maker
+    for maker in (
+        llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, apertus,
+        granite,        granite4, hunyuan, glm4_moe, gpt_oss, minimax_m2, olmoe,
+    )
+}  # fmt: skip
+
+
+WITHOUT_GRAPH = {
+    "apertus": "an MLP of a apertus has no gate",
+    "glm4_moe": "weighs experts by sigmoids",
+    "gpt_oss": "has learned sinks",
+    "minimax_m2": "norms of all heads at once",
+    "olmoe": "norms of all heads at once",
 }
+"""Families that ONNX has no graph for, and what the export says."""
+GRAPHS = [name for name in FAMILIES if name not in WITHOUT_GRAPH]
 
 
 def tiny_family(name: str, **changes: Any) -> PreTrainedModel:
@@ -110,6 +220,9 @@ def fill(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=draw))
     return model
 
 

@@ -15,7 +15,7 @@ from kurtail_pl.streaming.walker import Walker
 @torch.no_grad()
 def embed(walker: Walker, windows: Tensor) -> list[Tensor]:
     embedding = walker.embedding()
-    hidden = [embedding(window[None]) for window in windows]
+    hidden = [walker.embed(embedding, window[None]) for window in windows]
     embedding.to("meta")
     return hidden
 

@@ -26,6 +26,11 @@ FLOAT = f"or export with {NONE}"
 
 def reasons(source: Source, dtype: str, activations: Activations) -> Iterator[str]:
     """Sentences that each say what is not computed and what to do about it; the first is worth reading."""
+    if source.architecture.interleaved:
+        yield (
+            f"vLLM reads the experts of a {source.config.model_type} stacked, and this export writes each by itself: "
+            "use the artefact with kurtail_pl.load"
+        )
     yield from _weights(source)
     yield from _scheme(source)
     yield from _transforms(source)

@@ -24,6 +24,7 @@ from kurtail_pl.surgery.equip import (
     require_scheme_fits,
     set_clips,
 )
+from kurtail_pl.surgery.exact import exact_names
 from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.invertible import expect_maps
 from kurtail_pl.surgery.layout import module_state
@@ -90,7 +91,18 @@ def parts_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[s
 def stored_bytes(model: PreTrainedModel, scheme: Scheme) -> int:
     """Bytes of the weights of an equipped float model in an artefact of a scheme, which keeps floats in float16."""
     rounded, numbers = _rounded(model, scheme)
-    return rounded + torch.float16.itemsize * (sum(each.numel() for each in model.parameters()) - numbers)
+    floats = torch.float16.itemsize * (sum(each.numel() for each in model.parameters()) - numbers)
+    return rounded + floats + _of_buffers(model)
+
+
+def _of_buffers(model: PreTrainedModel) -> int:
+    """Bytes of stored buffers: those that no cast changes keep their type."""
+    stored, exact = model.state_dict(), exact_names(model)
+    return sum(
+        buffer.numel() * (buffer.itemsize if name.rpartition(".")[2] in exact else torch.float16.itemsize)
+        for name, buffer in model.named_buffers()
+        if name in stored
+    )
 
 
 def bits_per_weight(model: PreTrainedModel, scheme: Scheme) -> float | None:

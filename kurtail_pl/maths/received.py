@@ -9,7 +9,9 @@ QUERIES = 256
 """Whose scores are held at once."""
 
 
-def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, sinks: Tensor | None = None
+) -> Tensor:
     """The squared attention ``a_ij^2`` that each key gets, summed over heads and queries.
 
     An error e in the value of token j changes what query i reads by ``a_ij e``: with independent errors the energy of
@@ -21,6 +23,7 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
         mask: ``[..., queries, keys]``, true where a query sees a key, or 0 where it is added to the scores; None for
             causal attention.
         scaling: of the scores.
+        sinks: scores ``[heads]`` of no key, which take their share of the softmax; None for none.
 
     Returns:
         ``[keys]``, float32 or wider.
@@ -36,5 +39,8 @@ def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
     for some, block in zip(torch.split(query, QUERIES, 2), torch.split(mask, QUERIES, -2), strict=True):
         grouped = some.view(1, heads, -1, *some.shape[2:])
         scores = grouped @ key.unsqueeze(2).mT * scaling + block
-        received += scores.softmax(-1).square().sum((0, 1, 2, 3))
+        if sinks is not None:
+            own = sinks.to(scores).view(1, heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, own], -1)
+        received += scores.softmax(-1)[..., : key.shape[2]].square().sum((0, 1, 2, 3))
     return received

@@ -35,11 +35,14 @@ NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq
 SIZES = {
     "vocab_size": 2**32, "hidden_size": 2**20, "intermediate_size": 2**22, "moe_intermediate_size": 2**22,
     "num_hidden_layers": 2000, "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
-    "num_local_experts": 2**12, "num_experts": 2**12, "num_experts_per_tok": 2**12, "max_position_embeddings": 2**40,
+    "num_local_experts": 2**12, "num_experts": 2**12, "n_routed_experts": 2**12,
+    "num_experts_per_tok": 2**12, "max_position_embeddings": 2**40,
     "sliding_window": 2**40,
 }  # fmt: skip
 """Each of these numbers is from 1 to its limit: a slip of ten digits would fill the memory with empty modules."""
 OPTIONAL_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
+EMPTY_SIZES = ("num_local_experts",)
+"""These may be 0: dense members of a family of mixtures."""
 
 
 class Wrong(NamedTuple):
@@ -120,8 +123,9 @@ def _wrong_numbers(given: dict[str, Any], within: str = "") -> Iterator[Wrong]:
         largest = SIZES.get(key)
         if largest is None or (value is None and key in OPTIONAL_SIZES) or within:
             continue
-        if type(value) is not int or not 1 <= value <= largest:
-            yield Wrong(name, value, f"a whole number from 1 to {largest}")
+        smallest = int(key not in EMPTY_SIZES)
+        if type(value) is not int or not smallest <= value <= largest:
+            yield Wrong(name, value, f"a whole number from {smallest} to {largest}")
 
 
 def _wrong_values(config: PretrainedConfig) -> Iterator[Wrong]:
@@ -152,7 +156,9 @@ def _wrong_heads(config: PretrainedConfig) -> Iterator[Wrong]:
 
 
 def _wrong_choices(config: PretrainedConfig) -> Iterator[Wrong]:
-    """Activation, padding and epsilon that there are not."""
+    """Activation, padding and epsilon that there are not, and a mixture of nothing."""
+    if REGISTRY[config.model_type].experts is not None and getattr(config, "num_local_experts", None) == 0:
+        yield Wrong("num_local_experts", 0, "1 or more")
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
         yield Wrong("hidden_act", activation, "an activation of transformers, such as silu")

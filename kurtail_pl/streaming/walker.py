@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -19,7 +19,7 @@ from kurtail_pl.storage.resume import Workplace
 from kurtail_pl.streaming.heap import trim_heap
 from kurtail_pl.streaming.hidden import CPU, HiddenStates
 from kurtail_pl.surgery.equip import empty_model, layers_of
-from kurtail_pl.surgery.families import architecture_of
+from kurtail_pl.surgery.families import architecture_of, number_of
 from kurtail_pl.surgery.layout import module_state
 
 
@@ -64,8 +64,10 @@ class Walker:
     def _to_device(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         # First to the device, as it is: fewer bytes, and the conversion is done there.
         tensor = tensor.to(self.device, non_blocking=True)
-        # The scales of packed weights stay float32: there is one for thousands of weights.
-        return to_float(tensor, torch.promote_types(dtype, torch.float32) if name.endswith("scale") else dtype)
+        # The scales of packed weights stay float32, as there is one for thousands of weights; so do biases that choose
+        # experts, where a rounded one would choose others.
+        exact = name.endswith(("scale", "correction_bias"))
+        return to_float(tensor, torch.promote_types(dtype, torch.float32) if exact else dtype)
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None) -> nn.Module:
         return self._put(module, self._read(prefix), prefix, dtype)
@@ -83,6 +85,19 @@ class Walker:
         """The embedding, with its weights, in a type of its own if one is given; drop it when done."""
         name = self.architecture.embedding
         return cast(nn.Embedding, self._fill(self.model.get_submodule(name), name, dtype))
+
+    def embed(self, embedding: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+        """What the first decoder layer reads of tokens ``[..., tokens]``: ``[..., tokens, hidden]``."""
+        return embedding(ids) * number_of(self.checkpoint.config, self.architecture.embedding_multiplier)
+
+    def added(self, hidden: Tensor, written: Tensor) -> Tensor:
+        """The residual stream behind a block: what was there and what the block writes."""
+        return hidden + written * number_of(self.checkpoint.config, self.architecture.residual_multiplier)
+
+    def logits(self, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
+        """What final norm and head make of hidden states ``[..., hidden]``: ``[..., vocabulary]``."""
+        logits: Tensor = head(norm(hidden))
+        return logits / number_of(self.checkpoint.config, self.architecture.logits_divisor)
 
     def head(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Linear]:
         """Final norm and `lm_head`, with their weights, as `embedding`."""
@@ -134,7 +149,7 @@ class Walker:
         if not work.done:
             if len(windows):
                 embedding = self.embedding()
-                hidden.before.fill(embedding(window.unsqueeze(0).to(self.device)) for window in windows)
+                hidden.before.fill(self.embed(embedding, window.unsqueeze(0).to(self.device)) for window in windows)
                 embedding.to("meta")
             work.finished(0)
         return hidden

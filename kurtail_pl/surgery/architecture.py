@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -28,15 +29,37 @@ class Architecture:
         value: see `query`.
         output: projection of the attention output.
         head_norms: norms of single query and key heads; rotations leave them alone.
+        head_norms_key: key of the configuration that says whether a model has these norms; None where all have them.
+        whole_norms: whether these norms are of all heads at once, before they are taken apart.
+        norms_after_rope: whether RoPE comes before the norms of heads, not behind them.
+        query_scale: key among the rotary parameters of beta, where queries are multiplied by
+            ``1 + beta log(1 + floor(position / original positions))``.
+        learned_sinks: whether each query head has a learned score of no key, which takes its share of the softmax.
+            transformers computes such attention in plain torch alone.
         mlp: MLP block.
         mlp_norm: norm that the MLP block reads.
         gate: projections of a gated MLP, named from the MLP or, in a mixture, from one expert. A family that fuses
-            gate and up names one module twice.
+            gate and up names one module twice; None where what up writes goes through the activation alone.
         up: see `gate`.
         down: see `gate`.
+        embedding_multiplier: key of the configuration that holds what embeddings are multiplied by; None for nothing.
+            Numbers commute with rotations; so do the next two.
+        residual_multiplier: the same for what a block adds to the residual stream.
+        logits_divisor: the same for what logits are divided by.
+        rigid_hidden: why channels that `down` reads cannot be multiplied where `up` writes them, in words; None where
+            they can.
+        kept: modules with numbers of their own that no rotation concerns.
         mlp_width: key of the configuration that holds the width `down` reads.
         router: what chooses experts; None for a dense model. It reads the MLP norm and stays float.
         experts: list of experts; None for a dense model. A mixture may have layers without: they have one gated MLP.
+        shared: gated MLP beside the experts that every token meets, as wide as one of them; None where there is none.
+        interleaved: whether experts are always stacked on disk, with rows of gate and up in turn, transposed, and have
+            biases, and gate and up are clamped.
+        routing: how the router weighs experts: the largest of a softmax, or of sigmoids within the best groups, where a
+            bias that only chooses is added.
+        choosing_bias: that bias; None for a softmax. It is given to a router that does not hold it.
+        requires: (key of the configuration, values that it may have, what a model with others has), of a family with
+            members that the record does not describe; a list may have these values alone.
         on_disk: (module name, name in checkpoints), parts of names that differ within a decoder layer.
     """
 
@@ -56,14 +79,29 @@ class Architecture:
 
     mlp: str
     mlp_norm: str
-    gate: str
+    gate: str | None
     up: str
     down: str
 
     head_norms: tuple[str, ...] = ()
+    head_norms_key: str | None = None
+    whole_norms: bool = False
+    norms_after_rope: bool = False
+    query_scale: str | None = None
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    logits_divisor: str | None = None
+    learned_sinks: bool = False
+    rigid_hidden: str | None = None
+    kept: tuple[str, ...] = ()
     mlp_width: str = "intermediate_size"
     router: str | None = None
     experts: str | None = None
+    shared: str | None = None
+    interleaved: bool = False
+    routing: Literal["softmax", "sigmoid"] = "softmax"
+    choosing_bias: str | None = None
+    requires: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     on_disk: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -79,19 +117,29 @@ class Architecture:
         """What chooses a layer's experts; None for a dense layer."""
         return self.router if self.has_experts(layer) else None
 
-    def gated_mlps(self, layer: nn.Module) -> tuple[str, ...]:
-        """The gated MLPs of a layer: its only one, or every expert."""
+    def routed_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The experts of a layer; none of a dense one."""
         if self.experts is None or not self.has_experts(layer):
-            return (self.mlp,)
+            return ()
         return tuple(f"{self.experts}.{name}" for name, _ in layer.get_submodule(self.experts).named_children())
+
+    def common_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The gated MLPs of a layer that every token meets: its only one, or one beside the experts, if any."""
+        if not self.has_experts(layer):
+            return (self.mlp,)
+        return () if self.shared is None else (self.shared,)
+
+    def gated_mlps(self, layer: nn.Module) -> tuple[str, ...]:
+        """The gated MLPs of a layer: its only one, or every expert and what stands beside them."""
+        return (*self.routed_mlps(layer), *self.common_mlps(layer))
 
     def mlp_readers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that read the MLP norm."""
         return tuple(name for mlp in self.gated_mlps(layer) for name in self.gate_and_up(mlp))
 
     def gate_and_up(self, mlp: str) -> tuple[str, ...]:
-        """The linears that read what one gated MLP reads; one name where they are fused."""
-        return tuple(dict.fromkeys((f"{mlp}.{self.gate}", f"{mlp}.{self.up}")))
+        """The linears that read what one gated MLP reads; one name where they are fused, or there is no gate."""
+        return tuple(dict.fromkeys(f"{mlp}.{name}" for name in (self.gate, self.up) if name is not None))
 
     def mlp_writers(self, layer: nn.Module) -> tuple[str, ...]:
         """Linears of a layer that write the MLP's output into the residual stream."""
@@ -117,7 +165,7 @@ def check_layer(layer: nn.Module, architecture: Architecture) -> None:
             weights that the layer has and the record does not know.
     """
     modules = dict(layer.named_modules())
-    expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms}
+    expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms, *architecture.kept}
     if architecture.has_experts(layer):
         expected |= {name for name in (architecture.router, architecture.experts) if name is not None}
     expected |= set(architecture.linears(layer))

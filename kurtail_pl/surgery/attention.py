@@ -23,6 +23,7 @@ from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.kronecker import Kronecker
 from kurtail_pl.methods import CacheFormat
 from kurtail_pl.methods.format import Tensors
+from kurtail_pl.surgery.learned_sinks import SINKS, attend_beside
 from kurtail_pl.surgery.online import OnlineHadamard, OnlineInverse, OnlineKronecker
 
 ATTENTION = "kurtail"
@@ -33,12 +34,13 @@ inverse."""
 
 
 class Scored(NamedTuple):
-    """What scores are made of: queries and keys behind R3, neither centred nor quantized, the mask, and a factor."""
+    """What scores are made of: queries and keys behind R3, neither centred nor quantized, the mask, a factor, sinks."""
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scaling: float
+    sinks: Tensor | None = None
 
 
 def kurtail_attention(
@@ -51,7 +53,7 @@ def kurtail_attention(
     see, kept = getattr(module, "see_scored", None), is_kept(key)
     query, key = _turned(module, QUERY_TURNS, query), key if kept else _turned(module, KEY_TURNS, key)
     if see is not None:
-        see(Scored(query, key, attention_mask, kwargs["scaling"]))
+        see(Scored(query, key, attention_mask, kwargs["scaling"], kwargs.get(SINKS)))
     if not kept:
         key = _centred(module, key)
         cache: CacheFormat | None = getattr(module, "cache", None)
@@ -62,6 +64,8 @@ def kurtail_attention(
     if getattr(module, "prefix_key", None) is not None:
         key, attention_mask = behind_prefix(module, query, key, attention_mask)
         value = _behind(module.prefix_value, value)  # type: ignore[arg-type]
+    if (sinks := kwargs.get(SINKS)) is not None:
+        return attend_beside(sinks, query, key, value, attention_mask, **kwargs), None
     output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 

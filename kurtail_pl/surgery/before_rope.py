@@ -46,8 +46,9 @@ class Written(NamedTuple):
 
 
 def written_in(layer: nn.Module, architecture: Architecture, head_dim: int) -> list[Written]:
-    """Keys and values of a layer: behind the norm of key heads, where there is one, and where one linear makes all."""
+    """Keys and values of a layer: behind a norm of key heads that RoPE follows, and where one linear makes all."""
     value, whole = layer.get_submodule(architecture.value), slice(None)
+    norms = () if architecture.norms_after_rope else architecture.head_norms
     if architecture.value == architecture.query:
         # Queries, keys and values, in this order. What the output reads says less: it may be set aside meanwhile.
         config = cast(PretrainedConfig, layer.get_submodule(architecture.attention).config)
@@ -55,8 +56,8 @@ def written_in(layer: nn.Module, architecture: Architecture, head_dim: int) -> l
         columns = {"keys": slice(-2 * size, -size), "values": slice(-size, None)}
     else:
         columns = {"keys": whole, "values": whole}
-    key = layer.get_submodule(architecture.head_norms[-1] if architecture.head_norms else architecture.key)
-    if architecture.head_norms:
+    key = layer.get_submodule(norms[-1] if norms else architecture.key)
+    if norms:
         columns["keys"] = whole
     modules = {"keys": key, "values": value}
     return [Written(part, modules[part], columns[part], head_dim) for part in ("keys", "values")]

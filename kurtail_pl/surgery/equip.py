@@ -34,11 +34,11 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
         CheckpointError: when transformers cannot make the model.
     """
-    architecture_of(config)
+    attention = "eager" if architecture_of(config).learned_sinks else "sdpa"
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation="sdpa", trust_remote_code=False
+                config, attn_implementation=attention, trust_remote_code=False
             )
         take_over(model)
     except KurtailError:
@@ -52,7 +52,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def take_over(model: PreTrainedModel) -> None:
-    """Put modules of our own into an empty model that transformers made: exact rotary frequencies, single experts.
+    """Put modules of our own into an empty model that transformers made: single experts, buffers that no cast changes.
 
     Raises:
         UnsupportedArchitecture: when the model's type or its layers do not match a record.
@@ -61,6 +61,10 @@ def take_over(model: PreTrainedModel) -> None:
     rotary = model.get_submodule(architecture.rotary)
     model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=model.config))
     for layer in layers_of(model, architecture):
+        if architecture.choosing_bias is not None and architecture.has_experts(layer):
+            holder = architecture.choosing_bias.rpartition(".")[0]
+            with torch.device("meta"):
+                layer.set_submodule(holder, exact_class(type(layer.get_submodule(holder)))(model.config))
         separate_experts(layer, architecture)
         check_layer(layer, architecture)
     model.train(False).requires_grad_(False)

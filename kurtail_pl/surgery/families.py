@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.errors import UnsupportedArchitecture, shortened
 from kurtail_pl.surgery.architecture import Architecture
 
 LLAMA = Architecture(
@@ -51,8 +51,80 @@ MIXTRAL = replace(
         (".down_proj.", ".w2."),
     ),
 )
+APERTUS = replace(
+    LLAMA,
+    model_type="apertus",
+    attention_norm="attention_layernorm",
+    mlp_norm="feedforward_layernorm",
+    head_norms=HEAD_NORMS,
+    gate=None,
+    rigid_hidden="xIELU, which is not linear, stands between them",
+    kept=("mlp.act_fn",),
+)
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    embedding_multiplier="embedding_multiplier",
+    residual_multiplier="residual_multiplier",
+    logits_divisor="logits_scaling",
+)
+GRANITE_4 = replace(
+    GRANITE,
+    model_type="granitemoehybrid",
+    mlp="shared_mlp",
+    gate="input_linear",
+    up="input_linear",
+    down="output_linear",
+    mlp_width="shared_intermediate_size",
+    requires=(
+        ("layer_types", ("full_attention",), "state-space layers"),
+        ("num_local_experts", (0,), "experts beside an MLP that all tokens share"),
+        ("position_embedding_type", ("rope",), "no rotary positions"),
+    ),
+)
+HUNYUAN = replace(
+    LLAMA,
+    model_type="hunyuan_v1_dense",
+    head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"),
+    norms_after_rope=True,
+)
 QWEN3_MOE = replace(
     QWEN3, model_type="qwen3_moe", mlp_width="moe_intermediate_size", router="mlp.gate", experts="mlp.experts"
+)
+
+GLM_4_MOE = replace(
+    QWEN3_MOE,
+    model_type="glm4_moe",
+    head_norms_key="use_qk_norm",
+    shared="mlp.shared_experts",
+    routing="sigmoid",
+    choosing_bias="mlp.gate.e_score_correction_bias",
+    requires=(("n_shared_experts", (1,), "an MLP beside the experts that is wider than one of them"),),
+)
+MINIMAX_M2 = replace(
+    MIXTRAL,
+    model_type="minimax_m2",
+    head_norms=HEAD_NORMS,
+    whole_norms=True,
+    routing="sigmoid",
+    choosing_bias="mlp.e_score_correction_bias",
+)
+OLMOE = replace(
+    QWEN3_MOE,
+    model_type="olmoe",
+    whole_norms=True,
+    mlp_width="intermediate_size",
+    requires=(("clip_qkv", (None,), "values cut off at a number, which a rotated value (R2) meets elsewhere"),),
+)
+GPT_OSS = replace(
+    LLAMA,
+    model_type="gpt_oss",
+    learned_sinks=True,
+    rigid_hidden="both are clamped, and one is added to what up_proj writes",
+    kept=("self_attn",),
+    router="mlp.router",
+    experts="mlp.experts",
+    interleaved=True,
 )
 
 REGISTRY: dict[str, Architecture] = {
@@ -62,26 +134,39 @@ REGISTRY: dict[str, Architecture] = {
         replace(LLAMA, model_type="mistral"),
         replace(LLAMA, model_type="qwen2"),
         replace(LLAMA, model_type="smollm3"),
+        replace(LLAMA, model_type="seed_oss"),
+        replace(LLAMA, model_type="ministral"),
+        replace(LLAMA, model_type="ministral3", query_scale="llama_4_scaling_beta"),
+        APERTUS,
+        GRANITE,
+        GRANITE_4,
+        HUNYUAN,
         QWEN3,
         PHI3,
         MIXTRAL,
         QWEN3_MOE,
+        GLM_4_MOE,
+        GPT_OSS,
+        MINIMAX_M2,
+        OLMOE,
     )
 }
 """The known families. A user's own record is added by assignment."""
 
 _LAYER_NORM = "its LayerNorm subtracts the mean of a token, which a rotation does not keep"
 _POST_NORM = "it normalises what a block writes into the residual stream, where no linear can take the norm's weight"
-_SCALED = "its embeddings are multiplied by a constant"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "olmo"), _LAYER_NORM),
     **dict.fromkeys(("opt", "phi", "stablelm", "starcoder2"), _LAYER_NORM),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"), _POST_NORM),
-    **dict.fromkeys(("granite", "granitemoe"), _SCALED),
-    "gemma": f"its norms multiply by 1 + weight, and {_SCALED}",
-    "gpt_oss": "its attention has learned sinks, and its experts have biases and a clamp",
+    "gemma": "its norms multiply by 1 + weight, and its embeddings by a number that its configuration does not hold",
 }
 """Families that cannot be rotated exactly as they are, and why."""
+
+
+def number_of(config: PretrainedConfig, key: str | None) -> float:
+    """A number that a record gives the key of; 1 where it gives none."""
+    return 1.0 if key is None else float(getattr(config, key))
 
 
 def is_dense(config: PretrainedConfig, layer: int) -> bool:
@@ -89,13 +174,16 @@ def is_dense(config: PretrainedConfig, layer: int) -> bool:
     if architecture_of(config).experts is None:
         return True
     dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    if layer < getattr(config, "first_k_dense_replace", 0):
+        return True
     return layer in dense or getattr(config, "num_experts", 1) == 0 or (layer + 1) % step != 0
 
 
 def mlp_widths(config: PretrainedConfig) -> tuple[int, ...]:
     """Widths that down projections read: of the model's gated MLPs or experts, and of a mixture's dense layers."""
-    widths: list[int] = [getattr(config, architecture_of(config).mlp_width)]
-    if any(is_dense(config, layer) for layer in range(config.num_hidden_layers)):
+    record = architecture_of(config)
+    widths: list[int] = [getattr(config, record.mlp_width)]
+    if record.experts is not None and any(is_dense(config, layer) for layer in range(config.num_hidden_layers)):
         widths.append(config.intermediate_size)
     return tuple(dict.fromkeys(widths))
 
@@ -119,7 +207,21 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"model type {config.model_type!r} has no architecture record (known: {known}); "
             "use one of those, or add a record as docs/extend.md describes"
         )
+    _require_described(record, config)
     step = getattr(config, "decoder_sparse_step", 1)
     if record.experts is not None and (not isinstance(step, int) or step < 1):
         raise UnsupportedArchitecture(f"decoder_sparse_step is {step!r}; expected 1 or more; mend config.json")
+    if record.head_norms_key is not None and not getattr(config, record.head_norms_key):
+        return replace(record, head_norms=())
     return record
+
+
+def _require_described(record: Architecture, config: PretrainedConfig) -> None:
+    """Raise UnsupportedArchitecture for a model of a family whose record describes others of it alone."""
+    for key, allowed, otherwise in record.requires:
+        value = getattr(config, key)
+        if not set(value if isinstance(value, list | tuple) else [value]) <= set(allowed):
+            raise UnsupportedArchitecture(
+                f"{key} is {shortened(repr(value), 60)}: this {record.model_type} has {otherwise}, which no record "
+                f"describes; use a model whose {key} is {' or '.join(map(repr, allowed))}"
+            )

@@ -187,10 +187,9 @@ def _in_heads(order: Tensor) -> Tensor:
 def reorder_hidden(layer: nn.Module, architecture: Architecture, mlp: str, order: Tensor) -> None:
     """Write channels ``[width]`` of a gated MLP in another order, and read them so in its down projection."""
     # Where one linear makes both, up comes after gate.
-    gate, up, down = (
-        linear_of(layer, f"{mlp}.{name}") for name in (architecture.gate, architecture.up, architecture.down)
-    )
-    _reorder_rows(gate, 0, order)
+    up, down = (linear_of(layer, f"{mlp}.{name}") for name in (architecture.up, architecture.down))
+    if architecture.gate is not None:
+        _reorder_rows(linear_of(layer, f"{mlp}.{architecture.gate}"), 0, order)
     _reorder_rows(up, up.out_features - len(order), order)
     down.weight.data = down.weight.data[:, order]
 

@@ -81,21 +81,60 @@ class ExactRouter(nn.Module):
     """transformers' top-k router, computing in its input's dtype instead of float32.
 
     Args:
-        router: the module to stand in for; its weight is shared. Families that do not always normalise the chosen
-            weights say so in `norm_topk_prob`.
+        router: the module to stand in for; its weight and its bias, if any, are shared. Families that do not always
+            normalise the chosen weights say so in `norm_topk_prob`.
     """
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.weight = cast(nn.Parameter, router.weight)
+        self.bias = cast(nn.Parameter | None, getattr(router, "bias", None))
         self.top_k = cast(int, router.top_k)
         self.norm_topk_prob = bool(getattr(router, "norm_topk_prob", True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[tokens, hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``."""
-        logits = F.linear(x, self.weight)
+        logits = F.linear(x, self.weight, self.bias)
         weights, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
         return logits, weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights, index
+
+
+class ExactSigmoidRouter(nn.Module):
+    """transformers' router by sigmoids within groups, computing in its input's dtype instead of float32.
+
+    Args:
+        router: the module to stand in for; its weight is shared, and its bias, which only chooses, if it has one.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, router.weight)
+        self.register_buffer("e_score_correction_bias", getattr(router, "e_score_correction_bias", None))
+        self.top_k, self.groups, self.best_groups = (
+            cast(int, getattr(router, name, 1)) for name in ("top_k", "num_group", "topk_group")
+        )
+        self.norm_topk_prob = bool(getattr(router, "norm_topk_prob", True))
+        self.routed_scaling_factor = cast(float, getattr(router, "routed_scaling_factor", 1.0))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[..., hidden]`` -> logits ``[tokens, experts]``, weights and experts, both ``[tokens, k]``.
+
+        The bias is given where the router has none of its own.
+        """
+        bias = bias if bias is not None else cast(Tensor, self.e_score_correction_bias)
+        logits = F.linear(x.flatten(0, -2), self.weight)
+        scores = logits.sigmoid()
+        grouped = (scores + bias).view(len(scores), self.groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.best_groups, dim=-1).indices
+        seen = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)
+        index = grouped.masked_fill(~seen.unsqueeze(-1), -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, index)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if self.norm_topk_prob else weights
+        return logits, weights * self.routed_scaling_factor, index
+
+
+EXACT_ROUTERS: dict[str, type[nn.Module]] = {"softmax": ExactRouter, "sigmoid": ExactSigmoidRouter}
+"""By how a record says that they weigh experts."""
 
 
 def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) -> None:
@@ -104,4 +143,4 @@ def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) ->
         use_exact_norm(layer, norm, eps)
     router = architecture.router_of(layer)
     if router is not None:
-        layer.set_submodule(router, ExactRouter(layer.get_submodule(router)))
+        layer.set_submodule(router, EXACT_ROUTERS[architecture.routing](layer.get_submodule(router)))

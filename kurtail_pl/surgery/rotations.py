@@ -21,7 +21,7 @@ from kurtail_pl.maths.hadamard import (
 )
 from kurtail_pl.maths.orthogonal import random_signs
 from kurtail_pl.methods.target import ONLINE, Online
-from kurtail_pl.surgery.families import mlp_widths
+from kurtail_pl.surgery.families import architecture_of, mlp_widths
 
 BlockSize = int | Literal["widest"]
 """Channels that R4 and R5 mix with one another: a power of two, or the largest that divides each width."""
@@ -109,15 +109,23 @@ def misfits(rotations: Rotations, config: PretrainedConfig) -> list[str]:
         "mlp_hidden": (rotations.mlp_hidden, width),
         "dense_hidden": (rotations.dense_hidden, dense[0] if dense else "none"),
     }
-    return [
-        f"{name} is {list(matrix.shape)}, the model wants {shapes[0]}"
-        for name, (matrix, shapes) in fused.items()
-        if matrix is not None and list(matrix.shape) not in shapes
-    ] + [
-        f"{name} has size {size_of(factors)}, the model wants {size}"
-        for name, (factors, size) in online.items()
-        if factors is not None and size_of(factors) != size
+    rigid = architecture_of(config).rigid_hidden
+    signed = [
+        name for name in ("mlp_hidden", "dense_hidden") if getattr(getattr(rotations, name), "signs", None) is not None
     ]
+    return (
+        [f"{name} has signs, and this {config.model_type} takes none: {rigid}" for name in signed if rigid is not None]
+        + [
+            f"{name} is {list(matrix.shape)}, the model wants {shapes[0]}"
+            for name, (matrix, shapes) in fused.items()
+            if matrix is not None and list(matrix.shape) not in shapes
+        ]
+        + [
+            f"{name} has size {size_of(factors)}, the model wants {size}"
+            for name, (factors, size) in online.items()
+            if factors is not None and size_of(factors) != size
+        ]
+    )
 
 
 def size_of(factors: HadamardFactors) -> int:
@@ -138,7 +146,8 @@ def random_rotations(
     Args:
         config: of the model.
         seed: decides all signs.
-        block_size: of R4 and R5 in blocks, whose signs are fused: R5's into what it turns, R4's are R2's.
+        block_size: of R4 and R5 in blocks, whose signs are fused: R5's into what it turns, if that can be multiplied,
+            R4's are R2's.
         block: of R1 and R2 in blocks, see `random_fused`.
 
     Raises:
@@ -160,13 +169,15 @@ def random_rotations(
         factors = _blocks_of(name, n, block_size)
         return replace(factors, signs=random_signs(n, online)) if signs else factors
 
+    # Signs are fused where the channels are written, and there must be such a place.
+    signs = architecture_of(config).rigid_hidden is None
     return Rotations(
         residual=residual,
         value=value,
         query_key=query_key,
         attention_output=drawn("R4", heads * head_dim, signs=False),
-        mlp_hidden=drawn("R5", width, signs=True),
-        dense_hidden=drawn("R5", dense[0], signs=True) if dense else None,
+        mlp_hidden=drawn("R5", width, signs),
+        dense_hidden=drawn("R5", dense[0], signs) if dense else None,
         origin={"seed": seed} | {name: size for name, size in sizes.items() if size is not None},
     )
 

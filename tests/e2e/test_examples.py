@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, SeedOssConfig, SeedOssForCausalLM
+from transformers import AutoModelForCausalLM, CwmConfig, CwmForCausalLM
 
 from kurtail_pl.artefact.skeleton import whole_model
 from kurtail_pl.methods import RTN
@@ -52,7 +52,7 @@ def fused(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_is_at_most_forty_lines() -> None:
-    assert set(FILES) == {"dithered.py", "shifts.py", "sort_hidden.py", "seed_oss.py", "dense.py"}
+    assert set(FILES) == {"dithered.py", "shifts.py", "sort_hidden.py", "cwm.py", "dense.py"}
     assert {name: lines for name, text in FILES.items() if (lines := len(text.splitlines())) > 40} == {}
     assert [line for text in FILES.values() for line in text.splitlines() if len(line) > 120] == []
 
@@ -146,24 +146,24 @@ def test_a_transform(
 def test_a_family(
     tiny: Path, tmp_path: Path, example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(REGISTRY, "seed_oss", LLAMA)  # Taken away again after the test.
-    example("seed_oss")
+    monkeypatch.setitem(REGISTRY, "cwm", LLAMA)  # Taken away again after the test.
+    example("cwm")
     torch.manual_seed(0)
-    config = SeedOssConfig(
+    config = CwmConfig(
         vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, attention_bias=True, attention_out_bias=False,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, sliding_window=24,
     )  # fmt: skip
-    model = SeedOssForCausalLM(config).double()
+    model = CwmForCausalLM(config).double()
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
             parameter.data.uniform_(0.5, 1.5)
-    model.float().save_pretrained(tmp_path / "seed")
+    model.float().save_pretrained(tmp_path / "cwm")
     for file in tiny.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "seed")
-    checkpoint = Checkpoint(tmp_path / "seed")
+        shutil.copy(file, tmp_path / "cwm")
+    checkpoint = Checkpoint(tmp_path / "cwm")
     rotated = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "rotated")
     tokens = torch.arange(40).unsqueeze(0)
-    expected = SeedOssForCausalLM.from_pretrained(tmp_path / "seed")(tokens).logits
+    expected = CwmForCausalLM.from_pretrained(tmp_path / "cwm")(tokens).logits
     found = whole_model(Checkpoint(rotated))(tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 

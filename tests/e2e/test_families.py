@@ -111,7 +111,7 @@ def test_re_expressed_stories_have_the_llamas_perplexity(
     assert rounded[1] == pytest.approx(rounded[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "phi3"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "phi3", "glm4_moe", "gpt_oss", "apertus"])
 def test_a_copied_model_is_transformers_own(name: str, kurtail: Kurtail, tied: Path, tmp_path: Path) -> None:
     """Names and stacking on disk are the hub's, both ways: transformers reads back every tensor as it was."""
     model = tiny_family(name)

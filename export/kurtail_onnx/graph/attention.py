@@ -12,7 +12,7 @@ from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.cache import append
 from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
 from kurtail_onnx.graph.norm import rms_norm
-from kurtail_onnx.graph.positions import mask, rope, window_of
+from kurtail_onnx.graph.positions import mask, rope, scaled_by_position, window_of
 from kurtail_onnx.graph.step import Step
 from kurtail_onnx.graph.weights import float_weight
 from kurtail_pl.methods import CacheFormat
@@ -70,15 +70,28 @@ def _rotated(step: Step, index: int, query: ir.Value, key: ir.Value) -> Sequence
     Once normed they are turned alike: all heads at once, which for a single token costs as much as the keys' alone.
     """
     g, source, names = step.g, step.source, step.source.architecture
-    if names.head_norms:
-        norms = [f"{source.layer_name(index)}.{name}" for name in names.head_norms]
-        query, key = (rms_norm(step, norm, states) for norm, states in zip(norms, (query, key), strict=True))
+    if names.head_norms and not names.norms_after_rope:
+        query, key = _normed(step, index, query, key)
     heads = g.op("Concat", query, key, axis=1)
     if getattr(source.layers[index].get_submodule(names.attention), "use_rope", True):
         heads = rope(step, heads)
+    if names.norms_after_rope:
+        heads = g.op("Concat", *_normed(step, index, *_apart(step, heads)), axis=1)
     if source.rotations.query_key is not None:
         heads = dense_hadamard(g, heads, source.rotations.query_key, "query_key_R3")
-    return g.ops("Split", heads, g.ints(source.heads, source.kv_heads), outputs=2, axis=1)
+    query, key = _apart(step, heads)
+    return scaled_by_position(step, query), key
+
+
+def _normed(step: Step, index: int, query: ir.Value, key: ir.Value) -> Sequence[ir.Value]:
+    """Queries and keys behind the norms of their heads."""
+    norms = [f"{step.source.layer_name(index)}.{name}" for name in step.source.architecture.head_norms]
+    return [rms_norm(step, norm, states) for norm, states in zip(norms, (query, key), strict=True)]
+
+
+def _apart(step: Step, heads: ir.Value) -> Sequence[ir.Value]:
+    """Queries and keys out of the heads of both."""
+    return step.g.ops("Split", heads, step.g.ints(step.source.heads, step.source.kv_heads), outputs=2, axis=1)
 
 
 def _centred(step: Step, index: int, key: ir.Value) -> ir.Value:

@@ -20,6 +20,7 @@ from kurtail_onnx.graph.weights import float_weight, stored_dtype, stored_weight
 from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
+from kurtail_pl.surgery.families import number_of
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 
@@ -57,10 +58,12 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
     prefix = source.layer_name(index)
     with g.scope(names.layers.replace(".", "/") + f".{index}"):
         normed = rms_norm(step, f"{prefix}.{names.attention_norm}", hidden)
-        hidden = g.op("Add", hidden, attention(step, index, normed), name="attention_residual")
+        written = _times(g, attention(step, index, normed), number_of(source.config, names.residual_multiplier))
+        hidden = g.op("Add", hidden, written, name="attention_residual")
         normed = rms_norm(step, f"{prefix}.{names.mlp_norm}", hidden)
         block = mixture if names.has_experts(source.layers[index]) else mlp
-        return g.op("Add", hidden, block(step, index, normed), name="mlp_residual")
+        written = _times(g, block(step, index, normed), number_of(source.config, names.residual_multiplier))
+        return g.op("Add", hidden, written, name="mlp_residual")
 
 
 def cache_parts(source: Source, spec: Settings) -> tuple[CachePart, CachePart]:
@@ -87,7 +90,8 @@ def _embedding(g: GraphBuilder, source: Source, input_ids: ir.Value) -> ir.Value
     shape = tuple(cast(Tensor, source.model.get_submodule(name).weight).shape)
     with g.root_scope(*name.split(".")):
         rows = g.op("Gather", stored_weight(g, source, f"{name}.weight", shape), input_ids)
-        return widened(g, rows, stored_dtype(g, source, f"{name}.weight"))
+        rows = widened(g, rows, stored_dtype(g, source, f"{name}.weight"))
+        return _times(g, rows, number_of(source.config, source.architecture.embedding_multiplier))
 
 
 def _head(step: Step, hidden: ir.Value) -> ir.Value:
@@ -98,9 +102,33 @@ def _head(step: Step, hidden: ir.Value) -> ir.Value:
     shape = tuple(cast(Tensor, source.model.get_submodule(names.head).weight).shape)
     with g.root_scope(*names.head.split(".")):
         logits = g.op("MatMul", hidden, float_weight(g, source, f"{stored}.weight", shape, transposed=True))
-        return g.cast(logits, g.wide)
+        return g.cast(_times(g, logits, 1 / number_of(source.config, names.logits_divisor)), g.wide)
+
+
+def _times(g: GraphBuilder, x: ir.Value, number: float) -> ir.Value:
+    """Times a number, unless it is one."""
+    return x if number == 1 else g.op("Mul", x, g.scalar(number))
 
 
 def _require_silu(source: Source) -> None:
+    if source.architecture.gate is None:
+        raise UnsupportedArchitecture(
+            f"an MLP of a {source.config.model_type} has no gate, and those of a graph have one; use another exporter"
+        )
+    if source.architecture.learned_sinks:
+        raise UnsupportedArchitecture(
+            f"the attention of a {source.config.model_type} has learned sinks, and that of a graph has none; use "
+            "another exporter"
+        )
+    if source.architecture.whole_norms:
+        raise UnsupportedArchitecture(
+            f"a {source.config.model_type} has norms of all heads at once, and a graph those of single heads; use "
+            "another exporter"
+        )
+    if source.architecture.routing != "softmax":
+        raise UnsupportedArchitecture(
+            f"the router of a {source.config.model_type} weighs experts by sigmoids, and that of a graph by a softmax; "
+            "use another exporter"
+        )
     if source.config.hidden_act != "silu":
         raise UnsupportedArchitecture(f"hidden_act is {source.config.hidden_act!r}, expected 'silu'")

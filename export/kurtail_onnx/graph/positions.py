@@ -15,7 +15,7 @@ from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
 from kurtail_pl.surgery.positions import LONGROPE, positions_of, rotary_border
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "ntk_alpha")
 """Rotary types whose angles depend on a token's position alone, up to the model's positions.
 
 Those of the type dynamic are scaled in longer texts only, which the runner refuses.
@@ -67,6 +67,21 @@ def rotary_tables(source: Source) -> tuple[Tensor, Tensor]:
     cos, sin = (torch.cat([pair[part][0] for pair in pairs]) for part in (0, 1))
     half = cos.shape[-1] // 2
     return cos[:, :half], sin[:, :half]
+
+
+def scaled_by_position(step: Step, query: ir.Value) -> ir.Value:
+    """Queries ``[batch, heads, tokens, head_dim]`` as they grow with their position, where the record says so."""
+    g, config, name = step.g, step.source.config, step.source.architecture.query_scale
+    if name is None:
+        return query
+    beta, original = (config.rope_parameters[key] for key in (name, "original_max_position_embeddings"))
+    table = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions_of(config)) / original))
+
+    def factors() -> ir.Value:
+        scales = g.constant(table.numpy().astype(g.dtype.numpy()), "query_scales")
+        return g.op("Unsqueeze", g.op("Gather", scales, step.position_ids), g.ints(1, 3))
+
+    return g.op("Mul", query, step.shared("query_scale", factors))
 
 
 def rope_type(source: Source) -> str:

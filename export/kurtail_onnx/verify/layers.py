@@ -85,7 +85,7 @@ def compare_layers(
     steps = steps_within(steady_positions(source.config))
     ids = torch.randint(source.config.vocab_size, (BATCH, sum(steps)), generator=torch.Generator().manual_seed(0))
     embedding = walker.embedding()
-    hidden = [embedding(text.unsqueeze(0)) for text in ids]
+    hidden = [walker.embed(embedding, text.unsqueeze(0)) for text in ids]
     embedding.to("meta")
     agreements = []
     for index, layer in walker.layers("check layers"):
@@ -110,7 +110,7 @@ def compare_layers(
     with pieces.head(len(agreements)) as session:
         (logits,) = session.run(None, {hidden_name(len(agreements)): states.numpy().astype(FLOATS[spec.dtype].numpy())})
     norm, head = walker.head()
-    expected = head(norm(states)).numpy()
+    expected = walker.logits(norm, head, states).numpy()
     return agreements, float(np.abs(expected - logits).max() / np.abs(expected).max())
 
 

@@ -67,9 +67,9 @@ def compare_logits(source: Source, spec: Settings, served: Served) -> dict[str, 
     tokens = min(TOKENS, steady_positions(source.config))
     ids = torch.randint(source.config.vocab_size, (BATCH, tokens), generator=torch.Generator().manual_seed(0))
     embedding = _rounded(walker.embedding(), spec.torch_dtype)
-    expected = [embedding(text.unsqueeze(0)) for text in ids]
+    expected = [walker.embed(embedding, text.unsqueeze(0)) for text in ids]
     table = served.tensor(f"{architecture.embedding}.weight").double()
-    found = [table[text].unsqueeze(0) for text in ids]
+    found = [walker.embed(table.__getitem__, text.unsqueeze(0)) for text in ids]
     embedding.to("meta")
     mirrors = layers_of(mirror, architecture)
     for index, layer in walker.layers("check layers"):

@@ -59,7 +59,7 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
         # One process evaluates, whoever trained.
         metric = Perplexity(sync_on_compute=False).to(walker.device)
         for states, ids in zip(hidden.before, windows.tokens, strict=True):
-            metric.update(head(norm(states)), ids.unsqueeze(0).to(walker.device))
+            metric.update(walker.logits(norm, head, states), ids.unsqueeze(0).to(walker.device))
     value = metric.compute().item()
     log.info("perplexity of %s: %.3f (%d windows of %d tokens)", checkpoint.folder, value, spec.windows, spec.seqlen)
     return {

@@ -133,7 +133,7 @@ class Fuser:
 
     def _write_layer(self, index: int, layer: nn.Module) -> None:
         # No name outlives this: one would keep the layer's weights in memory while the next ones are read.
-        state = checkpoint_state(layer.state_dict(), self.architecture)
+        state = checkpoint_state(layer.state_dict(), self.architecture, plain=not self.rotations.any_online)
         self.shards.write(index + 1, named(f"{self.architecture.layers}.{index}", state))
 
     def _into_residual(self, hidden: Tensor) -> Tensor:
@@ -143,11 +143,12 @@ class Fuser:
     def _embedding(self) -> None:
         """Write the rotated embedding, and start the probes."""
         embedding = self.walker.embedding(torch.float32)
-        reference = embedding(self.probe).double()
-        text = [embedding(window.unsqueeze(0).to(self.walker.device)) for window in self.text]
+        reference = self.walker.embed(embedding, self.probe).double()
+        text = [self.walker.embed(embedding, window.unsqueeze(0).to(self.walker.device)) for window in self.text]
         for rows in torch.split(embedding.weight.data, ROWS):
             rows.copy_(self._into_residual(rows.double()))
-        self.hidden.before.fill([reference, self._into_residual(reference), embedding(self.probe), *text])
+        rounded = self.walker.embed(embedding, self.probe)
+        self.hidden.before.fill([reference, self._into_residual(reference), rounded, *text])
         self.shards.write(0, named(self.architecture.embedding, embedding.state_dict()))
         embedding.to("meta")
 

@@ -144,8 +144,8 @@ def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
     """Windows that channels are measured on.
 
     Raises:
-        ConfigError: when keys are to be scaled that have norms of their own, alphas are not as many as layers, or the
-            groups of a search do not divide the widths.
+        ConfigError: when keys are to be scaled that have norms of their own, or channels behind an activation, alphas
+            are not as many as layers, or the groups of a search do not divide the widths.
         TextError: when the text is too short.
     """
     config = checkpoint.config
@@ -161,5 +161,11 @@ def scale_windows(checkpoint: Checkpoint, scales: ScaleSpec) -> Windows:
         raise ConfigError(
             f"scales.parts is {scales.parts} and {checkpoint.config.model_type} has norms behind q_proj and k_proj, "
             "which undo the scales of keys; leave keys out"
+        )
+    rigid = architecture_of(config).rigid_hidden
+    if "mlp_hidden" in scales.parts and rigid is not None:
+        raise ConfigError(
+            f"scales.parts is {scales.parts} and channels between up_proj and down_proj of {config.model_type} cannot "
+            f"be scaled: {rigid}; leave mlp_hidden out"
         )
     return cut_windows(checkpoint, scales.text, "calibration", seed=scales.seed)

@@ -89,11 +89,11 @@ def received_by(attention: nn.Module, attended: Iterable[Tensor]) -> list[Tensor
     found = []
 
     def see(scored: Scored) -> None:
-        query, key, mask, scaling = scored
+        query, key, mask, scaling, sinks = scored
         tokens = key.shape[2]
         if getattr(attention, "prefix_key", None) is not None:
             key, mask = behind_prefix(attention, query, key, mask)
-        found.append(attention_received(query, key, mask, scaling)[-tokens:])
+        found.append(attention_received(query, key, mask, scaling, sinks)[-tokens:])
 
     with watched_scores(attention, see):
         for _ in attended:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kurtail_pl.streaming.hidden import HiddenStates
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.experts import written
 
 
 class FloatLayer:
@@ -43,7 +44,7 @@ class FloatLayer:
         """Take the states past the attention."""
         output = self.layer.get_submodule(self.architecture.output)
         states = zip(self.hidden.before, self.output_inputs(), strict=True)
-        self.hidden.after.fill(h + output(x) for h, x in states)
+        self.hidden.after.fill(self.walker.added(h, output(x)) for h, x in states)
 
     def mlp_inputs(self) -> Iterator[Tensor]:
         """Of the MLP, or of every expert."""
@@ -57,7 +58,8 @@ class FloatLayer:
     def add_mlp(self) -> None:
         """Take the states past the MLP; the layer then lets go of its weights."""
         block = self.layer.get_submodule(self.architecture.mlp)
-        self.hidden.after.fill(h + block(x) for h, x in zip(self.hidden.after, self.mlp_inputs(), strict=True))
+        states = zip(self.hidden.after, self.mlp_inputs(), strict=True)
+        self.hidden.after.fill(self.walker.added(h, written(block(x))) for h, x in states)
         self.layer.to("meta")
 
 

@@ -19,7 +19,7 @@ from kurtail_pl.stages.quantization.moments import moments_of
 from kurtail_pl.stages.quantization.weights import Notes, WeightSolver
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
 from kurtail_pl.streaming.walker import Walker
-from kurtail_pl.surgery.experts import routed
+from kurtail_pl.surgery.experts import routed, written
 from kurtail_pl.surgery.linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -91,14 +91,14 @@ class LayerSolver:
         if architecture.has_experts(layer):
             self._experts(layer, prefix, normed)
             block = layer.get_submodule(architecture.mlp)
-            states.fill(h + block(norm(h)) for h in states)
+            states.fill(self.walker.added(h, written(block(norm(h)))) for h in states)
         else:
             down = layer.get_submodule(f"{architecture.mlp}.{architecture.down}")
             assert isinstance(down, QuantizedLinear)
             inner = hidden.scratch(down.in_features)
             wanted = self._exact.mlp_inputs if self._exact else None
             self._gated_mlp(layer, prefix, architecture.mlp, normed, wanted, inner)
-            states.fill(h + down(x) for h, x in zip(states, inner, strict=True))
+            states.fill(self.walker.added(h, down(x)) for h, x in zip(states, inner, strict=True))
         if self._exact is not None:
             self._exact.add_mlp()
 
@@ -124,7 +124,7 @@ class LayerSolver:
                 self._tuning.cache(output, attended, hidden.before)
             inner.fill(attended(hidden.before))
         self._solve(layer, prefix, (architecture.output,), lambda: inner, exact.output_inputs if exact else None)
-        hidden.after.fill(h + output(x) for h, x in zip(hidden.before, inner, strict=True))
+        hidden.after.fill(self.walker.added(h, output(x)) for h, x in zip(hidden.before, inner, strict=True))
         if exact is not None:
             exact.add_attention()
 
@@ -156,11 +156,10 @@ class LayerSolver:
         self._solver.pack(solved, moments, self._weights)
 
     def _experts(self, layer: nn.Module, prefix: str, normed: Inputs) -> None:
-        """Quantize every expert on the tokens routed to it."""
+        """Quantize every expert on the tokens routed to it, and an MLP beside them on all tokens."""
         architecture = self.walker.architecture
-        assert architecture.router is not None
-        router, mlps = layer.get_submodule(architecture.router), architecture.gated_mlps(layer)
-        index = [routed(router, x.flatten(0, 1)) for x in normed()]
+        mlps = architecture.routed_mlps(layer)
+        index = [routed(layer, architecture, x.flatten(0, 1)) for x in normed()]
         needs_tokens = bool(self._solver.needs) or self.scheme.static
         for number, mlp in enumerate(mlps):
             chosen = [(window == number).any(-1) for window in index]
@@ -171,6 +170,8 @@ class LayerSolver:
                 return lambda: (x[:, mask] for x, mask in zip(of(), chosen, strict=True))
 
             self._gated_mlp(layer, prefix, mlp, rows(normed), rows(self._exact.mlp_inputs) if self._exact else None)
+        for mlp in architecture.common_mlps(layer):
+            self._gated_mlp(layer, prefix, mlp, normed, self._exact.mlp_inputs if self._exact else None)
         if needs_tokens:
             counts = [self.notes["expert_tokens"][f"{prefix}.{mlp}"] for mlp in mlps]
             log.info("%s: tokens routed to each expert %s", prefix, counts)

@@ -10,14 +10,15 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from kurtail_pl.artefact.skeleton import skeleton
-from kurtail_pl.errors import ConfigError
+from kurtail_pl.errors import ConfigError, shortened
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.positions import positions_of
 
 
 def require_tokens(config: PretrainedConfig, prefix: list[int]) -> None:
-    """Raise ConfigError when a prefix is empty, too long, or holds a token that the model does not know."""
+    """Raise ConfigError when a prefix is empty, too long, of a token that the model does not know, or has no place."""
     if not prefix:
         raise ConfigError("prefix is empty; give tokens, or null for none")
     for token in prefix:
@@ -25,6 +26,11 @@ def require_tokens(config: PretrainedConfig, prefix: list[int]) -> None:
             raise ConfigError(f"prefix holds token {token}; this model has tokens 0 to {config.vocab_size - 1}")
     if len(prefix) > positions_of(config):
         raise ConfigError(f"prefix has {len(prefix)} tokens and this model has {positions_of(config)} positions")
+    if architecture_of(config).norms_after_rope:
+        raise ConfigError(
+            f"prefix is {shortened(str(prefix), 60)} and a {config.model_type} has norms of heads behind RoPE, whose "
+            "scores tell more of positions than their difference: none comes before the first; write prefix: null"
+        )
 
 
 @torch.no_grad()
@@ -45,14 +51,16 @@ def prefix_states(
     """
     walker = Walker(checkpoint, skeleton(checkpoint), dtype, device)
     embedding = walker.embedding()
-    states = embedding(torch.tensor([prefix], device=walker.device))
+    states = walker.embed(embedding, torch.tensor([prefix], device=walker.device))
     embedding.to("meta")
     ids = torch.arange(-len(prefix), 0, device=walker.device).unsqueeze(0)
     positions = walker.model.get_submodule(walker.architecture.rotary)(states, ids)
+    # Queries that grow with their position are before the first as large as at it.
+    grown = ids.clamp(min=0)
     for index, layer in walker.layers("prefix"):
         cache = DynamicCache()
         states = layer(
-            states, past_key_values=cache, position_ids=ids, position_embeddings=positions, attention_mask=None
+            states, past_key_values=cache, position_ids=grown, position_embeddings=positions, attention_mask=None
         )
         cached = cache.layers[index]
         assert isinstance(cached, DynamicLayer)

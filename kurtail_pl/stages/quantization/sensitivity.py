@@ -89,7 +89,7 @@ def measured_sensitivities(checkpoint: Checkpoint, windows: Tensor, seed: int, c
             metric = Perplexity(sync_on_compute=False).to(walker.device)
             for number, ids in enumerate(windows):
                 states = hidden.before[copy * count + number]
-                metric.update(head(norm(states)), ids.unsqueeze(0).to(walker.device))
+                metric.update(walker.logits(norm, head, states), ids.unsqueeze(0).to(walker.device))
             return metric.compute().log().item()
 
         plain, *noisy = [loss(copy) for copy in track(range(copies), "loss with each layer's noise")]

@@ -121,10 +121,11 @@ class TransformTraining:
         return {**found, architecture.output: rotations.attention_output is not None}
 
     def _scaled(self, layer: nn.Module) -> dict[str, int]:
-        """Channels of both norms and of every gated MLP."""
+        """Channels of both norms and of every gated MLP, where these can be scaled."""
         architecture = self.architecture
         norms = {name: architecture.linears(layer)[0] for name in (architecture.attention_norm, architecture.mlp_norm)}
-        hidden = {mlp: f"{mlp}.{architecture.down}" for mlp in architecture.gated_mlps(layer)}
+        mlps = architecture.gated_mlps(layer) if architecture.rigid_hidden is None else ()
+        hidden = {mlp: f"{mlp}.{architecture.down}" for mlp in mlps}
         return {name: int(layer.get_submodule(reader).in_features) for name, reader in (norms | hidden).items()}  # type: ignore[arg-type]
 
     def _descend(

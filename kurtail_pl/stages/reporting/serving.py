@@ -107,8 +107,8 @@ def _multiplications(source: Source, layer: nn.Module) -> tuple[int, int]:
 def _met(source: Source, layer: nn.Module) -> Iterator[list[QuantizedLinear]]:
     """The linears that a token meets, those together that read the same; of experts, which are alike, the first few."""
     alike = readers_alike(layer, source.architecture)
-    mixture = source.architecture.has_experts(layer)
-    mlps = source.config.num_experts_per_tok if mixture else 1
+    common = len(source.architecture.common_mlps(layer))
+    mlps = common + (source.config.num_experts_per_tok if source.architecture.has_experts(layer) else 0)
     yield from alike[: BEFORE_THE_MLPS + IN_AN_MLP * mlps]
 
 

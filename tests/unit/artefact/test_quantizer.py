@@ -82,7 +82,7 @@ def test_whatever_the_scheme(name: str, fused: Path, text: TextSpec, tmp_path: P
         assert are_equal(AutoModelForCausalLM.from_pretrained(made, dtype=dtype), kurtail_pl.load(made, dtype=dtype))
 
 
-@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "apertus", "granite"])
 def test_families_that_fuse_projections_or_stack_experts(
     family: str, tiny: Path, text: TextSpec, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from exports import CENTRED, checks_of
-from families import FAMILIES
+from families import GRAPHS
 from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
@@ -45,7 +45,7 @@ def agrees(folder: Path, texts: int = 7) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GRAPHS)
 def test_every_family(
     family: str, make_family: Callable[[str], Path], make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:

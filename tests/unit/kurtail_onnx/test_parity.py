@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exports import TEXTS, TOKENS, TOLERANCE, all_equal, checks_of, has_torchs_logits
-from families import FAMILIES
+from families import GRAPHS, WITHOUT_GRAPH
 from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
@@ -17,6 +17,7 @@ from kurtail_onnx.run.session import open_session
 from torch.nn.functional import cross_entropy
 
 import kurtail_pl
+from kurtail_pl.errors import UnsupportedArchitecture
 from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.methods import PerTokenHead, Progressive, Uniform
@@ -27,7 +28,7 @@ from kurtail_pl.surgery.linear import QuantizedLinear
 MakeArtefact = Callable[..., Path]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GRAPHS)
 def test_every_family(
     family: str, make_family: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
@@ -36,6 +37,14 @@ def test_every_family(
     linears = [m for m in kurtail_pl.load(artefact).modules() if isinstance(m, QuantizedLinear)]
     assert checks_of(folder)["linears"] == {"quantized": len(linears), "fused": len(linears)}
     assert has_torchs_logits(kurtail_pl.load(artefact), folder)
+
+
+@pytest.mark.parametrize("family", WITHOUT_GRAPH)
+def test_families_without_a_graph_are_refused(
+    family: str, make_family: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=WITHOUT_GRAPH[family]):
+        export(make_artefact(make_family(family)), tmp_path / "onnx", ONNX())
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])

@@ -21,8 +21,9 @@ from kurtail_pl.methods import Uniform
 from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
-MIXTURES = ("mixtral", "qwen3_moe")
-DENSE = [family for family in FAMILIES if family not in MIXTURES]
+MIXTURES = ("mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "olmoe")
+REFUSED = "gpt_oss"
+DENSE = [family for family in FAMILIES if family not in (*MIXTURES, REFUSED)]
 
 
 def described(folder: Path, name: str) -> dict[str, Any]:
@@ -117,6 +118,14 @@ def test_transformers_gives_the_artefacts_logits_and_tokens(
     assert torch.equal(wanted, given)
 
 
+def test_experts_that_vllm_reads_stacked_are_refused(
+    make_model: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
+) -> None:
+    artefact = make_artefact(make_model(REFUSED), weights=Uniform(4, group_size=4))
+    with pytest.raises(ConfigError, match=r"reads the experts of a gpt_oss stacked.*use the artefact with"):
+        export(artefact, tmp_path / "vllm", VLLM())
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_have_the_names_of_checkpoints(
     family: str, make_model: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
@@ -127,8 +136,15 @@ def test_experts_have_the_names_of_checkpoints(
     assert checks["mirror"]["logits_error"] < 1e-12
     assert "transformers" not in checks
     names = set(load_file(folder / "model.safetensors"))
-    block, expert = {"mixtral": ("block_sparse_moe", "3.w2"), "qwen3_moe": ("mlp", "5.down_proj")}[family]
-    assert f"model.layers.0.{block}.experts.{expert}.weight_packed" in names
+    block, expert = {
+        "mixtral": ("block_sparse_moe", "3.w2"),
+        "qwen3_moe": ("mlp", "5.down_proj"),
+        "glm4_moe": ("mlp", "7.down_proj"),
+        "minimax_m2": ("block_sparse_moe", "3.w2"),
+        "olmoe": ("mlp", "3.down_proj"),
+    }[family]
+    assert ("model.layers.2.mlp.shared_experts.up_proj.weight_packed" in names) == (family == "glm4_moe")
+    assert f"model.layers.2.{block}.experts.{expert}.weight_packed" in names
     assert f"model.layers.2.{block}.gate.weight" in names
     ignored = described(folder, "config.json")["quantization_config"]["ignore"]
     assert ignored == ["lm_head", rf"re:.*{block}\.gate$"]

@@ -60,11 +60,11 @@ def assert_as_transformers(folder: Path) -> None:
     torch.testing.assert_close(whole_model(open_model(str(folder)))(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     walker = Walker(Checkpoint(folder))
     embedding = walker.embedding()
-    hidden = embedding(IDS)
+    hidden = walker.embed(embedding, IDS)
     for _, layer in walker.layers("test"):
         hidden = walker.advance(layer, hidden)
     norm, head = walker.head()
-    torch.testing.assert_close(head(norm(hidden)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(walker.logits(norm, head, hidden), expected, rtol=1e-5, atol=1e-5)
 
 
 def without(*names: str) -> Callable[[State], State]:

@@ -20,8 +20,8 @@ from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_rotation
 
 CACHE = NUQCache(3, 3, 0.05)
 IDS = torch.randint(2, 300, (1, 20), generator=torch.Generator().manual_seed(0))
-FAMILIES = ["llama3", "phi3", "qwen3"]
-"""Linears of their own with biases, one linear for all three, a norm behind keys."""
+FAMILIES = ["llama3", "phi3", "qwen3", "hunyuan"]
+"""Linears of their own with biases, one linear for all three, a norm of keys before RoPE, and one behind it."""
 
 
 def equipped(family: str, scheme: Scheme, rotations: bool = False) -> PreTrainedModel:
@@ -58,14 +58,19 @@ def behind_rope(model: PreTrainedModel, keys: Tensor) -> Tensor:
     return torch.cat([turned * cosine + torch.cat([-half[1], half[0]], -1) * sine, keys[..., cosine.shape[-1] :]], -1)
 
 
+def as_cached(model: PreTrainedModel, layer: nn.Module, keys: Tensor) -> Tensor:
+    turned, norm = behind_rope(model, keys), getattr(layer.self_attn, "key_layernorm", None)
+    return turned if norm is None else norm(turned)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_what_is_watched_is_what_transformers_caches(family: str) -> None:
     model, seen = tiny_family(family).double(), seen_in(family, IDS)
-    for layer, states in zip(model(IDS).past_key_values.layers, seen, strict=True):
+    for layer, cached, states in zip(model.model.layers, model(IDS).past_key_values.layers, seen, strict=True):
         keys, values = (states[part].transpose(0, 1)[None] for part in ("keys", "values"))
-        torch.testing.assert_close(values, layer.values, rtol=0, atol=1e-6)
-        torch.testing.assert_close(behind_rope(model, keys), layer.keys, rtol=0, atol=1e-6)
+        torch.testing.assert_close(values, cached.values, rtol=0, atol=1e-6)
+        torch.testing.assert_close(as_cached(model, layer, keys), cached.keys, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +114,8 @@ def test_attention_reads_kept_keys_behind_rope(family: str) -> None:
     found = {name.removeprefix("cache_"): buffer for name, buffer in buffers}
     torch.testing.assert_close(past.layers[0].values, CACHE.kept_values(values, None, found), rtol=0, atol=1e-9)
     kept = CACHE.kept_keys(keys, None, found)
-    torch.testing.assert_close(past.layers[0].keys, behind_rope(model, kept), rtol=0, atol=1e-6)
+    expected = as_cached(model, model.model.layers[0], kept)
+    torch.testing.assert_close(past.layers[0].keys, expected, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture, check_layer
 from kurtail_pl.surgery.equip import empty_model, equip_model, layers_of, online_rotations
-from kurtail_pl.surgery.families import LLAMA, architecture_of, is_dense
+from kurtail_pl.surgery.families import LLAMA, REGISTRY, architecture_of, is_dense
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of, random_fused, random_rotations
@@ -107,13 +107,58 @@ def test_scaling_channels_changes_nothing(name: str) -> None:
 
     def scale(layer: nn.Module, architecture: Architecture) -> None:
         folding.scale_values(layer, architecture, torch.randn(kv_heads, head_dim, generator=draw).double().exp())
-        for mlp in architecture.gated_mlps(layer):
+        for mlp in architecture.gated_mlps(layer) if architecture.rigid_hidden is None else ():
             width = layer.get_submodule(f"{mlp}.{architecture.down}").in_features
             folding.scale_hidden(layer, architecture, mlp, torch.randn(width, generator=draw).double().exp())
 
     ours = make_exact(rotated(plain, random_rotations(config, 1), scale))
     for run in (prefill, decode):
         assert change(run(exact), run(ours)) < 1e-8, run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exact_modules_are_transformers_own(name: str) -> None:
+    """Norms and routers, but for the type that they compute in."""
+    assert change(tiny_family(name)(IDS).logits, make_exact(tiny_family(name))(IDS).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_a_family_may_have_head_norms_or_not() -> None:
+    """GLM-4.5 has them and GLM-4.5-Air has not."""
+    plain, exact = (tiny_family("glm4_moe", use_qk_norm=False) for _ in range(2))
+    assert not hasattr(plain.model.layers[0].self_attn, "q_norm")
+    ours = make_exact(rotated(plain, random_rotations(plain.config, 1)))
+    assert change(prefill(make_exact(exact)), prefill(ours)) < 1e-8
+
+
+@torch.no_grad()
+def test_a_bias_that_chooses_experts_is_never_rounded() -> None:
+    own, config = tiny_family("glm4_moe"), FAMILIES["glm4_moe"]()
+    router = empty_model(config).model.layers[1].mlp.gate
+    router.load_state_dict(own.model.layers[1].mlp.gate.state_dict(), assign=True)
+    router.bfloat16()
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.e_score_correction_bias, own.model.layers[1].mlp.gate.e_score_correction_bias)
+
+
+RIGID = [name for name in FAMILIES if architecture_of(FAMILIES[name]()).rigid_hidden is not None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["scales", "signs"])
+@pytest.mark.parametrize("name", RIGID)
+def test_what_a_record_does_not_allow_does_change_the_logits(name: str, part: str) -> None:
+    """Channels multiplied where `up` writes them and divided where `down` reads them, as if nothing stood between."""
+    plain, draw = tiny_family(name), torch.Generator().manual_seed(7)
+
+    def force(layer: nn.Module, architecture: Architecture) -> None:
+        for mlp in architecture.gated_mlps(layer):
+            noise = torch.randn(layer.get_submodule(f"{mlp}.{architecture.down}").in_features, generator=draw)
+            folding.scale_hidden(layer, architecture, mlp, noise.exp() if part == "scales" else noise.sign())
+
+    forced = make_exact(rotated(plain, random_rotations(plain.config, 1), force))
+    assert change(plain(IDS).logits, forced(IDS).logits) > 1e-2
 
 
 @torch.no_grad()
@@ -145,13 +190,13 @@ def test_these_families_slide(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"])
 @pytest.mark.parametrize("fused_on_disk", [False, True])
 def test_experts_are_read_apart_and_fused(name: str, fused_on_disk: bool, tmp_path: Path) -> None:
     model = tiny_family(name)
     model.save_pretrained(tmp_path, save_original_format=not fused_on_disk)
     checkpoint = Checkpoint(tmp_path)
-    assert any("experts.gate_up_proj" in tensor for tensor in checkpoint.names) == fused_on_disk
+    assert any("experts.gate_up_proj" in tensor for tensor in checkpoint.names) == (fused_on_disk or name == "gpt_oss")
     walker = Walker(checkpoint)
     (hidden,) = embed(walker, IDS[:1])
     for _, layer in walker.layers("test"):
@@ -185,6 +230,31 @@ def test_re_expressed_weights_are_the_same_function(layout: str, stories: Path) 
 )
 def test_what_cannot_be_rotated_is_refused_with_the_reason(config: GPT2Config, reason: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=rf"{config.model_type}.*{reason}.*use one of .*llama"):
+        empty_model(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "has values cut off at a number"),
+        ("glm4_moe", {"n_shared_experts": 2}, "has an MLP beside the experts that is wider than one of them"),
+        (
+            "granite4",
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            "has state-space layers",
+        ),
+        ("granite4", {"num_local_experts": 2}, "has experts beside an MLP that all tokens share"),
+        ("granite4", {"position_embedding_type": None}, "has no rotary positions"),
+    ],
+)
+def test_members_of_a_family_that_no_record_describes_are_refused(
+    family: str, changes: dict[str, Any], reason: str
+) -> None:
+    config = FAMILIES[family]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    (key,) = changes
+    with pytest.raises(UnsupportedArchitecture, match=rf"{key} is .*this {config.model_type} {reason}.*whose {key} is"):
         empty_model(config)
 
 
@@ -227,6 +297,12 @@ def test_an_online_rotation_of_no_mlps_width_is_refused() -> None:
     rotations = replace(random_rotations(config, 1), dense_hidden=None)
     with pytest.raises(CheckpointError, match=r"R5 is of size 20 and an MLP of this model has 172 channels"):
         equip_model(empty_model(config), FLOAT, rotations)
+
+
+def test_the_documentation_has_a_row_for_each_family() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    assert [kind for kind in REGISTRY if f"| `{kind}` |" not in text] == []
+    assert {architecture_of(make()).model_type for make in FAMILIES.values()} == set(REGISTRY)
 
 
 def test_weights_that_a_record_does_not_know_are_named() -> None:

@@ -43,7 +43,8 @@ def scales_of(layer: nn.Module, architecture: Architecture, seed: int) -> dict[s
     norms = (architecture.attention_norm, architecture.mlp_norm)
     widths = {norm: layer.get_parameter(f"{norm}.weight").numel() for norm in norms}
     downs = {mlp: folding.linear_of(layer, f"{mlp}.{architecture.down}") for mlp in architecture.gated_mlps(layer)}
-    widths |= {mlp: down.in_features for mlp, down in downs.items()}
+    if architecture.rigid_hidden is None:
+        widths |= {mlp: down.in_features for mlp, down in downs.items()}
     return {name: torch.rand(n, generator=draw, dtype=torch.float64) + 0.5 for name, n in widths.items()}
 
 

@@ -168,10 +168,11 @@ def test_the_float_model_beside_has_the_maps_too(plain: Path, text: TextSpec, tm
     assert first.error(kurtail_pl.load(folder)) < first.error(kurtail_pl.load(rounded))
 
 
-def test_experts_have_maps_of_their_own(tied: Path, text: TextSpec, tmp_path: Path) -> None:
-    tiny_family("mixtral").save_pretrained(tmp_path / "mixtral")
-    Checkpoint(tied).tokenizer().save_pretrained(tmp_path / "mixtral")
-    checkpoint = Checkpoint(tmp_path / "mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_have_maps_of_their_own(family: str, tied: Path, text: TextSpec, tmp_path: Path) -> None:
+    tiny_family(family).save_pretrained(tmp_path / "model")
+    Checkpoint(tied).tokenizer().save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
     fused = fuse(checkpoint, random_rotations(checkpoint.config, 0).keeping([]), "quarot", tmp_path / "fused")
     folder = quantize(fused, training(text, epochs=1), tmp_path / "out")
     experts = {f"mlp.experts.{i}.{name}_proj" for i in range(4) for name in ("gate", "down")}

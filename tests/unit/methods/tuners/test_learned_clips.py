@@ -152,10 +152,11 @@ def test_a_loaded_artefact_quantizes_with_the_ratios_that_were_learned(
     assert torch.equal(by_hand(window).logits, logits)
 
 
-def test_experts_learn(tied: Path, text: TextSpec, tmp_path: Path) -> None:
-    tiny_family("mixtral").save_pretrained(tmp_path / "mixtral")
-    Checkpoint(tied).tokenizer().save_pretrained(tmp_path / "mixtral")
-    checkpoint = Checkpoint(tmp_path / "mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_learn(family: str, tied: Path, text: TextSpec, tmp_path: Path) -> None:
+    tiny_family(family).save_pretrained(tmp_path / "model")
+    Checkpoint(tied).tokenizer().save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
     fused = fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused")
     spec = learning(text, ALL, "activations", "weights", steps=3)
     folder = quantize(fused, spec, tmp_path / "learned")

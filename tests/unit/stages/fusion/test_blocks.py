@@ -25,7 +25,7 @@ from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.rotation_file import FILE, hash_of, read_rotations
 from kurtail_pl.surgery.linear import QuantizedLinear
-from kurtail_pl.surgery.rotations import BlockSize, random_rotations
+from kurtail_pl.surgery.rotations import BlockSize, Rotations, random_rotations
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -36,14 +36,28 @@ def in_blocks(folder: Path, block_size: BlockSize) -> Path:
 
 
 @pytest.mark.parametrize("block_size", ["widest", 4])
-@pytest.mark.parametrize("family", ["llama3", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama3", "phi3", "mixtral", "apertus"])
 def test_logits_are_the_originals(tmp_path: Path, vocabulary: Path, family: str, block_size: BlockSize) -> None:
-    """Also where one linear makes gate and up, or query, key and value, and where experts are many."""
+    """Also where one linear makes gate and up, or query, key and value, where experts are many, and without a gate."""
     folder = tmp_path / family
     tiny_family(family).save_pretrained(folder)
     for file in vocabulary.glob("token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     assert change(folder, in_blocks(folder, block_size)) < 1e-4
+
+
+def test_signs_with_nowhere_to_go_are_refused(tmp_path: Path, vocabulary: Path) -> None:
+    """xIELU stands between what writes R5's channels and R5: its blocks have no signs there."""
+    tiny_family("apertus").save_pretrained(tmp_path)
+    for file in vocabulary.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    checkpoint = Checkpoint(tmp_path)
+    own = random_rotations(checkpoint.config, 3, "widest").mlp_hidden
+    assert own is not None
+    assert own.signs is None
+    signed = Rotations(mlp_hidden=replace(own, signs=torch.ones(own.size)))
+    with pytest.raises(CheckpointError, match=r"mlp_hidden has signs, and this apertus takes none: xIELU.* between"):
+        fuse(checkpoint, signed, "quarot", tmp_path / "fused")
 
 
 @pytest.fixture(scope="module")

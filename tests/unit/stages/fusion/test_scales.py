@@ -137,6 +137,16 @@ def test_keys_with_norms_of_their_own_are_not_scaled(tied: Path, text: TextSpec,
     assert change(tmp_path / "model", folder) < 1e-4
 
 
+def test_channels_behind_an_activation_are_not_scaled(tied: Path, text: TextSpec, tmp_path: Path) -> None:
+    tiny_family("apertus").save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"down_proj of apertus cannot be scaled: xIELU.*; leave mlp_hidden out"):
+        fuse(checkpoint, Rotations(), "none", tmp_path / "f", scales=scaling(text, "mlp_hidden"))
+    folder = fuse(checkpoint, Rotations(), "none", tmp_path / "f", scales=scaling(text, "values", "mlp_input"))
+    assert change(checkpoint.folder, folder) < 1e-4
+
+
 @torch.no_grad()
 def test_scales_by_largest_magnitudes(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     """Against what transformers' own linears and cache hold, by SmoothQuant's and QServe's formulas."""
@@ -182,8 +192,13 @@ def test_largest_magnitudes_change_nothing(
     assert change(tiny, folder) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama3", "phi3", "mixtral"])
-@pytest.mark.parametrize("parts", [[], ["values", "mlp_hidden", "keys"]], ids=["alone", "scaled"])
+ALL = ["values", "mlp_hidden", "keys"]
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [(family, parts) for family in ("llama3", "phi3", "mixtral") for parts in ([], ALL)] + [("apertus", ["values"])],
+)
 def test_reordered_channels_change_nothing(
     family: str, parts: list[Part], tied: Path, text: TextSpec, tmp_path: Path
 ) -> None:

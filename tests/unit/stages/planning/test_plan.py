@@ -64,15 +64,18 @@ def planned(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_are_those_of_the_model(name: str) -> None:
-    """Linears only: norms and biases are nothing."""
+    """Linears only: norms, biases and an activation's two numbers are nothing."""
+    nothing = ("bias", "alpha_p", "alpha_n", "sinks")
     model = tiny_family(name)
-    weights = {n: p.numel() for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n}
-    router = {n for n in weights if n.endswith("mlp.gate.weight")}
+    weights = {n: p.numel() for n, p in model.named_parameters() if not n.endswith(nothing) and "norm" not in n}
+    router = {n for n in weights if n.endswith(("mlp.gate.weight", "mlp.router.weight"))}
     layers, active = [], 0
     for i in range(3):
         own = {n: count for n, count in weights.items() if n.startswith(f"model.layers.{i}.") and n not in router}
         layers.append(sum(own.values()))
-        experts = {n: p for n, p in model.named_parameters() if n.startswith(f"model.layers.{i}.mlp.experts")}
+        experts = {
+            n: p for n, p in model.named_parameters() if n.startswith(f"model.layers.{i}.mlp.experts") and n in weights
+        }
         active += layers[-1] - sum(p.numel() * (len(p) - 2) // len(p) for p in experts.values())
     sizes = sizes_of(model.config)
     assert (sizes.stack, sizes.layer, sizes.active) == (sum(layers), max(layers), active // 3)

@@ -39,13 +39,10 @@ def in_pieces(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama3", "phi3", "qwen3", "mixtral", "smollm3"])
+@pytest.mark.parametrize("family", ["llama3", "phi3", "qwen3", "mixtral", "smollm3", "granite", "glm4_moe", "gpt_oss"])
 def test_a_stored_prefix_is_tokens_in_front(family: str, tied: Path, tmp_path: Path) -> None:
     """In float64, rotary embeddings float32; at once, in pieces, and padded; all within the sliding windows."""
-    tiny_family(family).save_pretrained(tmp_path / "model")
-    Checkpoint(tied).tokenizer().save_pretrained(tmp_path / "model")
-    checkpoint = Checkpoint(tmp_path / "model")
-    fused = Checkpoint(fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", tmp_path / "fused"))
+    fused = made(tiny_family(family), tied, tmp_path)
     plain, model = (whole_model(fused).double() for _ in range(2))
     for layer, states in zip(model.model.layers, prefix_states(fused, PREFIX, torch.float64, CPU), strict=True):
         put_prefix(layer.self_attn, *states)
@@ -59,6 +56,25 @@ def test_a_stored_prefix_is_tokens_in_front(family: str, tied: Path, tmp_path: P
     short = plain(in_front(IDS[1:, PADDING:])).logits[:, len(PREFIX) :]
     torch.testing.assert_close(padded[:1], expected[:1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(padded[1:, PADDING:], short, rtol=1e-5, atol=1e-5)
+
+
+def made(model: PreTrainedModel, tied: Path, place: Path) -> Checkpoint:
+    model.save_pretrained(place / "model")
+    Checkpoint(tied).tokenizer().save_pretrained(place / "model")
+    checkpoint = Checkpoint(place / "model")
+    return Checkpoint(fuse(checkpoint, random_rotations(checkpoint.config, 0), "quarot", place / "fused"))
+
+
+@torch.no_grad()
+def test_queries_that_grow_with_their_position_are_as_at_the_first(tied: Path, tmp_path: Path) -> None:
+    """Positions before the first have no logarithm; here no position makes queries grow yet."""
+    rope = {**tiny_family("ministral3").config.rope_parameters, "original_max_position_embeddings": 64}
+    fused = made(tiny_family("ministral3", rope_parameters=rope), tied, tmp_path)
+    plain, model = (whole_model(fused).double() for _ in range(2))
+    for layer, states in zip(model.model.layers, prefix_states(fused, PREFIX, torch.float64, CPU), strict=True):
+        put_prefix(layer.self_attn, *states)
+    expected = plain(in_front(IDS)).logits[:, len(PREFIX) :]
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -97,6 +113,16 @@ def test_generation_is_that_behind_the_tokens(fused: Path, tmp_path: Path) -> No
     whole = in_front(ids)
     expected = kurtail_pl.load(fused).generate(whole, attention_mask=torch.ones_like(whole), **settings)
     assert torch.equal(found, expected[:, len(PREFIX) :])
+
+
+def test_positions_before_the_first_are_refused_where_scores_tell_them(tied: Path, tmp_path: Path) -> None:
+    """Norms with weights behind RoPE: scores of tokens moved along are others."""
+    model = tiny_family("hunyuan").double()
+    moved = torch.arange(IDS.shape[1]).unsqueeze(0) + 3
+    assert (model(IDS, position_ids=moved).logits - model(IDS).logits).abs().max() > 1e-2
+    fused = made(tiny_family("hunyuan"), tied, tmp_path)
+    with pytest.raises(ConfigError, match=r"prefix is \[7, 31, 5\] and a hunyuan_v1_dense has norms .* prefix: null"):
+        quantize(fused.folder, QuantizeSpec(Scheme(prefix=PREFIX), RTN()), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_more_rank_and_more_rounds_leave_less(fused: Path, text: TextSpec, tmp_p
     assert error(LowRank(8, rounds=6)) < none
 
 
-@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"])
 def test_bytes_are_counted(family: str, tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     """By the plan before there are any weights, by the check for room, and for the card; each side once."""
     tiny_family(family).save_pretrained(tmp_path / "model")
