@@ -11,12 +11,13 @@ from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.attention import attention
 from kurtail_onnx.graph.builder import FLOATS, GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.head import head
 from kurtail_onnx.graph.mixture import mixture
 from kurtail_onnx.graph.mlp import mlp
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import rotary_tables
 from kurtail_onnx.graph.step import Step
-from kurtail_onnx.graph.weights import float_weight, stored_dtype, stored_weight, widened
+from kurtail_onnx.graph.weights import stored_dtype, stored_weight, widened
 from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
@@ -41,7 +42,7 @@ def build_model(source: Source, spec: Settings) -> ir.Model:
     for index in range(len(source.layers)):
         hidden = decoder_layer(step, index, hidden)
         hidden.name = hidden_name(index + 1)
-    logits = _head(step, hidden)
+    logits = head(step, hidden)
     g.output(logits, LOGITS, g.wide, ["batch", "tokens", source.config.vocab_size])
     return g.model({"kurtail.kv": spec.kv, "kurtail.weights": spec.weights, "kurtail.act": spec.act})
 
@@ -88,17 +89,6 @@ def _embedding(g: GraphBuilder, source: Source, input_ids: ir.Value) -> ir.Value
     with g.root_scope(*name.split(".")):
         rows = g.op("Gather", stored_weight(g, source, f"{name}.weight", shape), input_ids)
         return widened(g, rows, stored_dtype(g, source, f"{name}.weight"))
-
-
-def _head(step: Step, hidden: ir.Value) -> ir.Value:
-    g, source, names = step.g, step.source, step.source.architecture
-    with g.scope("model"):
-        hidden = rms_norm(step, names.final_norm, hidden)
-    stored = names.embedding if source.config.tie_word_embeddings else names.head
-    shape = tuple(cast(Tensor, source.model.get_submodule(names.head).weight).shape)
-    with g.root_scope(*names.head.split(".")):
-        logits = g.op("MatMul", hidden, float_weight(g, source, f"{stored}.weight", shape, transposed=True))
-        return g.cast(logits, g.wide)
 
 
 def _require_silu(source: Source) -> None:

@@ -25,6 +25,7 @@ from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ca
 from kurtail_onnx.profiles import Profile
 from kurtail_onnx.settings import Precision, Settings
 from kurtail_onnx.verify.codes import codes_in
+from kurtail_onnx.verify.head import HeadAgreement, compare_heads, mirrored
 from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
 from kurtail_pl.artefact.source import Source
@@ -64,7 +65,7 @@ class LayerAgreement:
 @torch.no_grad()
 def compare_layers(
     folder: Path, source: Source, spec: Settings, profile: Profile = "exact"
-) -> tuple[list[LayerAgreement], float]:
+) -> tuple[list[LayerAgreement], HeadAgreement]:
     """Compare all decoder layers, one in memory at a time, and the head.
 
     Args:
@@ -74,8 +75,7 @@ def compare_layers(
         profile: how the export is run.
 
     Returns:
-        The agreement of each layer, and the largest difference, relative to the largest logit, of what both heads make
-        of the same hidden states.
+        The agreement of each layer, and of what both heads make of the same hidden states.
 
     Raises:
         CheckFailed: when a layer of the export gives what is no number.
@@ -110,8 +110,7 @@ def compare_layers(
     with pieces.head(len(agreements)) as session:
         (logits,) = session.run(None, {hidden_name(len(agreements)): states.numpy().astype(FLOATS[spec.dtype].numpy())})
     norm, head = walker.head()
-    expected = head(norm(states)).numpy()
-    return agreements, float(np.abs(expected - logits).max() / np.abs(expected).max())
+    return agreements, compare_heads(mirrored(head, spec.head), norm(states), logits)
 
 
 def steps_within(positions: int) -> tuple[int, ...]:
