@@ -45,7 +45,7 @@ class RoundedHead(nn.Module):
 
     def step(self, x: Tensor) -> float:
         """The most that one input on a border moves a logit by, in any token of x."""
-        return float(quantize(x.float(), ROUNDED).grid.scale.max() * self.values.abs().max())
+        return float(x.abs().max() / ROUNDED.code_range[1] * self.values.abs().max())
 
 
 def mirrored(head: nn.Linear, form: Head) -> nn.Module:
