@@ -9,6 +9,7 @@ from typing import cast
 import onnx_ir as ir
 
 from kurtail_onnx.forms import cache_integers_of
+from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import append
 from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
 from kurtail_onnx.graph.norm import rms_norm
@@ -30,7 +31,6 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
     module = source.layers[index].get_submodule(names.attention)
     with g.scope(names.attention):
         query, key, value = _projections(step, index, x)
-        query, key = _rotated(step, index, query, key)
         # Layers differ by their clips where these were searched.
         own = cache_integers_of(cast(CacheFormat | None, module.cache))
         assert own is not None
@@ -52,33 +52,40 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         return step.linear(name, step.read(mixed, name, "o_in"))
 
 
-def _projections(step: Step, index: int, x: ir.Value) -> list[ir.Value]:
-    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each."""
+def _projections(step: Step, index: int, x: ir.Value) -> Sequence[ir.Value]:
+    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each; queries and keys are rotated."""
     g, source = step.g, step.source
     names = [f"{source.layer_name(index)}.{name}" for name in source.architecture.attention_readers]
     read = step.read(x, names[0], "qkv_in")
     states: Sequence[ir.Value] = [step.linear(name, read) for name in names]
-    if len(states) == 1:
-        widths = g.ints(*(heads * source.head_dim for heads in (source.heads, source.kv_heads, source.kv_heads)))
-        states = g.ops("Split", states[0], widths, outputs=3, axis=-1)
-    return [g.op("Transpose", g.reshape(part, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3]) for part in states]
+    # All heads at once: of a single token it is the number of nodes that costs.
+    joined = states[0] if len(states) == 1 else g.op("Concat", *states, axis=-1)
+    heads = g.op("Transpose", g.reshape(joined, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3])
+    turned, value = _split(g, heads, source.heads + source.kv_heads, source.kv_heads)
+    return *_split(g, _rotated(step, index, turned), source.heads, source.kv_heads), value
 
 
-def _rotated(step: Step, index: int, query: ir.Value, key: ir.Value) -> Sequence[ir.Value]:
-    """Queries and keys after their norms, the rotary embedding and R3, each where the model has it.
+def _rotated(step: Step, index: int, heads: ir.Value) -> ir.Value:
+    """Heads of queries, then those of keys, after their norms, the rotary embedding and R3, each where the model has it.
 
     Once normed they are turned alike: all heads at once, which for a single token costs as much as the keys' alone.
     """
     g, source, names = step.g, step.source, step.source.architecture
     if names.head_norms:
         norms = [f"{source.layer_name(index)}.{name}" for name in names.head_norms]
-        query, key = (rms_norm(step, norm, states) for norm, states in zip(norms, (query, key), strict=True))
-    heads = g.op("Concat", query, key, axis=1)
+        parts = _split(g, heads, source.heads, source.kv_heads)
+        normed = [rms_norm(step, norm, states) for norm, states in zip(norms, parts, strict=True)]
+        heads = g.op("Concat", *normed, axis=1)
     if getattr(source.layers[index].get_submodule(names.attention), "use_rope", True):
         heads = rope(step, heads)
     if source.rotations.query_key is not None:
         heads = dense_hadamard(g, heads, source.rotations.query_key, "query_key_R3")
-    return g.ops("Split", heads, g.ints(source.heads, source.kv_heads), outputs=2, axis=1)
+    return heads
+
+
+def _split(g: GraphBuilder, heads: ir.Value, first: int, second: int) -> Sequence[ir.Value]:
+    """The first so many heads and the others."""
+    return g.ops("Split", heads, g.ints(first, second), outputs=2, axis=1)
 
 
 def _centred(step: Step, index: int, key: ir.Value) -> ir.Value:
