@@ -125,10 +125,13 @@ def _value(value: ir.Value) -> dict[str, Any]:
 
 
 def _cache(part: CachePart, source: Source) -> dict[str, Any]:
+    held = {"key": _held_keys(source), "value": "values"}
+    # Of one head of keys, or of values, or one of each.
+    bytes_ = len(part.states) * sum(array.width * array.dtype.itemsize for array in part.arrays)
     return {
-        "holds": _held_keys(source) if part.name == "key" else "values",
+        "holds": ", then as many heads of ".join(held[name] for name in part.states),
         "layout": _layout(part),
-        "bytes_per_token_and_head": sum(array.width * array.dtype.itemsize for array in part.arrays),
+        "bytes_per_token_and_head": bytes_,
         "arrays": [{"past": array.past("{layer}"), "present": array.present("{layer}")} for array in part.arrays],
     }
 

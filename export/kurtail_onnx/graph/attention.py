@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import onnx_ir as ir
@@ -34,8 +33,7 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         # Layers differ by their clips where these were searched.
         own = cache_integers_of(cast(CacheFormat | None, module.cache))
         assert own is not None
-        parts = [replace(part, quantizer=q) for part, q in zip((step.keys, step.values), own, strict=True)]
-        keys, values = append(g, _centred(step, index, key), value, index, *parts)
+        keys, values = append(g, (_centred(step, index, key), value), index, step.cache, own)
         if source.scheme.prefix is not None:
             keys, values = (_behind_prefix(step, index, *part) for part in (("key", keys), ("value", values)))
         seen = mask(step, window_of(source.config, index))
@@ -66,7 +64,7 @@ def _projections(step: Step, index: int, x: ir.Value) -> Sequence[ir.Value]:
 
 
 def _rotated(step: Step, index: int, heads: ir.Value) -> ir.Value:
-    """Heads of queries, then those of keys, after their norms, the rotary embedding and R3, each where the model has it.
+    """Heads of queries and then of keys after their norms, the rotary embedding and R3, each where the model has it.
 
     Once normed they are turned alike: all heads at once, which for a single token costs as much as the keys' alone.
     """

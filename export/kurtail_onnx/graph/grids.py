@@ -12,7 +12,6 @@ from kurtail_pl.maths.quantizers import Quantizer
 from kurtail_pl.maths.rounding import BORDER
 
 SMALLEST_SCALE = {
-    ir.DataType.DOUBLE: float(np.finfo(np.float64).tiny),
     ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),
     # Normal numbers of half precision end where scales of small activations still are.
     ir.DataType.FLOAT16: float(np.finfo(np.float16).smallest_subnormal),
@@ -46,13 +45,17 @@ def dynamic_grid(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer) 
 
 
 def row_scale(g: GraphBuilder, rows: ir.Value, size: int, quantizer: Quantizer) -> ir.Value:
-    """Symmetric scales ``[rows]`` of ``[rows, size]``, for QuantizeLinear."""
+    """Symmetric scales ``[rows]`` of ``[rows, size]``, for QuantizeLinear; smallest, not 1, for a row of zeros.
+
+    Both make codes of zero, and one Max is cheaper than the comparison that gives 1.
+    """
     magnitude = g.op("Abs", rows)
     if quantizer.clip.kind == "ratio":
         limit = _times(g, g.op("ReduceMax", magnitude, g.ints(-1), keepdims=0), quantizer.clip.amount)
     else:
         limit = g.reshape(_upper_quantile(g, magnitude, size, quantizer.clip.amount), -1)
-    return _nonzero(g, g.op("Div", limit, g.scalar(quantizer.code_range[1])))
+    scale = g.op("Div", limit, g.scalar(quantizer.code_range[1]))
+    return g.op("Max", scale, g.scalar(SMALLEST_SCALE[g.dtype]))
 
 
 def codes_on(g: GraphBuilder, x: ir.Value, grid: GridNodes, quantizer: Quantizer) -> ir.Value:
@@ -78,8 +81,7 @@ def _nearest(g: GraphBuilder, x: ir.Value) -> ir.Value:
 
 
 def _nonzero(g: GraphBuilder, scale: ir.Value) -> ir.Value:
-    """The smallest scale, not 1, for a row of zeros: both make codes of zero, and this is one node, not two."""
-    return g.op("Max", scale, g.scalar(SMALLEST_SCALE[g.dtype]))
+    return g.op("Where", g.op("Greater", scale, g.scalar(0.0)), scale, g.scalar(1.0))
 
 
 def _upper(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer) -> ir.Value:

@@ -1,7 +1,7 @@
 """The head: float, or codes of 8 bits in blocks of 32, by ONNX Runtime's kernel MatMulNBits.
 
 At its accuracy level 4 the kernel rounds what it reads to 8 bits in blocks of 32, by their largest magnitude, and
-multiplies integers, whatever the profile; at level 1 it has no kernel for codes of 8 bits and expands them in each step.
+multiplies integers, whatever the profile. At level 1 it has none for codes of 8 bits and expands them in each step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def weight_shape(source: Source) -> tuple[int, int]:
 
 def rounded_weight(weight: Tensor) -> RoundedWeight:
     """Nearest codes of a weight ``[vocabulary, hidden]``, a few rows at a time."""
-    parts = [quantize(rows.float(), ROUNDED) for rows in weight.split(ROWS)]
+    parts = [quantize(rows.float(), ROUNDED) for rows in torch.split(weight, ROWS)]
     return RoundedWeight(torch.cat([part.codes for part in parts]), torch.cat([part.grid.scale for part in parts]))
 
 

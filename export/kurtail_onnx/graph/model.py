@@ -10,7 +10,7 @@ from torch import Tensor
 from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.attention import attention
 from kurtail_onnx.graph.builder import FLOATS, GraphBuilder
-from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.cache import CachePart, parts_of
 from kurtail_onnx.graph.head import head
 from kurtail_onnx.graph.mixture import mixture
 from kurtail_onnx.graph.mlp import mlp
@@ -64,14 +64,11 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
         return g.op("Add", hidden, block(step, index, normed), name="mlp_residual")
 
 
-def cache_parts(source: Source, spec: Settings) -> tuple[CachePart, CachePart]:
+def cache_parts(source: Source, spec: Settings) -> list[CachePart]:
     """How keys and values are kept."""
-    packed, dtype = spec.kv == "packed", FLOATS[spec.dtype]
     cache = cache_integers_of(source.scheme.cache)
     assert cache is not None
-    quantizers = {"key": cache.keys, "value": cache.values}
-    keys, values = (CachePart(n, q, packed, source.kv_heads, source.head_dim, dtype) for n, q in quantizers.items())
-    return keys, values
+    return parts_of(cache, spec.kv == "packed", source.kv_heads, source.head_dim, FLOATS[spec.dtype])
 
 
 def _step(g: GraphBuilder, source: Source, spec: Settings, input_ids: ir.Value) -> Step:
@@ -79,8 +76,8 @@ def _step(g: GraphBuilder, source: Source, spec: Settings, input_ids: ir.Value) 
     position_ids = g.input(POSITION_IDS, ir.DataType.INT64, ["batch", "tokens"])
     with g.root_scope("model"):
         shape = g.op("Concat", g.op("Shape", input_ids), g.ints(-1), axis=0, name="token_shape")
-    keys, values = cache_parts(source, spec)
-    return Step(g, source, spec, keys, values, position_ids, attention_mask, rotary_tables(source), shape)
+    cache, rotary = cache_parts(source, spec), rotary_tables(source)
+    return Step(g, source, spec, cache, position_ids, attention_mask, rotary, shape)
 
 
 def _embedding(g: GraphBuilder, source: Source, input_ids: ir.Value) -> ir.Value:

@@ -152,11 +152,8 @@ def _code_differences(
 ) -> list[NDArray[np.int64]]:
     """Of each part of a layer's cache from the codes of each text, in steps."""
     expected = {name: torch.cat([text[name] for text in by_text]).numpy().astype(np.int64) for name in by_text[0]}
-    return [
-        np.abs(codes_in(cache[part.arrays[0].past(index)], part) - expected[part.name])
-        for part in parts
-        if part.packed and part.name in expected
-    ]
+    packed = {part: codes_in(cache[part.arrays[0].past(index)], part) for part in parts if part.codes}
+    return [np.abs(codes - np.concatenate([expected[n] for n in part.states], 1)) for part, codes in packed.items()]
 
 
 def _agreement(

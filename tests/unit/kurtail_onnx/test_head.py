@@ -83,9 +83,7 @@ def test_the_kernel_computes_the_mirror(tokens: int) -> None:
         g.constant((codes.numpy().astype(int) + 128).astype(np.uint8).reshape(80, 3, 32), "codes"),
         g.constant(scale.flatten().numpy(), "scale"),
     ]
-    product = g.op(
-        "MatMulNBits", *inputs, domain="com.microsoft", K=96, N=80, bits=8, block_size=32, accuracy_level=4
-    )
+    product = g.op("MatMulNBits", *inputs, domain="com.microsoft", K=96, N=80, bits=8, block_size=32, accuracy_level=4)
     (found,) = run_graph(g, {"y": product}, x=x)
     blocks = x.reshape(2, tokens, 3, 1, 32).astype(np.float64)
     step = np.maximum(np.abs(blocks).max(-1, keepdims=True), 1e-300) / 127
