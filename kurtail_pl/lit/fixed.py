@@ -11,6 +11,7 @@ from kurtail_pl.errors import ConfigError
 from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.lit.sizes import ModelSizes
+from kurtail_pl.stages.fusion.stage import UNROTATED
 from kurtail_pl.surgery.rotations import Rotations
 
 
@@ -23,6 +24,7 @@ class FixedRotations(RotationModule):
         rotation_seed: decides the random Hadamards.
         aim: what is made with them.
         block: see `RotationModule`.
+        name: in artefacts and tables; None for ``quarot``, or ``none`` without rotations.
 
     Raises:
         ConfigError: when the trainer would take steps, or a block is given and no Hadamards are asked for.
@@ -37,12 +39,18 @@ class FixedRotations(RotationModule):
         rotation_seed: int = 0,
         aim: Aim | None = None,
         block: int | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(sizes, rotation_seed, aim=aim, block=block)
         if block is not None and not hadamard:
             raise ConfigError(f"block is {block} and hadamard is false, which rotates nothing; leave one of them out")
         self.rotates = hadamard
-        self.method = "quarot" if hadamard else "none"
+        self.method = name or self.kind
+
+    @property
+    def kind(self) -> str:
+        """What the rotations are, whatever is made with them is called."""
+        return "quarot" if self.rotates else UNROTATED
 
     def setup(self, stage: str) -> None:
         """Refuse to train what does not learn."""
@@ -60,8 +68,8 @@ class FixedRotations(RotationModule):
         return None
 
     def settings(self) -> dict[str, Any]:
-        """The method and what draws its Hadamards."""
-        return {"method": self.method, "seed": self.rotation_seed, **self.blocks()}
+        """What they are and what draws the Hadamards."""
+        return {"method": self.kind, "seed": self.rotation_seed, **self.blocks()}
 
     def rotations(self, config: PretrainedConfig) -> Rotations:
         """The random Hadamards, or no rotations."""

@@ -1,4 +1,4 @@
-"""The power-of-two part of a Hadamard transform: a CUDA kernel where one is installed, a matrix product elsewhere."""
+"""The optional package fast-hadamard-transform: its CUDA kernel multiplies rows by Sylvester's matrix."""
 
 import functools
 import importlib
@@ -12,47 +12,19 @@ _KERNEL_PACKAGE = "fast_hadamard_transform"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNEL_SIZES = tuple(2**power for power in range(1, 16))  # The package silently zero-pads sizes it does not know.
 
-
-def apply_right(x: Tensor, right: Tensor) -> Tensor:
-    """Multiply the last dimension of x by a signed Sylvester matrix.
-
-    On CUDA the optional package `fast_hadamard_transform` does the work in O(b log b) per row, with its scale in
-    float32. The matrix itself is not checked: the kernel is right only for a signed Sylvester matrix.
-
-    Args:
-        x: `[..., b]`, real floating point.
-        right: `[b, b]` on the device and in the dtype of x; `diag(r) S diag(c) / sqrt(b)` with S the Sylvester matrix
-            of order b and r, c any signs.
-
-    Returns:
-        `x @ right`, `[..., b]`.
-    """
-    size = right.shape[-1]
-    if x.is_cuda and x.dtype in _KERNEL_DTYPES and size in _KERNEL_SIZES:
-        kernel = _fast_hadamard()
-        if kernel is not None:
-            rows, columns = sylvester_signs(right)
-            return kernel(x * rows, size**-0.5) * columns
-    return x @ right
+Transform = Callable[[Tensor, float], Tensor]
+"""``(x, scale) -> scale * x S`` with Sylvester's matrix S of the order of x's last dimension, computed in float32."""
 
 
-def sylvester_signs(right: Tensor) -> tuple[Tensor, Tensor]:
-    """Read the signs off a signed Sylvester matrix, whose first row and column are constant before the signs.
-
-    Args:
-        right: `[b, b]`, `diag(r) S diag(c) / sqrt(b)`.
-
-    Returns:
-        The row signs r and the column signs c, `[b]` each; the sign common to both is counted in r.
-    """
-    rows = right[:, 0].sign()
-    return rows, right[0].sign() * rows[0]
+def fast_transform(x: Tensor, size: int) -> Transform | None:
+    """The package's kernel for rows of a size; None where it is not installed, or takes no such rows."""
+    taken = x.is_cuda and x.dtype in _KERNEL_DTYPES and size in _KERNEL_SIZES
+    return _kernel() if taken else None
 
 
 @functools.cache
-def _fast_hadamard() -> Callable[[Tensor, float], Tensor] | None:
-    """Return the transform `(x, scale) -> scale * x S` of the optional package, or None when it is not installed."""
+def _kernel() -> Transform | None:
     if importlib.util.find_spec(_KERNEL_PACKAGE) is None:
         return None
-    transform: Callable[[Tensor, float], Tensor] = importlib.import_module(_KERNEL_PACKAGE).hadamard_transform
+    transform: Transform = importlib.import_module(_KERNEL_PACKAGE).hadamard_transform
     return transform

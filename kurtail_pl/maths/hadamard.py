@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kurtail_pl.maths.backends import apply_right
 from kurtail_pl.maths.galois import jacobsthal_matrix, prime_power
 from kurtail_pl.maths.orthogonal import random_signs
 
@@ -61,6 +60,17 @@ class HadamardFactors:
             len(factor) & (len(factor) - 1) == 0 and torch.equal(factor, _sylvester(len(factor)).to(factor))
             for factor in factors
         )
+
+    def sylvester_signs(self) -> tuple[Tensor, Tensor] | None:
+        """Return signs r and c, `[a * b]` both, of a block that is `diag(r) S diag(c)`, S being Sylvester's matrix.
+
+        None where a block is no such matrix: its order is no power of two.
+        """
+        found = [_signs(factor) for factor in (self.left, self.right)]
+        if None in found:
+            return None
+        (left_rows, left_columns), (right_rows, right_columns) = (signs for signs in found if signs is not None)
+        return torch.kron(left_rows, right_rows), torch.kron(left_columns, right_columns)
 
     def dense(self) -> Tensor:
         """Return the whole matrix, `kron(I, left, right)`, `[c * a * b, c * a * b]`."""
@@ -233,7 +243,7 @@ def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:
         raise ValueError(f"rows of width {x.shape[-1]} do not fit a Hadamard transform of size {factors.size}")
     left, right = factors.left.to(x), factors.right.to(x)
     blocks = () if factors.blocks == 1 else (factors.blocks,)
-    by_right = apply_right(x.reshape(*x.shape[:-1], *blocks, left.shape[0], right.shape[0]), right)
+    by_right = x.reshape(*x.shape[:-1], *blocks, left.shape[0], right.shape[0]) @ right
     # With the small matrix on the right torch runs one large product instead of one small product per row.
     return (by_right.mT @ left).mT.reshape(x.shape)
 
@@ -284,6 +294,20 @@ def _paley_two(q: int) -> Tensor:
 
 def _block(*entries: float) -> Tensor:
     return torch.tensor(entries, dtype=torch.float64).reshape(2, 2)
+
+
+def _signs(factor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the signs of the rows and columns of Sylvester's matrix, `[n]` both; None where it is another matrix.
+
+    Its first row and column are constant before the signs; the sign common to both is counted in the rows.
+    """
+    order = len(factor)
+    if order & (order - 1):
+        return None
+    rows = factor[:, 0].sign()
+    columns = factor[0].sign() * rows[0]
+    plain = rows[:, None] * _sylvester(order).to(factor) * columns
+    return (rows, columns) if torch.allclose(factor, plain, rtol=0, atol=1e-6) else None
 
 
 def _sylvester(order: int) -> Tensor:

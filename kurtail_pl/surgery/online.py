@@ -5,25 +5,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kurtail_pl.maths.backends import Transform, fast_transform
 from kurtail_pl.maths.hadamard import HadamardFactors, hadamard_transform
 from kurtail_pl.maths.kronecker import Kronecker, kronecker_transform
 from kurtail_pl.surgery.exact import Exact
 
 
 class OnlineHadamard(Exact):
-    """A Hadamard rotation of the last dimension at run time; its two factors are not part of the state dict."""
+    """A Hadamard rotation of the last dimension at run time; its two factors are not part of the state dict.
+
+    Where its blocks are Sylvester's matrices up to signs, and fast-hadamard-transform is installed, that computes them
+    on CUDA.
+    """
 
     left: Tensor
     right: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
 
     def __init__(self, factors: HadamardFactors) -> None:
         super().__init__()
         self.construction, self.blocks = factors.construction, factors.blocks
         self.register_buffer("left", factors.left, persistent=False)
         self.register_buffer("right", factors.right, persistent=False)
+        signs = factors.sylvester_signs()
+        self.is_sylvester = signs is not None
+        for name, each in zip(("rows", "columns"), signs or (None, None), strict=True):
+            # Signs that are all positive are not multiplied by.
+            self.register_buffer(name, None if each is None or (each > 0).all() else each, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``[..., n]``, in float32 or wider: in half precision the factors would not be orthogonal."""
+        block = x.shape[-1] // self.blocks
+        kernel = fast_transform(x, block) if self.is_sylvester else None
+        if kernel is None:
+            return self._by_factors(x)
+        return self._by(kernel, x.reshape(*x.shape[:-1], self.blocks, block)).reshape(x.shape)
+
+    def _by(self, transform: Transform, x: Tensor) -> Tensor:
+        """Rotate blocks ``[..., block]`` by a transform with Sylvester's matrix."""
+        x = x if self.rows is None else x * self.rows.to(x.dtype)
+        turned = transform(x.contiguous(), x.shape[-1] ** -0.5)
+        return turned if self.columns is None else turned * self.columns.to(x.dtype)
+
+    def _by_factors(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return hadamard_transform(wide, self.factors).to(x.dtype)
 

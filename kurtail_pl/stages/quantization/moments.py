@@ -15,6 +15,10 @@ from kurtail_pl.surgery.linear import QuantizedLinear
 FLOAT64_WIDTH = 8192
 """Hessians up to this width are float64, 0.5 GB at most; a wider one in float32 is still factored safely, by the square
 root of its condition (`maths.gptq`)."""
+BLOCKS = 8
+"""A sum of symmetric products is made in so many blocks of rows, nine sixteenths of the whole product."""
+SMALLEST_BLOCK = 256
+"""Narrower ones make products that a processor is slower at."""
 
 
 def moments_of(
@@ -37,14 +41,25 @@ def moments_of(
     """
     hessian = _empty_product(linear.in_features, device)
     cross = _empty_product(linear.in_features, device) if crossed else None
+    blocks = _upper_half(linear.in_features)
     windows = zip(inputs, repeat(None) if wanted is None else wanted, strict=wanted is not None)
     for index, (x, exact) in enumerate(windows):
         rows = linear.prepare(x).flatten(0, -2)
         counted = rows if counts is None else rows * counts[index].unsqueeze(-1)
-        _add_product(hessian, rows, counted)
+        for block, rest in blocks:
+            _add_product(hessian[block, rest], rows[:, block], counted[:, rest])
         if cross is not None:
             _add_product(cross, linear.turn(x if exact is None else exact).flatten(0, -2), counted)
+    for block, _ in blocks:
+        below = slice(block.stop, None)
+        hessian[below, block] = hessian[block, below].T
     return Moments(hessian, cross)
+
+
+def _upper_half(width: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the blocks that cover the upper half of a square: a symmetric product needs no others."""
+    size = max(SMALLEST_BLOCK, width // BLOCKS)
+    return [(slice(start, start + size), slice(start, None)) for start in range(0, width, size)]
 
 
 def _empty_product(width: int, device: torch.device) -> Tensor:
@@ -54,7 +69,7 @@ def _empty_product(width: int, device: torch.device) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right`` of ``[tokens, in]``, float32 products, to a sum ``[in, in]`` in its own type."""
+    """Add ``left^T right`` of rows of tokens, float32 products, to a sum in its own type."""
     # No value of bfloat16 is rounded by them.
     with tf32_products(right.is_cuda and right.dtype == torch.bfloat16):
         left, right = left.float(), right.float()

@@ -89,13 +89,15 @@ def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
     """What a table shows of one model's results."""
     cost = results["cost"]
     making = [spent for stage, spent in cost.items() if stage != "evaluate"]
+    # What is learned from has to be captured first.
+    learning = [cost[stage] for stage in ("capture", "learn") if stage in cost and "learn" in cost]
     numbers = {
         "perplexity": results["evaluation"]["perplexity"],
         "kurtosis_mean": results["kurtosis"]["mean"],
         "kurtosis_max": results["kurtosis"]["max"],
-        "learn_seconds": cost.get("learn", {}).get("seconds", 0.0),
-        "learn_cpu_seconds": cost.get("learn", {}).get("cpu_seconds", 0.0),
-        "learn_peak_bytes": cost.get("learn", {}).get("peak_bytes", 0),
+        "learn_seconds": sum(spent["seconds"] for spent in learning),
+        "learn_cpu_seconds": sum(spent["cpu_seconds"] for spent in learning),
+        "learn_peak_bytes": max((spent["peak_bytes"] for spent in learning), default=0),
         "seconds": sum(spent["seconds"] for spent in making),
         "cpu_seconds": sum(spent["cpu_seconds"] for spent in making),
         "peak_bytes": max(spent["peak_bytes"] for spent in cost.values()),
@@ -219,6 +221,6 @@ def note_of(results: Mapping[str, Any], lines: Sequence[Line], scored: bool) -> 
         f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
         f"tokens, {evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
         f"{results['kurtosis']['rows']} rows kept out of training. Recovery: of the float model's {kept}."
-        f"{closed} CPU seconds to learn, and all seconds: to capture what is learned from, learn, fuse and quantize; "
-        f"peak resident memory of any stage, the largest of all seeds.{served if lines[-1].serving else ''}"
+        f"{closed} Seconds to learn: to capture what is learned from, and learn. All seconds: to fuse and quantize, "
+        f"too; peak resident memory of any stage, the largest of all seeds.{served if lines[-1].serving else ''}"
     )

@@ -1,16 +1,14 @@
 """Hadamard matrices against their definition, SciPy's Sylvester matrices and NumPy's Kronecker product."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from kurtail_pl.maths.backends import apply_right, sylvester_signs
 from kurtail_pl.maths.hadamard import (
     HadamardFactors,
+    block_hadamard_factors,
     hadamard_factors,
     hadamard_matrix,
     hadamard_transform,
@@ -274,25 +272,23 @@ def test_errors_name_the_sizes() -> None:
             hadamard_factors(n)
 
 
-@pytest.mark.parametrize("size", [1, 2, 16, 64])
-def test_signs_read_off_a_signed_sylvester_matrix_rebuild_it(size: int) -> None:
-    rows, columns = (torch.randint(2, (size,), generator=generator(seed)) * 2.0 - 1 for seed in (3, 4))
-    sylvester = torch.from_numpy(scipy.linalg.hadamard(size)).float() * size**-0.5
-    right = rows[:, None] * sylvester * columns
-    read_rows, read_columns = sylvester_signs(right)
-    assert torch.equal(read_rows[:, None] * sylvester * read_columns, right)
+@pytest.mark.parametrize(("n", "blocks"), [(1, 1), (2, 1), (16, 1), (64, 1), (96, 3)])
+def test_signs_of_a_sylvester_matrix_rebuild_it(n: int, blocks: int) -> None:
+    order = n // blocks
+    plain = block_hadamard_factors(n, order) if blocks > 1 else random_hadamard_factors(n, generator(n))
+    columns = [torch.randint(2, (len(f),), generator=generator(3)) * 2.0 - 1 for f in (plain.left, plain.right)]
+    left, right = (factor * signs for factor, signs in zip((plain.left, plain.right), columns, strict=True))
+    factors = HadamardFactors(left, right, plain.construction, blocks)
+    found = factors.sylvester_signs()
+    assert found is not None
+    sylvester = torch.from_numpy(scipy.linalg.hadamard(order)).double() * order**-0.5
+    rebuilt = torch.block_diag(*blocks * [found[0][:, None] * sylvester * found[1]])
+    torch.testing.assert_close(factors.dense(), rebuilt, rtol=0, atol=1e-15)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.skipif(importlib.util.find_spec("fast_hadamard_transform") is None, reason="needs the CUDA kernel")
-@pytest.mark.parametrize("n", [2, 64, 576, 1536, 4096, 11008])
-def test_cuda_kernel_agrees_with_the_dense_matrix(n: int) -> None:
-    signed = random_hadamard_factors(n, generator(n))
-    for factors in (signed, signed.transposed()):
-        x = torch.randn(3, n, generator=generator(), dtype=torch.float64)
-        y = hadamard_transform(x.float().cuda(), factors)
-        torch.testing.assert_close(y.double().cpu(), x @ kron_reference(factors), rtol=0, atol=1e-4)
-        block = x[:, : factors.right.shape[0]]
-        kernel = apply_right(block.float().cuda(), factors.right.float().cuda())
-        torch.testing.assert_close(kernel.double().cpu(), block @ factors.right, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("n", [12, 96, 576, 1536, 43])
+def test_other_matrices_have_no_such_signs(n: int) -> None:
+    assert hadamard_factors(n).sylvester_signs() is None
+    # Of a power of two, but another Hadamard matrix.
+    swapped = torch.kron(torch.eye(2), torch.ones(1, 1)).double()
+    assert HadamardFactors(swapped, torch.ones(1, 1).double(), "").sylvester_signs() is None

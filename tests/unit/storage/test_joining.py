@@ -81,9 +81,7 @@ def test_a_tensor_that_is_larger_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert [list(load_file(path)) for path in files] == [["0"], ["1"], ["2"], ["3"], ["4"], ["5"]]
 
 
-def test_a_large_part_stays_a_file_without_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_part_stays_a_file_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "WHOLE", 100)
     monkeypatch.setattr(joining, "LARGEST", 300)
     sizes = {"a": 10, "b": 25, "c": 30, "d": 5, "e": 6, "f": 100}  # Of float32: the last part is larger than a file.

@@ -79,6 +79,24 @@ def test_means_spreads_recovery_and_gap(rows: list[Row], tmp_path: Path) -> None
     assert "0-shot" not in table[0]
 
 
+def test_what_is_learned_from_counts_as_learning(rows: list[Row], tmp_path: Path) -> None:
+    """A capture that nothing was learned from does not."""
+    for row, capture in zip(rows[3:], (30.0, 50.0, 70.0), strict=True):
+        path = row.folder / "results.json"
+        results = json.loads(path.read_text())
+        results["cost"]["capture"] = {**COST, "cpu_seconds": capture}
+        path.write_text(json.dumps(results))
+    path = rows[5].folder / "results.json"
+    results = json.loads(path.read_text())
+    del results["cost"]["learn"]
+    path.write_text(json.dumps(results))
+    table = cells(write_comparison(rows, tmp_path))
+    learn = COST["cpu_seconds"]
+    # Of several seeds the largest.
+    assert [line["learn CPU s"] for line in table[1:3]] == [f"{learn:.0f}", f"{50 + learn:.0f}"]
+    assert table[3]["learn CPU s"] == "0"
+
+
 def test_systems_of_one_method_are_lines_of_their_own(rows: list[Row], tmp_path: Path) -> None:
     """Each with its seeds; QuaRot is what is called so. What was looked at stands beside, and who was refused below."""
     names = [None, "quarot", "quarot", "qoq", "qoq", None]
