@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from kurtail_onnx.graph.head import ROUNDED, rounded_weight
+from kurtail_onnx.graph.head import ROUNDED, ROWS
 from kurtail_onnx.settings import Head
-from kurtail_pl.maths.quantizers import Grid, Quantized, dequantize, quantize
+from kurtail_pl.maths.quantizers import fake_quantize
 
 
 class HeadAgreement(NamedTuple):
@@ -36,16 +36,18 @@ class RoundedHead(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        codes, scale = rounded_weight(weight)
-        self.values = dequantize(Quantized(codes, Grid(scale, None)))
+        self.values = torch.empty(weight.shape)
+        for ours, rows in zip(torch.split(self.values, ROWS), torch.split(weight, ROWS), strict=True):
+            ours.copy_(fake_quantize(rows.float(), ROUNDED))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` -> ``[..., vocabulary]``."""
-        return linear(dequantize(quantize(x.float(), ROUNDED)), self.values)
+        return linear(fake_quantize(x.float(), ROUNDED), self.values)
 
     def step(self, x: Tensor) -> float:
         """The most that one input on a border moves a logit by, in any token of x."""
-        return float(x.abs().max() / ROUNDED.code_range[1] * self.values.abs().max())
+        ends = torch.aminmax(self.values)
+        return float(x.abs().max() / ROUNDED.code_range[1] * torch.maximum(-ends.min, ends.max))
 
 
 def mirrored(head: nn.Linear, form: Head) -> nn.Module:
