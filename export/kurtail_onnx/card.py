@@ -25,6 +25,8 @@ def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> l
         quantizers.append(f"- before every text: float keys and values of the tokens {description['prefix']['tokens']}")
     if description["key_centre"] is not None:
         quantizers.append("- keys: each channel's calibrated mean subtracted first, in the cache too")
+    if description["head"] is not None:
+        quantizers.append("- what the head reads: 8 bits in blocks of 32 too, rounded by the runtime")
     return [
         *([] if checks is None else [*_proof(checks), ""]),
         *quantizers,

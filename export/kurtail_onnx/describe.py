@@ -10,6 +10,7 @@ import onnx_ir as ir
 from kurtail_onnx.forms import cache_integers_of, weight_integers_of
 from kurtail_onnx.graph.builder import IR_VERSION, OPSET
 from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.head import ROUNDED
 from kurtail_onnx.graph.model import cache_parts
 from kurtail_onnx.profiles import PROFILES
 from kurtail_onnx.settings import Settings
@@ -58,6 +59,13 @@ LONGROPE = (
 )
 """What a runner has to do where a text crosses the border of longrope, as transformers does for Phi-3."""
 
+HEAD = {
+    "formula": ["x = code * scale of each 32 channels, as the head's own in quantizers", "logits = x @ weight.T"],
+    "where": "node MatMulNBits of the head, at its accuracy level 4, whatever the session's entries are",
+    "tensors": "<head>.weight.codes, vocabulary x blocks x 32, code + 128, and <head>.weight.scale, one for each block",
+}
+"""How a rounded head multiplies."""
+
 STATIC_GRIDS = {
     "where": "nodes act_q/QuantizeLinear, act_q/DequantizeLinear and act_q/Mul on the input of the linears, after the "
     "centre is subtracted, with constants; with --to.weights integer act_q/Div to act_q/Cast",
@@ -95,6 +103,7 @@ def describe(source: Source, spec: Settings, model: ir.Model) -> dict[str, Any]:
         "key_centre": KEY_CENTRE if scheme.centre_keys else None,
         "prefix": None if scheme.prefix is None else {"tokens": scheme.prefix, **PREFIX},
         "longrope": None if border is None else {"border": border, "where": LONGROPE},
+        "head": HEAD if spec.head == "int8" else None,
         "static_grids": STATIC_GRIDS if scheme.static else None,
         "quantizers": _quantizers(source, spec),
         "clips": source.clips,
@@ -116,10 +125,13 @@ def _value(value: ir.Value) -> dict[str, Any]:
 
 
 def _cache(part: CachePart, source: Source) -> dict[str, Any]:
+    held = {"key": _held_keys(source), "value": "values"}
+    # Of one head of keys, or of values, or one of each.
+    bytes_ = len(part.states) * sum(array.width * array.dtype.itemsize for array in part.arrays)
     return {
-        "holds": _held_keys(source) if part.name == "key" else "values",
+        "holds": ", then as many heads of ".join(held[name] for name in part.states),
         "layout": _layout(part),
-        "bytes_per_token_and_head": sum(array.width * array.dtype.itemsize for array in part.arrays),
+        "bytes_per_token_and_head": bytes_,
         "arrays": [{"past": array.past("{layer}"), "present": array.present("{layer}")} for array in part.arrays],
     }
 
@@ -149,8 +161,9 @@ def _quantizers(source: Source, spec: Settings) -> dict[str, Any]:
         "activations": spec.activations(scheme),
         "attention_output": spec.output_activations(scheme, source.head_dim),
         **cache._asdict(),
+        "head": ROUNDED if spec.head == "int8" else None,
     }
-    stored = {"weights", "activations", "attention_output"} if scheme.static else {"weights"}
+    stored = {"weights", "head", *(("activations", "attention_output") if scheme.static else ())}
     return {name: _quantizer(quantizer, name not in stored) for name, quantizer in parts.items()}
 
 

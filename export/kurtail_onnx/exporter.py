@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ class ONNX(Settings):
         """What is written."""
         return (
             f"an ONNX graph for ONNX Runtime: {self.dtype}, {self.kv} cache, weights {self.weights}, "
-            f"activations {self.act}"
+            f"activations {self.act}, head {self.head}"
         )
 
     def refuses(self, source: Source) -> str | None:
         """Where a scheme cannot be said in ONNX: the quantizer, and what can."""
-        return next(self._reasons(source.scheme), None)
+        reasons = chain(self._reasons(source.scheme), self._of_the_head(source.config.hidden_size))
+        return next(reasons, None)
 
     # What writes and compares needs the runtime, which help and refusals do without.
 
@@ -55,6 +57,12 @@ class ONNX(Settings):
     def notes(self, description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> list[str]:
         """Quantizers, proof, and how the folder is run."""
         return notes(description, checks)
+
+    def _of_the_head(self, width: int) -> Iterator[str]:
+        if self.head == "int8" and self.dtype == "fp64":
+            yield "the kernel of --to.head int8 has no doubles; with --to.dtype fp64 use --to.head float"
+        if self.head == "int8" and width % KERNEL_BLOCK:
+            yield f"the head has rows of {width} and int8 blocks of {KERNEL_BLOCK}; export with --to.head float"
 
     def _reasons(self, scheme: Scheme) -> Iterator[str]:
         weights = weight_integers_of(scheme.weights)

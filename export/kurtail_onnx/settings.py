@@ -11,6 +11,7 @@ from kurtail_pl.methods.scheme import Scheme
 
 Precision = Literal["fp32", "fp16", "fp64"]
 WeightForm = Literal["qdq", "matmulnbits", "integer"]
+Head = Literal["float", "int8"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Settings(Exporter):
         kv: packed keeps codes in the cache, float the values they stand for (standard names and shapes, no smaller).
         weights: qdq (standard ONNX), matmulnbits (ONNX Runtime's kernel, spelled out) or integer (int8 products).
         act: qdq quantizes what linears read, none leaves it float; a centre is subtracted either way.
+        head: float, as in the artefact, or int8: 8 bits in blocks of 32, rounded here, and so is what it reads.
     """
 
     dtype: Precision = "fp32"
     kv: Literal["packed", "float"] = "packed"
     weights: WeightForm = "qdq"
     act: Literal["qdq", "none"] = "qdq"
+    head: Head = "float"
 
     def activations(self, scheme: Scheme) -> Quantizer | None:
         """Quantizer of what linears read."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import onnx_ir as ir
 
 from kurtail_onnx.forms import cache_integers_of
+from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import append
 from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
 from kurtail_onnx.graph.norm import rms_norm
@@ -30,12 +30,10 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
     module = source.layers[index].get_submodule(names.attention)
     with g.scope(names.attention):
         query, key, value = _projections(step, index, x)
-        query, key = _rotated(step, index, query, key)
         # Layers differ by their clips where these were searched.
         own = cache_integers_of(cast(CacheFormat | None, module.cache))
         assert own is not None
-        parts = [replace(part, quantizer=q) for part, q in zip((step.keys, step.values), own, strict=True)]
-        keys, values = append(g, _centred(step, index, key), value, index, *parts)
+        keys, values = append(g, (_centred(step, index, key), value), index, step.cache, own)
         if source.scheme.prefix is not None:
             keys, values = (_behind_prefix(step, index, *part) for part in (("key", keys), ("value", values)))
         seen = mask(step, window_of(source.config, index))
@@ -52,46 +50,48 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
         return step.linear(name, step.read(mixed, name, "o_in"))
 
 
-def _projections(step: Step, index: int, x: ir.Value) -> list[ir.Value]:
-    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each."""
+def _projections(step: Step, index: int, x: ir.Value) -> Sequence[ir.Value]:
+    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each; queries and keys are rotated."""
     g, source = step.g, step.source
     names = [f"{source.layer_name(index)}.{name}" for name in source.architecture.attention_readers]
     read = step.read(x, names[0], "qkv_in")
     states: Sequence[ir.Value] = [step.linear(name, read) for name in names]
-    if len(states) == 1:
-        widths = g.ints(*(heads * source.head_dim for heads in (source.heads, source.kv_heads, source.kv_heads)))
-        states = g.ops("Split", states[0], widths, outputs=3, axis=-1)
-    return [g.op("Transpose", g.reshape(part, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3]) for part in states]
+    # All heads at once: of a single token it is the number of nodes that costs.
+    joined = states[0] if len(states) == 1 else g.op("Concat", *states, axis=-1)
+    heads = g.op("Transpose", g.reshape(joined, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3])
+    turned, value = _split(g, heads, source.heads + source.kv_heads, source.kv_heads)
+    query, key = _split(g, _rotated(step, index, turned), source.heads, source.kv_heads)
+    return scaled_by_position(step, query), key, value
 
 
-def _rotated(step: Step, index: int, query: ir.Value, key: ir.Value) -> Sequence[ir.Value]:
-    """Queries and keys after their norms, the rotary embedding and R3, each where the model has it.
+def _rotated(step: Step, index: int, heads: ir.Value) -> ir.Value:
+    """Heads of queries and then of keys after their norms, the rotary embedding and R3, each where the model has it.
 
     Once normed they are turned alike: all heads at once, which for a single token costs as much as the keys' alone.
     """
     g, source, names = step.g, step.source, step.source.architecture
     if names.head_norms and not names.norms_after_rope:
-        query, key = _normed(step, index, query, key)
-    heads = g.op("Concat", query, key, axis=1)
+        heads = _normed(step, index, heads)
     if getattr(source.layers[index].get_submodule(names.attention), "use_rope", True):
         heads = rope(step, heads)
     if names.norms_after_rope:
-        heads = g.op("Concat", *_normed(step, index, *_apart(step, heads)), axis=1)
+        heads = _normed(step, index, heads)
     if source.rotations.query_key is not None:
         heads = dense_hadamard(g, heads, source.rotations.query_key, "query_key_R3")
-    query, key = _apart(step, heads)
-    return scaled_by_position(step, query), key
+    return heads
 
 
-def _normed(step: Step, index: int, query: ir.Value, key: ir.Value) -> Sequence[ir.Value]:
-    """Queries and keys behind the norms of their heads."""
-    norms = [f"{step.source.layer_name(index)}.{name}" for name in step.source.architecture.head_norms]
-    return [rms_norm(step, norm, states) for norm, states in zip(norms, (query, key), strict=True)]
+def _normed(step: Step, index: int, heads: ir.Value) -> ir.Value:
+    """Heads of queries and of keys behind their norms."""
+    g, source = step.g, step.source
+    norms = [f"{source.layer_name(index)}.{name}" for name in source.architecture.head_norms]
+    parts = _split(g, heads, source.heads, source.kv_heads)
+    return g.op("Concat", *(rms_norm(step, *each) for each in zip(norms, parts, strict=True)), axis=1)
 
 
-def _apart(step: Step, heads: ir.Value) -> Sequence[ir.Value]:
-    """Queries and keys out of the heads of both."""
-    return step.g.ops("Split", heads, step.g.ints(step.source.heads, step.source.kv_heads), outputs=2, axis=1)
+def _split(g: GraphBuilder, heads: ir.Value, first: int, second: int) -> Sequence[ir.Value]:
+    """The first so many heads and the others."""
+    return g.ops("Split", heads, g.ints(first, second), outputs=2, axis=1)
 
 
 def _centred(step: Step, index: int, key: ir.Value) -> ir.Value:

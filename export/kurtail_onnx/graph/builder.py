@@ -137,6 +137,10 @@ class GraphBuilder:
         """A shared scalar in the dtype of the computation."""
         return self.constant(np.array(number, self.dtype.numpy()), f"constants.float.{number}")
 
+    def times(self, x: ir.Value, number: float) -> ir.Value:
+        """Append a product with a number, unless it is one."""
+        return x if number == 1 else self.op("Mul", x, self.scalar(number))
+
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Append a Cast."""
         return self.op("Cast", x, to=int(dtype))

@@ -1,28 +1,32 @@
 """The KV cache: quantize new keys and values, pack two codes to a byte, append, unpack what attention reads.
 
-Layout of one array, keys or values of a layer, with ``P`` past and ``T`` present tokens::
+Layout of the arrays of a layer, with ``P`` past and ``T`` present tokens; heads are those of keys, then of values::
 
-    past_key_values.{layer}.key             uint8 [batch, kv_heads, P, head_dim / 2]   (head_dim for 8 bits)
-    past_key_values.{layer}.key_scale       float [batch, kv_heads, P, 1]
-    past_key_values.{layer}.key_zero_point  uint8 [batch, kv_heads, P, 1]              (absent when symmetric)
-    present.{layer}.key, ...                the same with T
+    past_key_values.{layer}.key_value             uint8 [batch, 2 kv_heads, P, head_dim / 2]   (head_dim for 8 bits)
+    past_key_values.{layer}.key_value_scale       float [batch, 2 kv_heads, P, 1]
+    past_key_values.{layer}.key_value_zero_point  uint8 [batch, 2 kv_heads, P, 1]              (absent when symmetric)
+    present.{layer}.key_value, ...                the same with T
 
-The low nibble holds the first half of a head, the high nibble the second. Symmetric codes are stored plus 2^(bits-1).
-4-bit types cannot be concatenated and bit operations run on the host under CUDA: so bytes, made by arithmetic.
+Keys and values of different bits, and a float cache, have arrays of their own, ``key`` and ``value``. The low nibble
+holds the first half of a head, the high nibble the second. Symmetric codes are stored plus 2^(bits-1). 4-bit types
+cannot be concatenated and bit operations run on the host under CUDA: so bytes, made by arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from kurtail_onnx.forms import CacheIntegers
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.grids import GridNodes, codes_on, dynamic_grid, values_of
 from kurtail_pl.maths.quantizers import Quantizer
 
 HEAD_AXIS, TOKEN_AXIS = 1, 2
+STATES = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class CacheArray:
     Args:
         name: within its layer: ``key``, ``key_scale``, ...
         dtype: of its elements.
-        heads: KV heads.
+        heads: all that it holds.
         width: last dimension.
     """
 
@@ -56,18 +60,18 @@ class CacheArray:
 
 @dataclass(frozen=True)
 class CachePart:
-    """How the keys, or the values, of every layer are kept.
+    """How the keys, or the values, or both of every layer are kept.
 
     Args:
-        name: ``key`` or ``value``.
-        quantizer: None for a cache that was never quantized.
+        states: ``key``, ``value``, or both, in the order of the heads.
+        quantizer: bits and symmetry of all; layers may have clips of their own. None where it was never quantized.
         packed: whether codes are kept, or the values that they stand for.
-        heads: KV heads.
+        heads: KV heads of each state.
         head_dim: even where codes of 4 bits are packed.
         dtype: of the computation.
     """
 
-    name: str
+    states: tuple[str, ...]
     quantizer: Quantizer | None
     packed: bool
     heads: int
@@ -75,53 +79,88 @@ class CachePart:
     dtype: ir.DataType
 
     @property
+    def name(self) -> str:
+        """Of its first array: ``key``, ``value`` or ``key_value``."""
+        return "_".join(self.states)
+
+    @property
+    def codes(self) -> bool:
+        """Whether its first array holds codes."""
+        return self.packed and self.quantizer is not None
+
+    @property
     def arrays(self) -> list[CacheArray]:
         """Inputs and outputs of one layer."""
+        heads = self.heads * len(self.states)
         if self.quantizer is None or not self.packed:
-            return [CacheArray(self.name, self.dtype, self.heads, self.head_dim)]
+            return [CacheArray(self.name, self.dtype, heads, self.head_dim)]
         width = self.head_dim // 2 if self.quantizer.bits == 4 else self.head_dim
-        codes = CacheArray(self.name, ir.DataType.UINT8, self.heads, width)
-        scale = CacheArray(f"{self.name}_scale", self.dtype, self.heads, 1)
-        zero_point = CacheArray(f"{self.name}_zero_point", ir.DataType.UINT8, self.heads, 1)
+        codes = CacheArray(self.name, ir.DataType.UINT8, heads, width)
+        scale = CacheArray(f"{self.name}_scale", self.dtype, heads, 1)
+        zero_point = CacheArray(f"{self.name}_zero_point", ir.DataType.UINT8, heads, 1)
         return [codes, scale] if self.quantizer.symmetric else [codes, scale, zero_point]
 
 
+def parts_of(cache: CacheIntegers, packed: bool, heads: int, head_dim: int, dtype: ir.DataType) -> list[CachePart]:
+    """How keys and values are kept: in the same arrays where their codes are alike; arguments as for `CachePart`."""
+    codes = {(q.bits, q.symmetric) for q in cache if q is not None}
+    if packed and None not in cache and len(codes) == 1:
+        return [CachePart(STATES, cache.keys, packed, heads, head_dim, dtype)]
+    return [CachePart((name,), q, packed, heads, head_dim, dtype) for name, q in zip(STATES, cache, strict=True)]
+
+
 def append(
-    g: GraphBuilder, key: ir.Value, value: ir.Value, layer: int, keys: CachePart, values: CachePart
-) -> tuple[ir.Value, ir.Value]:
+    g: GraphBuilder, new: tuple[ir.Value, ir.Value], layer: int, parts: Sequence[CachePart], own: CacheIntegers
+) -> Sequence[ir.Value]:
     """Put new keys and values behind the cached ones and return all of them as attention reads them.
 
     Args:
         g: the graph.
-        key: new keys, rotated and centred, ``[batch, kv_heads, tokens, head_dim]``.
-        value: new values, as many.
+        new: keys, rotated and centred, and values, ``[batch, kv_heads, tokens, head_dim]``.
         layer: index.
-        keys: how keys are kept.
-        values: how values are kept.
+        parts: how they are kept.
+        own: the layer's quantizers.
 
     Returns:
         All keys and all values, ``[batch, kv_heads, past + tokens, head_dim]``.
     """
     with g.scope("kv_cache"):
-        if keys.quantizer is not None and keys.quantizer == values.quantizer:
-            # Both at once: half the nodes, which is what a step of one token costs.
-            pieces = _pieces(g, g.op("Concat", key, value, axis=HEAD_AXIS), keys)
-            halves = [g.ops("Split", piece, outputs=2, axis=HEAD_AXIS, num_outputs=2) for piece in pieces]
-            new_keys, new_values = ([half[number] for half in halves] for number in (0, 1))
+        pieces = _joined(g, new, parts[0], own) if own.keys == own.values else None
+        if len(parts) == 1:
+            pieces = pieces or _beside(g, [_pieces(g, x, parts[0], q) for x, q in zip(new, own, strict=True)])
+            return _halves(g, _extended(g, pieces, layer, parts[0]))
+        if pieces is None:
+            apart = [_pieces(g, x, part, q) for x, part, q in zip(new, parts, own, strict=True)]
         else:
-            new_keys, new_values = _pieces(g, key, keys), _pieces(g, value, values)
-        return _extended(g, new_keys, layer, keys), _extended(g, new_values, layer, values)
+            apart = [list(pair) for pair in zip(*(_halves(g, piece) for piece in pieces), strict=True)]
+        return [_extended(g, each, layer, part) for each, part in zip(apart, parts, strict=True)]
 
 
-def _pieces(g: GraphBuilder, x: ir.Value, part: CachePart) -> list[ir.Value]:
+def _joined(
+    g: GraphBuilder, new: tuple[ir.Value, ir.Value], part: CachePart, own: CacheIntegers
+) -> list[ir.Value] | None:
+    """Pieces of keys and values at once: half the nodes, which is what a step of one token costs."""
+    return None if own.keys is None else _pieces(g, g.op("Concat", *new, axis=HEAD_AXIS), part, own.keys)
+
+
+def _beside(g: GraphBuilder, pieces: list[list[ir.Value]]) -> list[ir.Value]:
+    return [g.op("Concat", *pair, axis=HEAD_AXIS) for pair in zip(*pieces, strict=True)]
+
+
+def _halves(g: GraphBuilder, piece: ir.Value) -> Sequence[ir.Value]:
+    """What belongs to keys and what to values."""
+    return g.ops("Split", piece, outputs=2, axis=HEAD_AXIS, num_outputs=2)
+
+
+def _pieces(g: GraphBuilder, x: ir.Value, part: CachePart, quantizer: Quantizer | None) -> list[ir.Value]:
     """What is kept of new keys or values: an element for each of the part's arrays."""
-    if part.quantizer is None:
+    if quantizer is None:
         return [x]
-    grid = dynamic_grid(g, x, part.head_dim, part.quantizer)
-    codes = codes_on(g, x, grid, part.quantizer)
+    grid = dynamic_grid(g, x, part.head_dim, quantizer)
+    codes = codes_on(g, x, grid, quantizer)
     if not part.packed:
         return [values_of(g, codes, grid)]
-    pieces = [_pack(g, codes, part.quantizer), grid.scale]
+    pieces = [_pack(g, codes, quantizer, part.head_dim), grid.scale]
     return pieces if grid.zero_point is None else [*pieces, g.cast(grid.zero_point, ir.DataType.UINT8)]
 
 
@@ -141,12 +180,13 @@ def _extended(g: GraphBuilder, pieces: list[ir.Value], layer: int, part: CachePa
         return values_of(g, _unpack(g, stored, part.quantizer), grid)
 
 
-def _pack(g: GraphBuilder, codes: ir.Value, quantizer: Quantizer) -> ir.Value:
+def _pack(g: GraphBuilder, codes: ir.Value, quantizer: Quantizer, head_dim: int) -> ir.Value:
     if quantizer.symmetric:
         codes = g.op("Sub", codes, g.scalar(quantizer.code_range[0]))
     if quantizer.bits == 4:
-        low, high = g.ops("Split", codes, outputs=2, axis=-1, num_outputs=2)
-        codes = g.op("Add", low, g.op("Mul", high, g.scalar(16.0)))
+        # One node for three, and exact in every type: no sum is over 255.
+        half = np.eye(head_dim // 2, dtype=g.dtype.numpy())
+        codes = g.op("MatMul", codes, g.constant(np.vstack([half, 16 * half]), f"constants.float.pack_{head_dim}"))
     return g.cast(codes, ir.DataType.UINT8)
 
 

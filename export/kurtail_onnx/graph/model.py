@@ -10,13 +10,14 @@ from torch import Tensor
 from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.attention import attention
 from kurtail_onnx.graph.builder import FLOATS, GraphBuilder
-from kurtail_onnx.graph.cache import CachePart
+from kurtail_onnx.graph.cache import CachePart, parts_of
+from kurtail_onnx.graph.head import head
 from kurtail_onnx.graph.mixture import mixture
 from kurtail_onnx.graph.mlp import mlp
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import rotary_tables
 from kurtail_onnx.graph.step import Step
-from kurtail_onnx.graph.weights import float_weight, stored_dtype, stored_weight, widened
+from kurtail_onnx.graph.weights import stored_dtype, stored_weight, widened
 from kurtail_onnx.settings import Settings
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import UnsupportedArchitecture
@@ -42,7 +43,7 @@ def build_model(source: Source, spec: Settings) -> ir.Model:
     for index in range(len(source.layers)):
         hidden = decoder_layer(step, index, hidden)
         hidden.name = hidden_name(index + 1)
-    logits = _head(step, hidden)
+    logits = head(step, hidden)
     g.output(logits, LOGITS, g.wide, ["batch", "tokens", source.config.vocab_size])
     return g.model({"kurtail.kv": spec.kv, "kurtail.weights": spec.weights, "kurtail.act": spec.act})
 
@@ -58,22 +59,19 @@ def decoder_layer(step: Step, index: int, hidden: ir.Value) -> ir.Value:
     prefix = source.layer_name(index)
     with g.scope(names.layers.replace(".", "/") + f".{index}"):
         normed = rms_norm(step, f"{prefix}.{names.attention_norm}", hidden)
-        written = _times(g, attention(step, index, normed), number_of(source.config, names.residual_multiplier))
+        written = g.times(attention(step, index, normed), number_of(source.config, names.residual_multiplier))
         hidden = g.op("Add", hidden, written, name="attention_residual")
         normed = rms_norm(step, f"{prefix}.{names.mlp_norm}", hidden)
         block = mixture if names.has_experts(source.layers[index]) else mlp
-        written = _times(g, block(step, index, normed), number_of(source.config, names.residual_multiplier))
+        written = g.times(block(step, index, normed), number_of(source.config, names.residual_multiplier))
         return g.op("Add", hidden, written, name="mlp_residual")
 
 
-def cache_parts(source: Source, spec: Settings) -> tuple[CachePart, CachePart]:
+def cache_parts(source: Source, spec: Settings) -> list[CachePart]:
     """How keys and values are kept."""
-    packed, dtype = spec.kv == "packed", FLOATS[spec.dtype]
     cache = cache_integers_of(source.scheme.cache)
     assert cache is not None
-    quantizers = {"key": cache.keys, "value": cache.values}
-    keys, values = (CachePart(n, q, packed, source.kv_heads, source.head_dim, dtype) for n, q in quantizers.items())
-    return keys, values
+    return parts_of(cache, spec.kv == "packed", source.kv_heads, source.head_dim, FLOATS[spec.dtype])
 
 
 def _step(g: GraphBuilder, source: Source, spec: Settings, input_ids: ir.Value) -> Step:
@@ -81,8 +79,8 @@ def _step(g: GraphBuilder, source: Source, spec: Settings, input_ids: ir.Value) 
     position_ids = g.input(POSITION_IDS, ir.DataType.INT64, ["batch", "tokens"])
     with g.root_scope("model"):
         shape = g.op("Concat", g.op("Shape", input_ids), g.ints(-1), axis=0, name="token_shape")
-    keys, values = cache_parts(source, spec)
-    return Step(g, source, spec, keys, values, position_ids, attention_mask, rotary_tables(source), shape)
+    cache, rotary = cache_parts(source, spec), rotary_tables(source)
+    return Step(g, source, spec, cache, position_ids, attention_mask, rotary, shape)
 
 
 def _embedding(g: GraphBuilder, source: Source, input_ids: ir.Value) -> ir.Value:
@@ -91,23 +89,7 @@ def _embedding(g: GraphBuilder, source: Source, input_ids: ir.Value) -> ir.Value
     with g.root_scope(*name.split(".")):
         rows = g.op("Gather", stored_weight(g, source, f"{name}.weight", shape), input_ids)
         rows = widened(g, rows, stored_dtype(g, source, f"{name}.weight"))
-        return _times(g, rows, number_of(source.config, source.architecture.embedding_multiplier))
-
-
-def _head(step: Step, hidden: ir.Value) -> ir.Value:
-    g, source, names = step.g, step.source, step.source.architecture
-    with g.scope("model"):
-        hidden = rms_norm(step, names.final_norm, hidden)
-    stored = names.embedding if source.config.tie_word_embeddings else names.head
-    shape = tuple(cast(Tensor, source.model.get_submodule(names.head).weight).shape)
-    with g.root_scope(*names.head.split(".")):
-        logits = g.op("MatMul", hidden, float_weight(g, source, f"{stored}.weight", shape, transposed=True))
-        return g.cast(_times(g, logits, 1 / number_of(source.config, names.logits_divisor)), g.wide)
-
-
-def _times(g: GraphBuilder, x: ir.Value, number: float) -> ir.Value:
-    """Times a number, unless it is one."""
-    return x if number == 1 else g.op("Mul", x, g.scalar(number))
+        return g.times(rows, number_of(source.config, source.architecture.embedding_multiplier))
 
 
 def _require_silu(source: Source) -> None:

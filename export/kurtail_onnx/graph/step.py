@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -27,8 +27,7 @@ class Step:
         g: the graph.
         source: the artefact.
         spec: choices of the export.
-        keys: how keys are cached.
-        values: how values are cached.
+        cache: how keys and values are kept.
         position_ids: int64 ``[batch, tokens]``, rows of the rotary tables.
         attention_mask: int64 ``[batch, past + tokens]``, 0 for padding.
         rotary: cosines and sines; see `positions.rotary_tables`.
@@ -38,8 +37,7 @@ class Step:
     g: GraphBuilder
     source: Source
     spec: Settings
-    keys: CachePart
-    values: CachePart
+    cache: Sequence[CachePart]
     position_ids: ir.Value
     attention_mask: ir.Value
     rotary: tuple[Tensor, Tensor]

@@ -67,8 +67,8 @@ def trace(
 
 
 def fused_linears(kernels: list[Kernel]) -> int:
-    """How many linears multiply by weights of few bits."""
-    return sum(kernel.operator in FUSED for kernel in kernels)
+    """How many linears, but the head, multiply by weights of few bits."""
+    return sum(_part(kernel) == "linears" for kernel in kernels)
 
 
 def placement(kernels: list[Kernel]) -> dict[str, dict[str, int]]:

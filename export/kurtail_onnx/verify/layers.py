@@ -25,11 +25,13 @@ from kurtail_onnx.graph.model import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, ca
 from kurtail_onnx.profiles import Profile
 from kurtail_onnx.settings import Precision, Settings
 from kurtail_onnx.verify.codes import codes_in
+from kurtail_onnx.verify.head import HeadAgreement, compare_heads, mirrored
 from kurtail_onnx.verify.pieces import Pieces
 from kurtail_onnx.verify.reference import cached_codes, empty_reference
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.errors import CheckFailed
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.families import number_of
 from kurtail_pl.surgery.positions import steady_positions
 
 BATCH, STEPS = 2, (9, 1, 1, 1, 6, 1, 1, 1)
@@ -64,7 +66,7 @@ class LayerAgreement:
 @torch.no_grad()
 def compare_layers(
     folder: Path, source: Source, spec: Settings, profile: Profile = "exact"
-) -> tuple[list[LayerAgreement], float]:
+) -> tuple[list[LayerAgreement], HeadAgreement]:
     """Compare all decoder layers, one in memory at a time, and the head.
 
     Args:
@@ -74,8 +76,7 @@ def compare_layers(
         profile: how the export is run.
 
     Returns:
-        The agreement of each layer, and the largest difference, relative to the largest logit, of what both heads make
-        of the same hidden states.
+        The agreement of each layer, and of what both heads make of the same hidden states.
 
     Raises:
         CheckFailed: when a layer of the export gives what is no number.
@@ -110,8 +111,8 @@ def compare_layers(
     with pieces.head(len(agreements)) as session:
         (logits,) = session.run(None, {hidden_name(len(agreements)): states.numpy().astype(FLOATS[spec.dtype].numpy())})
     norm, head = walker.head()
-    expected = walker.logits(norm, head, states).numpy()
-    return agreements, float(np.abs(expected - logits).max() / np.abs(expected).max())
+    divisor = number_of(walker.checkpoint.config, walker.architecture.logits_divisor)
+    return agreements, compare_heads(mirrored(head, spec.head), norm(states), logits, divisor)
 
 
 def steps_within(positions: int) -> tuple[int, ...]:
@@ -153,11 +154,8 @@ def _code_differences(
 ) -> list[NDArray[np.int64]]:
     """Of each part of a layer's cache from the codes of each text, in steps."""
     expected = {name: torch.cat([text[name] for text in by_text]).numpy().astype(np.int64) for name in by_text[0]}
-    return [
-        np.abs(codes_in(cache[part.arrays[0].past(index)], part) - expected[part.name])
-        for part in parts
-        if part.packed and part.name in expected
-    ]
+    packed = {part: codes_in(cache[part.arrays[0].past(index)], part) for part in parts if part.codes}
+    return [np.abs(codes - np.concatenate([expected[n] for n in part.states], 1)) for part, codes in packed.items()]
 
 
 def _agreement(

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.settings import Settings
+from kurtail_onnx.verify.head import mirrored
 from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import quantize
@@ -37,6 +38,8 @@ def whole_reference(source: Source, spec: Settings) -> PreTrainedModel:
     checkpoint, dtype = source.checkpoint, torch.float64 if spec.dtype == "fp64" else torch.float32
     state = {name: to_float(checkpoint.tensor(name), dtype) for name in checkpoint.names}
     model.load_state_dict(module_state(state, source.architecture), assign=True)
+    name = source.architecture.head
+    model.set_submodule(name, mirrored(cast(nn.Linear, model.get_submodule(name)), spec.head))
     if dtype == torch.float64:
         for layer in layers_of(model, source.architecture):
             use_exact_layer(layer, source.architecture, source.config.rms_norm_eps)

@@ -125,7 +125,7 @@ def compare_texts(
 
 def _packed(source: Source, spec: Settings) -> dict[str, CachePart]:
     """The cache inputs that hold codes."""
-    parts = [part for part in cache_parts(source, spec) if part.packed and part.quantizer is not None]
+    parts = [part for part in cache_parts(source, spec) if part.codes]
     return {part.arrays[0].past(layer): part for layer in range(len(source.layers)) for part in parts}
 
 
@@ -134,7 +134,7 @@ def _by_torch(
     source: Source, spec: Settings, todo: Mapping[str, Scenario]
 ) -> dict[str, tuple[NDArray[Any], dict[str, NDArray[Any]]]]:
     """Logits of each scenario, and its codes by the names of the cache inputs."""
-    model = whole_reference(source, spec)
+    model, parts = whole_reference(source, spec), [part for part in cache_parts(source, spec) if part.codes]
     results = {}
     for name, scenario in todo.items():
         ids, mask, cache = scenario.ids, scenario.mask, DynamicCache()
@@ -143,8 +143,9 @@ def _by_torch(
         codes = {}
         for index, layer in enumerate(layers_of(model, source.architecture)):
             attention = layer.get_submodule(source.architecture.attention)
-            for part, tensor in cached_codes(attention, cache, index).items():
-                codes[f"past_key_values.{index}.{part}"] = tensor.numpy()
+            states = cached_codes(attention, cache, index)
+            for part in parts:
+                codes[part.arrays[0].past(index)] = torch.cat([states[name] for name in part.states], 1).numpy()
         results[name] = output.logits.numpy(), codes
     return results
 

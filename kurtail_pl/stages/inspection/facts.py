@@ -105,9 +105,10 @@ def _of_artefact(folder: Path) -> Facts:
 def _of_graph(folder: Path) -> Facts:
     quantizers = read_object(folder / DESCRIPTION, CheckpointError, AGAIN).get("quantizers")
     words = {name: _integers(value) for name, value in quantizers.items()} if isinstance(quantizers, Mapping) else {}
+    weights, head = words.get("weights", FLOAT), words.get("head", FLOAT)
     return Facts(
         kind="onnx",
-        weights=words.get("weights", FLOAT),
+        weights=weights if head == FLOAT else f"{weights}; head: {head}",
         activations=words.get("activations", FLOAT),
         cache=words.get("values", FLOAT),
     )

@@ -184,7 +184,8 @@ def test_the_description_and_the_card_say_it(
     assert plain["key_centre"] is None
     assert centred["centre"]["formula"] == ["x = x - centre", "y = quantized(x) @ weight.T + bias"]
     assert centred["key_centre"]["formula"] == ["key = key - key_centre"]
-    assert plain["cache"]["key"]["holds"] == "keys after the rotary embedding and R3"
-    assert centred["cache"]["key"]["holds"] == "keys after the rotary embedding and R3, less key_centre"
+    holds = "keys after the rotary embedding and R3", ", then as many heads of values"
+    assert plain["cache"]["key_value"]["holds"] == "".join(holds)
+    assert centred["cache"]["key_value"]["holds"] == ", less key_centre".join(holds)
     cards = [(place / "README.md").read_text() for place in (exported, folder)]
     assert [card.count("mean subtracted") for card in cards] == [0, 2]

@@ -82,7 +82,7 @@ def test_opset_versions_and_readable_names(exported: Path) -> None:
         "/model/layers.2/mlp/mlp_hidden_R5/Hadamard",
         "/model/layers.0/self_attn/attention_output_R4/Hadamard",
         "/model/layers.0/self_attn/qkv_in/act_q/QuantizeLinear",
-        "/model/layers.0/self_attn/kv_cache/key/Concat",
+        "/model/layers.0/self_attn/kv_cache/key_value/Concat",
     ):
         assert name in names
     assert "model.layers.2.mlp.down_proj.codes" in {i.name for i in model.graph.initializer}

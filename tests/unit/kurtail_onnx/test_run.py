@@ -162,12 +162,12 @@ def test_a_cache_goes_on_in_another_decoder(opened: Export, session: Any) -> Non
 def test_wrong_cache_arrays_are_named(opened: Export, session: Any, wrong: str) -> None:
     decoder = Decoder(opened, session)
     decoder.forward(np.ones((1, 4), np.int64))
-    cache, name = decoder.cache(), "past_key_values.1.value"
+    cache, name = decoder.cache(), "past_key_values.1.key_value"
     if wrong == "missing":
         del cache[name]
     elif wrong == "unknown":
-        name = "past_key_values.9.value"
-        cache[name] = cache["past_key_values.1.value"]
+        name = "past_key_values.9.key_value"
+        cache[name] = cache["past_key_values.1.key_value"]
     elif wrong == "dtype":
         cache[name] = cache[name].astype(np.int8)
     else:
