@@ -6,15 +6,12 @@ seldom powers of two, so the odd part comes from Paley's constructions (R. Paley
 from the Hartley matrix, which exists for every size, where Paley has none.
 """
 
-import functools
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from kurtail_pl.maths.galois import jacobsthal_matrix, prime_power
+from kurtail_pl.maths.constructions import odd_part, sylvester
 from kurtail_pl.maths.orthogonal import random_signs
 
 
@@ -57,7 +54,7 @@ class HadamardFactors:
         """Whether a block is Sylvester's matrix itself, for which runtimes have fast kernels."""
         factors = self.left, self.right
         return all(
-            len(factor) & (len(factor) - 1) == 0 and torch.equal(factor, _sylvester(len(factor)).to(factor))
+            len(factor) & (len(factor) - 1) == 0 and torch.equal(factor, sylvester(len(factor)).to(factor))
             for factor in factors
         )
 
@@ -82,38 +79,6 @@ class HadamardFactors:
         return replace(self, left=self.left.mT.contiguous(), right=self.right.mT.contiguous())
 
 
-def hadamard_matrix(order: int) -> Tensor:
-    """Build a Hadamard matrix: Sylvester for powers of two, else Paley I, Paley II, or the double of a smaller one.
-
-    Args:
-        order: Number of rows.
-
-    Returns:
-        `[order, order]` float64, a new tensor, entries exactly 1 and -1, `H @ H.T == order * I`.
-
-    Raises:
-        ValueError: No construction is known for this order.
-
-    >>> hadamard_matrix(2)
-    tensor([[ 1.,  1.],
-            [ 1., -1.]], dtype=torch.float64)
-    """
-    base = order
-    while base > 1 and base % 2 == 0 and _paley_field(base) is None:
-        base //= 2
-    paley = _paley_field(base)
-    if paley is not None:
-        kind, p, r = paley
-        matrix = _paley_one(p**r) if kind == "I" else _paley_two(p**r)
-    elif base == 1:
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-    else:
-        raise ValueError(f"no construction is known for a Hadamard matrix of order {order}")
-    while matrix.shape[0] < order:
-        matrix = torch.kron(_block(1, 1, 1, -1), matrix)
-    return matrix
-
-
 def hadamard_factors(n: int) -> HadamardFactors:
     """Choose two orthonormal Kronecker factors of near-equal size for a width.
 
@@ -135,14 +100,14 @@ def hadamard_factors(n: int) -> HadamardFactors:
     """
     if n < 1:
         raise ValueError(f"a Hadamard transform needs a width of at least 1, got {n}")
-    core, name = _core(n)
+    core, name = odd_part(n)
     doublings = n // core.shape[0]
     # a + b multiplications per entry; of two equal sums the larger right factor, since a fast kernel may take it.
     b = min((2**j for j in range(doublings.bit_length())), key=lambda b: (n // b + b, -b))
     parts = [name] if name else []
     if doublings > 1 or not parts:
         parts.append(f"Sylvester {doublings}")
-    return HadamardFactors(torch.kron(core, _sylvester(doublings // b)), _sylvester(b), " x ".join(parts))
+    return HadamardFactors(torch.kron(core, sylvester(doublings // b)), sylvester(b), " x ".join(parts))
 
 
 def random_hadamard_factors(n: int, generator: torch.Generator) -> HadamardFactors:
@@ -248,54 +213,6 @@ def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:
     return (by_right.mT @ left).mT.reshape(x.shape)
 
 
-@functools.lru_cache(maxsize=16)
-def _core(n: int) -> tuple[Tensor, str]:
-    """Return the orthonormal odd-part factor `[k, k]` of a width and its name; empty for a power of two."""
-    odd = n // (n & -n)
-    if odd == 1:
-        return _sylvester(1), ""
-    order = odd
-    while n % order == 0:
-        paley = _paley_field(order)
-        if paley is not None:
-            kind, p, r = paley
-            field = f"{p}^{r}" if r > 1 else f"{p}"
-            return hadamard_matrix(order) / math.sqrt(order), f"Paley {kind} GF({field})"
-        order *= 2
-    return _hartley(odd), f"Hartley {odd}"
-
-
-def _paley_field(order: int) -> tuple[str, int, int] | None:
-    """Return the construction, I or II, and p, r of its field GF(p^r) for an order that is not a power of two."""
-    if order < 1 or order % 4 or order & (order - 1) == 0:
-        return None
-    for kind, q, residue in (("I", order - 1, 3), ("II", order // 2 - 1, 1)):
-        field = prime_power(q)
-        if field is not None and q % 4 == residue:
-            return kind, *field
-    return None
-
-
-def _paley_one(q: int) -> Tensor:
-    """Return Paley's first matrix `I + S`, S skew with a Jacobsthal core; `[q + 1, q + 1]` for q = 3 mod 4."""
-    skew = pad(jacobsthal_matrix(q), (1, 0, 1, 0), value=1.0)
-    skew[1:, 0] = -1.0
-    skew[0, 0] = 0.0
-    return skew + torch.eye(q + 1, dtype=torch.float64)
-
-
-def _paley_two(q: int) -> Tensor:
-    """Return Paley's second matrix, a symmetric conference matrix with 2 x 2 blocks; order 2 (q + 1), q = 1 mod 4."""
-    conference = pad(jacobsthal_matrix(q), (1, 0, 1, 0), value=1.0)
-    conference[0, 0] = 0.0
-    identity = torch.eye(q + 1, dtype=torch.float64)
-    return torch.kron(conference, _block(1, 1, 1, -1)) + torch.kron(identity, _block(1, -1, -1, -1))
-
-
-def _block(*entries: float) -> Tensor:
-    return torch.tensor(entries, dtype=torch.float64).reshape(2, 2)
-
-
 def _signs(factor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the signs of the rows and columns of Sylvester's matrix, `[n]` both; None where it is another matrix.
 
@@ -306,18 +223,5 @@ def _signs(factor: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     rows = factor[:, 0].sign()
     columns = factor[0].sign() * rows[0]
-    plain = rows[:, None] * _sylvester(order).to(factor) * columns
+    plain = rows[:, None] * sylvester(order).to(factor) * columns
     return (rows, columns) if torch.allclose(factor, plain, rtol=0, atol=1e-6) else None
-
-
-def _sylvester(order: int) -> Tensor:
-    """Return the orthonormal Sylvester matrix of a power of two."""
-    return hadamard_matrix(order) / math.sqrt(order)
-
-
-def _hartley(k: int) -> Tensor:
-    """Return the orthonormal Hartley matrix `cas(2 pi i j / k) / sqrt(k)`, cas = cos + sin (Hartley 1942)."""
-    index = torch.arange(k)
-    # The product is reduced before it becomes an angle: a large angle would cost digits.
-    angle = 2 * math.pi / k * (index[:, None] * index % k).double()
-    return (angle.cos() + angle.sin()) / math.sqrt(k)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.hadamard import hadamard_matrix
+from kurtail_pl.maths.constructions import hadamard_matrix
 from kurtail_pl.methods.caches.turned import Turn, TurnedCache
 
 SIGNS_SEED = 0x9E3779B9

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kurtail_pl.errors import ConfigError
-from kurtail_pl.maths.hadamard import hadamard_matrix
+from kurtail_pl.maths.constructions import hadamard_matrix
 from kurtail_pl.maths.quantizers import split_groups
 from kurtail_pl.methods.caches.turned import Turn, TurnedCache
 

@@ -6,11 +6,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from kurtail_pl.maths.constructions import hadamard_matrix
 from kurtail_pl.maths.hadamard import (
     HadamardFactors,
     block_hadamard_factors,
     hadamard_factors,
-    hadamard_matrix,
     hadamard_transform,
     random_hadamard,
     random_hadamard_factors,
