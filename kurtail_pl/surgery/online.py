@@ -31,8 +31,7 @@ class OnlineHadamard(Exact):
         signs = factors.sylvester_signs()
         self.is_sylvester = signs is not None
         for name, each in zip(("rows", "columns"), signs or (None, None), strict=True):
-            # Signs that are all positive are not multiplied by.
-            self.register_buffer(name, None if each is None or (each > 0).all() else each, persistent=False)
+            self.register_buffer(name, None if each is None else _small(each), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``[..., n]``, in float32 or wider: in half precision the factors would not be orthogonal."""
@@ -61,6 +60,11 @@ class OnlineHadamard(Exact):
     def factors(self) -> HadamardFactors:
         """Where the module is, and in its type."""
         return HadamardFactors(self.left, self.right, self.construction, self.blocks)
+
+
+def _small(signs: Tensor) -> Tensor | None:
+    """Signs as int8; None where all are positive, since nothing has to be multiplied then."""
+    return signs.to(torch.int8) if bool((signs < 0).any()) else None
 
 
 class OnlineKronecker(Exact):

@@ -53,6 +53,7 @@ def test_only_what_may_be_rounded_is(artefact: Path, dtype: torch.dtype) -> None
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = name.rpartition(".")[2]
         wanted = {"codes": torch.uint8, "scale": torch.float32, "left": torch.float64, "right": torch.float64}
+        wanted |= {"rows": torch.int8, "columns": torch.int8}
         assert tensor.dtype == (torch.float32 if "inv_freq" in kind else wanted.get(kind, dtype)), name
     assert torch.equal(logits_of(model), logits_of(kurtail_pl.load(artefact).to(dtype)))
 
