@@ -112,7 +112,7 @@ def test_a_float_cache_holds_centred_keys(centred_stories: Path, tmp_path: Path)
         for layer in model.model.layers:
             stack.enter_context(watched_scores(layer.self_attn, seen.append))
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    for index, (_, keys, _, _) in enumerate(seen):
+    for index, (_, keys, *_) in enumerate(seen):
         centre = checkpoint.tensor(f"model.layers.{index}.self_attn.key_centre").float()
         expected = fake_quantize(keys - centre, CENTRED["cache"].keys).numpy()
         found = decoder.cache()[f"past_key_values.{index}.key"]
