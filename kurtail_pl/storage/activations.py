@@ -141,7 +141,7 @@ def write_manifest(folder: Path, origin: Origin, shape: Shape, versions: dict[st
         "origin": asdict(origin),
         "shape": asdict(shape),
         "versions": versions,
-        "sha256": dict(zip(sites, sha256_of_each([_file(folder, site) for site in sites]), strict=True)),
+        "sha256": {path.stem: sha256 for path, sha256 in sha256_of_each([_file(folder, s) for s in sites]).items()},
     }
     write_json(folder / MANIFEST, manifest)
 
@@ -194,11 +194,11 @@ class ActivationStore:
 
     def require_intact(self) -> None:
         """Raise StoreMismatch when a file's hash is not the manifest's."""
-        paths = [_file(self.folder, site) for site in self._sha256]
-        bad = next((path for path in paths if not path.is_file()), None)
+        expected = {_file(self.folder, site): sha256 for site, sha256 in self._sha256.items()}
+        bad = next((path for path in expected if not path.is_file()), None)
         if bad is None:
-            found = zip(paths, sha256_of_each(paths), self._sha256.values(), strict=True)
-            bad = next((path for path, sha256, expected in found if sha256 != expected), None)
+            found = sha256_of_each([*expected])
+            bad = next((path for path in expected if found[path] != expected[path]), None)
         if bad is not None:
             raise StoreMismatch(f"{bad} is missing or damaged; remove {self.folder} and capture again")
 

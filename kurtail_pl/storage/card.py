@@ -31,7 +31,7 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `kurtail.json`, the last file of a folder, with the hashes of every other file."""
     # A process that was killed while or after it wrote the card left one of the same folder, maybe under a hidden name.
     others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD and not p.name.startswith(".")]
-    hashes = dict(zip((path.name for path in others), sha256_of_each(others), strict=True))
+    hashes = {path.name: sha256 for path, sha256 in sha256_of_each(others).items()}
     write_json(folder / CARD, {"format": FORMAT, **card, "sha256": hashes})
 
 
@@ -104,8 +104,8 @@ def require_intact(folder: Path) -> None:
     for path in expected:
         if not path.is_file():
             raise ArtefactError(f"{path} is missing; {AGAIN}")
-    for (path, wanted), found in zip(expected.items(), sha256_of_each([*expected]), strict=True):
-        if found != wanted:
+    for path, found in sha256_of_each([*expected]).items():
+        if found != expected[path]:
             raise ArtefactError(f"{path} is damaged (its hash changed); {AGAIN}")
 
 

@@ -142,7 +142,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of configuration and weights."""
         digest = hashlib.sha256()
-        for sha256 in sha256_of_each([self.folder / "config.json", *self.files]):
+        for sha256 in sha256_of_each([self.folder / "config.json", *self.files]).values():
             digest.update(sha256.encode())
         return digest.hexdigest()
 

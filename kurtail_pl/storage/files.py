@@ -202,10 +202,10 @@ def sha256_of(path: Path) -> str:
     return _remembered_digest(path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-def sha256_of_each(paths: Sequence[Path]) -> list[str]:
+def sha256_of_each(paths: Sequence[Path]) -> dict[Path, str]:
     """`sha256_of` of several files, as many at a time as torch has threads: one alone reads slower than a disk."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(sha256_of, paths))
+        return dict(zip(paths, pool.map(sha256_of, paths), strict=True))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -58,13 +58,13 @@ def join(parts: Sequence[Path], folder: Path, largest: int = LARGEST) -> None:
     Raises:
         NotWritable: when the operating system does not let it be written; DiskFull when the disk is full.
     """
-    shards = _split([pieces_of(part) for part in parts], largest)
+    held = [pieces_of(part) for part in parts]
+    shards = _split(held, largest)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        whole = shard[0].path
-        if pieces_of(whole) == shard:
-            _name(folder / name, whole)
+        if shard in held:
+            _name(folder / name, shard[0].path)
         else:
             # Large numbers first, so that each begins at a multiple of its size, which readers of mapped files need.
             _write(folder / name, sorted(shard, key=lambda piece: -piece.itemsize))

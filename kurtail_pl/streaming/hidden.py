@@ -66,12 +66,12 @@ class MappedStates:
 
     def __setitem__(self, window: int, states: Tensor) -> None:
         """Write the states of a window; raises NotFinite when a value is infinite or not a number."""
+        state = states[0].to(self._states.dtype)
         if self._staging is None:
-            self._states[window] = states[0]
+            self._states[window] = state
         else:
-            self._staging.from_device(states[0], self._states[window])
-        # On the device, where a look takes less time.
-        if not is_finite(self._states[window] if self._staging is None else states[0].to(self._states.dtype)):
+            self._staging.from_device(state, self._states[window])
+        if not is_finite(state):  # On the device, where a look takes less time.
             raise NotFinite(
                 f"window {window} has hidden states in {self._place()} that are nan or infinite; the model's values "
                 f"are too large for {str(self._states.dtype).removeprefix('torch.')}: use another copy of the model"
