@@ -1,4 +1,4 @@
-r"""llm-compressor on the windows that ours is calibrated and measured on, at the same bits.
+r"""llm-compressor on the windows that KurTail is calibrated and measured on, at the same bits.
 
 Runs in an environment of its own, with this project's folder on its path for the windows alone:
 

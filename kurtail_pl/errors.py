@@ -78,7 +78,7 @@ def require_seed(name: str, seed: int) -> None:
 
 
 REASON_LENGTH = 120
-"""Characters of another library's message that one of ours repeats."""
+"""Characters of another library's message that an own message repeats."""
 LIST_LENGTH = 160
 """Characters of a list of remarks in a message."""
 

@@ -1,4 +1,4 @@
-"""A model that transformers makes, fills and places, and that becomes ours in between."""
+"""A model that transformers makes, fills and places, and that becomes quantized in between."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _changed(model: Loaded) -> str | None:
 
 
 def _settings(module: nn.Module) -> list[object]:
-    """What modules of ours have beside tensors."""
+    """What own modules have beside tensors."""
     return [getattr(module, name, None) for name in ("activations", "weights", "side", "cache")]
 
 

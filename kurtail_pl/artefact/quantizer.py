@@ -1,4 +1,4 @@
-"""transformers' own loader for folders of ours: `from_pretrained` gives the model that `load` gives, bit for bit.
+"""transformers' own loader for KurTail folders: `from_pretrained` gives the model that `load` gives, bit for bit.
 
 `config.json` names this quantizer, and has a mark (`storage.mark`) by which transformers refuses the folder where none
 is registered. Here the mark is taken away; `artefact.adoption` does the rest.
@@ -25,7 +25,7 @@ METHOD = "kurtail"
 
 @register_quantization_config(METHOD)
 class KurtailConfig(QuantizationConfigMixin):
-    """`quantization_config` of a folder of ours; all that there is to say is in its card."""
+    """`quantization_config` of a KurTail folder; all that there is to say is in its card."""
 
     def __init__(self, quant_method: Any = METHOD) -> None:
         self.quant_method = quant_method
@@ -33,7 +33,7 @@ class KurtailConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class KurtailQuantizer(HfQuantizer):
-    """Makes `from_pretrained` read a folder of ours.
+    """Makes `from_pretrained` read a KurTail folder.
 
     Raises:
         ArtefactError: when a file is missing, or not the one that was written.

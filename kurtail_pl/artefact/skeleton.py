@@ -1,4 +1,4 @@
-"""The modules of a model folder, plain or ours: without weights, and with all of them."""
+"""The modules of a model folder, plain or made by KurTail: without weights, and with all of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def equip(model: PreTrainedModel, folder: Path) -> None:
-    """Make an empty plain model expect the weights of a folder of ours, and compute what that folder does, in place."""
+    """Make an empty plain model expect the weights of a KurTail folder, and compute what that folder does, in place."""
     scheme = scheme_of(folder)
     require_scheme_fits(model.config, scheme)
     equip_model(model, scheme, rotations_of(folder))
@@ -65,7 +65,7 @@ def equip(model: PreTrainedModel, folder: Path) -> None:
 def whole_model(
     checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> PreTrainedModel:
-    """The model of any folder, plain or ours, with all its weights in memory, in evaluation mode.
+    """The model of any folder, plain or made by KurTail, with all its weights in memory, in evaluation mode.
 
     Raises:
         ConfigError: when the type does not hold the weights.

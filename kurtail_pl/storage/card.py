@@ -1,4 +1,4 @@
-"""A model folder of ours: Hugging Face layout plus `rotations.safetensors` and `kurtail.json`.
+"""A model folder that KurTail made: Hugging Face layout plus `rotations.safetensors` and `kurtail.json`.
 
 `kurtail.json` is written last; a folder without it is a plain model folder. It holds what is needed to repeat the
 folder: method, scheme, settings, seeds, versions, and hashes of the model, text and rotations.
@@ -110,7 +110,7 @@ def require_intact(folder: Path) -> None:
 
 
 def require_sound(folder: Path) -> None:
-    """`require_intact` of a model folder that is ours; of a plain one nothing is known."""
+    """`require_intact` of a model folder that KurTail made; of a plain one nothing is known."""
     if is_ours(folder):
         require_intact(folder)
 
@@ -121,7 +121,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def require_plain(folder: Path) -> None:
-    """Raise ArtefactError when a folder of ours stands where a plain model is wanted."""
+    """Raise ArtefactError when a KurTail folder stands where a plain model is wanted."""
     require_card(folder)
     if is_ours(folder):
         card = read_card(folder)

@@ -122,7 +122,7 @@ class Checkpoint:
         try:
             module.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            # Its first line says as much as ours.
+            # Its first line says as much as an own message would.
             different = shortened(str(error).splitlines()[-1].strip(), DIFFERENCE_LENGTH)
             raise CheckpointError(
                 f"the weights in {self.folder} do not fit its config.json and card at {prefix}: {different}; "

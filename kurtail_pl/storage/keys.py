@@ -63,7 +63,7 @@ def unspelled(value: Any) -> Any:
 
 
 def model_key(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a model computes, plain or ours."""
+    """What a model computes, plain or made by KurTail."""
     if not is_ours(checkpoint.folder):
         return {"model_sha256": checkpoint.sha256}
     return {"model_sha256": checkpoint.sha256, "folder_sha256": folder_sha256(checkpoint.folder)}

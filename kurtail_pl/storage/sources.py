@@ -41,7 +41,7 @@ def open_model(model: str) -> Checkpoint:
 
 
 def open_any(model: str) -> Checkpoint:
-    """Find a model as `open_model` does, plain or ours."""
+    """Find a model as `open_model` does, plain or made by KurTail."""
     checkpoint = Checkpoint(_folder_of(model))
     checkpoint.require_complete()
     return checkpoint
@@ -67,7 +67,7 @@ def folder_of(name: str) -> Path:
 
 
 def completed(folder: Path, name: str) -> Path:
-    """A folder of ours, with what transformers leaves on the Hugging Face hub: it fetches configuration and weights.
+    """A KurTail folder, with what transformers leaves on the Hugging Face hub: it fetches configuration and weights.
 
     Args:
         folder: any; what it lacks is fetched when it is a download in the hub's cache.

@@ -50,7 +50,7 @@ class Compute:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether layers run on CUDA, here or, when it is asked for by name, on the machine that is meant."""
+        """Whether layers run on CUDA, here or, where CUDA is asked for by name, on the machine that a plan is for."""
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
 

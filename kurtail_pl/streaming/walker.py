@@ -34,7 +34,7 @@ class Walker:
 
     Raises:
         UnsupportedArchitecture: when the model's family has no matching record.
-        ArtefactError: when the plain model of a folder of ours is asked for.
+        ArtefactError: when the plain model of a KurTail folder is asked for.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ def check(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def _run(source: Source, written: Written, path: Path, package: ModuleType) -> dict[str, Any]:
-    """Tokens of some texts, and the likeliest behind each token of one, beside ours."""
+    """Tokens of some texts, and the likeliest behind each token of one, by both runtimes."""
     runtime, tokenizer = Runtime(package, path), source.checkpoint.tokenizer()
     for text in TEXTS:
         expected, told = list(tokenizer(text)["input_ids"]), runtime.tokens(text)

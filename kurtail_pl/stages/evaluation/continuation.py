@@ -34,7 +34,7 @@ def continuation(checkpoint: Checkpoint, prompt: str, tokens: int) -> str:
     """Let a model go on after a prompt, with the most likely token each time, in float32 on the CPU.
 
     Args:
-        checkpoint: a folder of ours, which is loaded by `load`, or a plain model.
+        checkpoint: a KurTail folder, which is loaded by `load`, or a plain model.
         prompt: at least one token.
         tokens: how many are added, at most: a model may end its text.
 

@@ -1,4 +1,4 @@
-"""Evaluate: perplexity of any model folder, plain or ours, one decoder layer in memory at a time."""
+"""Evaluate: perplexity of any model folder, plain or made by KurTail, one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
         cost.
 
     Raises:
-        ArtefactError: when the folder is ours and a file of it is missing or damaged.
+        ArtefactError: when KurTail made the folder and a file of it is missing or damaged.
         ConfigError: when the windows are longer than the model's positions.
         NotFinite: when the perplexity, or what leads to it, is infinite or not a number.
         TextError: when the text is too short.

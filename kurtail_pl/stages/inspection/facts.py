@@ -52,10 +52,10 @@ class Facts:
 
 
 def facts_of(path: Path) -> Facts:
-    """Read what says of itself a folder of ours, an export, a GGUF file, or a model in the Hugging Face layout.
+    """Read what says of itself a KurTail folder, an export, a GGUF file, or a model in the Hugging Face layout.
 
     Raises:
-        ArtefactError: when a folder of ours is damaged.
+        ArtefactError: when a KurTail folder is damaged.
         CheckpointError: when the path does not exist or is nothing of these, or its file is damaged.
     """
     if not path.exists():

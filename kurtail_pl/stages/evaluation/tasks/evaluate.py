@@ -1,4 +1,4 @@
-"""Evaluate tasks: accuracy of a model folder, plain or ours, on the paper's benchmarks."""
+"""Evaluate tasks: accuracy of a model folder, plain or made by KurTail, on the paper's benchmarks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def evaluate_tasks(checkpoint: Checkpoint, spec: TaskSpec, device: Device = "aut
         ``skipped`` and why; the settings, the version of the ``harness`` and the ``cost``.
 
     Raises:
-        ArtefactError: when the folder is ours and a file of it is missing or damaged.
+        ArtefactError: when KurTail made the folder and a file of it is missing or damaged.
         HarnessMissing: when the harness is not installed.
         TextError: when a local file is missing or not in the harness's format.
         ConfigError: when MMLU has fewer examples than asked for.

@@ -35,11 +35,11 @@ GROUPS = ("humanities", "social_sciences", "stem", "other")
 
 @dataclass(frozen=True)
 class Part:
-    """What the harness calls a task: one of ours, or one subject of MMLU.
+    """What the harness calls a task: one of those here, or one subject of MMLU.
 
     Attributes:
         name: in the harness.
-        task: ours that it belongs to.
+        task: the task here that it belongs to.
         group: of MMLU's subjects.
         rows: how many of its first rows are asked; None for all.
     """
@@ -70,7 +70,7 @@ class Part:
 
 
 def parts_of(name: str, spec: TaskSpec) -> list[Part]:
-    """The harness's tasks that make up one of ours, limited to the rows asked for.
+    """The harness's tasks that make up a task here, limited to the rows asked for.
 
     Raises:
         TextError: when local rows cannot be read or lack the harness's fields, or the hub cannot be reached.

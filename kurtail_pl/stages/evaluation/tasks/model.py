@@ -33,7 +33,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     padded, and logits are computed for the answers' tokens alone.
 
     Args:
-        model: float or ours.
+        model: float or made by KurTail.
         tokenizer: of the model.
 
     Attributes:
