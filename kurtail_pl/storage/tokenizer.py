@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kurtail_pl.errors import CheckpointError, reason
+from kurtail_pl.storage.files import sha256_of
 from kurtail_pl.storage.records import read_object
 
 FAST = "tokenizer.json"
 FILES = (FAST, "tokenizer.model", "vocab.json", "tokenizer_config.json")
+READ = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "config.json")
+"""How the names of files begin that decide what a tokenizer does."""
 AGAIN = "copy it again from where the model comes from"
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A folder with a tokenizer, equal to every other with the same files."""
+
+    files: tuple[tuple[str, str], ...]
+    """Names and hashes."""
+    folder: Path = field(compare=False)
+
+
 def read_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder; one object for all folders with the same files, which nobody may change.
 
     Args:
         folder: that it lies in.
@@ -26,6 +40,18 @@ def read_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     """
     if not any((folder / name).is_file() for name in FILES):
         raise CheckpointError(f"{folder} has no tokenizer; add its {FAST} and tokenizer_config.json")
+    try:
+        files = [path for path in sorted(folder.iterdir()) if path.name.startswith(READ) and path.is_file()]
+        place = _Place(tuple((path.name, sha256_of(path)) for path in files), folder)
+    except OSError as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason(error)}); {AGAIN}") from error
+    return _read(place, vocabulary)
+
+
+@lru_cache(maxsize=4)
+def _read(place: _Place, vocabulary: int) -> PreTrainedTokenizerBase:
+    # Reading takes half a second and more, and a run asks a dozen times.
+    folder = place.folder
     for name in (FAST, "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             read_object(folder / name, CheckpointError, AGAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -110,6 +111,8 @@ def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = 
     )
 
 
+@lru_cache(maxsize=4)
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Numbers of a text's tokens, ``[tokens]`` int64; several stages of a run cut windows from the same text."""
     # verbose=False: a text longer than the model's context is what we want to cut.
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)

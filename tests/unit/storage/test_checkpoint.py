@@ -57,6 +57,22 @@ def test_tokenizer(tiny: Path) -> None:
     assert Checkpoint(tiny).tokenizer()(text)["input_ids"] == AutoTokenizer.from_pretrained(tiny)(text)["input_ids"]
 
 
+def test_a_tokenizer_is_read_again_where_a_file_of_it_is_another(copy: Path, tied: Path) -> None:
+    read = Checkpoint(tied).tokenizer()
+    assert Checkpoint(copy).tokenizer() is read
+    changes = (
+        ("tokenizer.json", '"content": "<pad>"', '"content": "<gap>"'),
+        ("tokenizer_config.json", "<pad>", "<s>"),
+    )
+    for name, old, new in changes:
+        text = (copy / name).read_text()
+        assert old in text
+        (copy / name).write_text(text.replace(old, new))
+        again, expected = Checkpoint(copy).tokenizer(), AutoTokenizer.from_pretrained(copy)
+        assert again is not read
+        assert (again.get_vocab(), again.pad_token) == (expected.get_vocab(), expected.pad_token)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no-such-model does not exist"):
         Checkpoint(tmp_path / "no-such-model")

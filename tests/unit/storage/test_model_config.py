@@ -192,8 +192,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(copy: Path) ->
 
 def test_tokens_added_to_a_tokenizer_later_may_be_beyond(copy: Path, cache: Path) -> None:
     """As for a padding token that training added and nobody resized the model for."""
-    tokenizer = Checkpoint(copy).tokenizer()
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(copy)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(copy)
     assert len(Checkpoint(copy).tokenizer()) == 301

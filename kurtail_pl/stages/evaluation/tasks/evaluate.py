@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import groupby
 from math import sqrt
 from typing import TYPE_CHECKING, Any, cast
@@ -112,7 +113,7 @@ def _answer(
 
     with quiet():
         loaded = cast(PreTrainedModel, cast(nn.Module, _load(checkpoint)).to(device))
-    model = LoadedModel(loaded, checkpoint.tokenizer())
+    model = LoadedModel(loaded, deepcopy(checkpoint.tokenizer()))  # The harness changes its tokenizer.
     for name, own in groupby(left, key=lambda part: part.task):
         # One line of progress: over the questions, or over the subjects of MMLU.
         model.label = "" if name == MMLU else name
