@@ -55,7 +55,8 @@ def demo(arguments: list[str]) -> None:
     options, overrides = _options(arguments)
     recipes = [argument for name in options.config for argument in ("--config", name)]
     with _quiet():
-        recipe = recipe_of([*recipes, *overrides], BASELINES)
+        # The line that shows the steps is the only one that is drawn again and again.
+        recipe = recipe_of([*recipes, *overrides, "--trainer.enable_progress_bar", "false"], BASELINES)
         maker = Maker(options.out or default_folder(options.config), options.overwrite)
         unrotated, *_, rotated = cells_of([recipe], BASELINES[:1], None)
         first = [maker.parse(cell) for cell in (unrotated, rotated)]

@@ -11,10 +11,11 @@ from pathlib import Path
 import yaml
 
 from kurtail_pl.cli.cells import Cell, Recipe
+from kurtail_pl.cli.later import RecipeCLI, WaitingCLI
 from kurtail_pl.cli.naming import Settings, made_by, reference_suffix
 from kurtail_pl.cli.refusals import require_possible, require_sensible
 from kurtail_pl.cli.saving import RECIPE
-from kurtail_pl.cli.trainer import KurtailCLI, RecipeCLI, command_line, fit
+from kurtail_pl.cli.trainer import KurtailCLI, command_line
 from kurtail_pl.errors import ArtefactError, listed
 from kurtail_pl.lit.callbacks import Evaluation, Fusion, WeightQuantization
 from kurtail_pl.lit.callbacks.order import callback_of
@@ -77,7 +78,7 @@ class Parsed:
 
     cell: Cell
     path: Path
-    cli: KurtailCLI
+    cli: WaitingCLI
 
     @property
     def quantization(self) -> WeightQuantization:
@@ -126,7 +127,10 @@ class Maker:
         path = self.folder / "recipes" / f"{self._cells.index(cell):02d}.yaml"
         with alone_with(self.folder):  # Another process may compare the same recipes.
             write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
-        return Parsed(cell, path, command_line(KurtailCLI, "kurtail compare", ["--config", str(path)], run=False))
+        again = ["--overwrite"] if self.overwrite else []
+        cli = command_line(WaitingCLI, "kurtail compare", ["fit", "--config", str(path), *again])
+        assert isinstance(cli, WaitingCLI)
+        return Parsed(cell, path, cli)
 
     def stands(self, folder: Path) -> bool:
         """Whether a folder stands there, measured, and is not to be made anew."""
@@ -136,7 +140,6 @@ class Maker:
         """Raise what `fit` would raise of a cell before it does any work; nothing of one that stands there."""
         parsed = self.parse(cell)
         if not self.stands(parsed.artefact):
-            parsed.quantization.overwrite = self.overwrite
             require_sensible(parsed.cli.trainer)
             require_possible(parsed.cli.trainer, parsed.cli.model, parsed.cli.datamodule)
 
@@ -160,12 +163,10 @@ class Maker:
                 if not is_reported(folder):  # It was measured, and the disk was full then.
                     report(folder)
             else:
-                again = ["--overwrite"] if self.overwrite else []
-                last = cli.last_checkpoint()
-                if root in self._begun and last is not None:
-                    again += ["--ckpt_path", str(last)]  # What was learned a moment ago, for other weights.
+                # What was learned a moment ago serves for other weights too.
+                learned = cli.last_checkpoint() if root in self._begun else None
                 self._begun.add(root)
-                fit(["--config", str(parsed.path), *again])
+                cli.begin(learned)
                 self._made.add(folder)
         return Row(folder, parsed.cell.seed, parsed.cell.name)
 

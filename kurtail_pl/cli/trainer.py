@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from jsonargparse._common import parser_context
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -41,7 +42,6 @@ from kurtail_pl.lit.checkpoint import require_checkpoint
 from kurtail_pl.lit.datamodule import StoredModel
 from kurtail_pl.lit.rotations import RotationModule
 from kurtail_pl.methods.targets import TargetName
-from kurtail_pl.progress import draws_bars, plan_shown
 from kurtail_pl.storage.lock import alone_with
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,9 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 
+_BASES: dict[tuple[str, ...], Settings] = {}
+"""What `KurtailCLI.base` read so far; nobody changes it."""
+
 
 class RecipeParser(OneLine, LightningArgumentParser):
     """Understands recipes."""
@@ -86,10 +89,6 @@ class RecipeParser(OneLine, LightningArgumentParser):
 
 class KurtailCLI(LightningCLI):
     """LightningCLI with a section for each step of the pipeline, whose sizes come from the data module."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self._claims:
-            super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The verb that is asked for: a parser of each of Lightning's four takes as long again."""
@@ -158,8 +157,16 @@ class KurtailCLI(LightningCLI):
     @cached_property
     def base(self) -> Settings:
         """What a recipe would be without its own settings, but for the classes of its module and data module."""
-        kinds = {name: {"class_path": self.settings[name]["class_path"]} for name in ("model", "data")}
-        return _plain(self._parser(self.subcommand).parse_object(kinds, defaults=True))
+        kinds = {name: self.settings[name]["class_path"] for name in ("model", "data")}
+        key = (*kinds.values(), str(self.trainer_defaults))
+        if key not in _BASES:  # Reading takes half a second, and a table has dozens of recipes.
+            settings = {name: {"class_path": kind} for name, kind in kinds.items()}
+            _BASES[key] = _plain(self._parser(self.subcommand).parse_object(settings, defaults=True))
+        return _BASES[key]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ExitStack() as self._claims:
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Let the callbacks refuse what would fail after capture and training; go on with an unfinished run.
@@ -204,8 +211,6 @@ class KurtailCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, "tensorboard")
         if not module.learns:
             kwargs["max_epochs"] = 0
-        if plan_shown() is not None:
-            kwargs["enable_progress_bar"] = False
         quantization: WeightQuantization = self._get(self.config_init, "quantization")
         quantization.overwrite = self._get(self.config, "overwrite")
         if quantization.out is None:
@@ -232,7 +237,7 @@ class KurtailCLI(LightningCLI):
             yield callback
             if isinstance(callback, WeightQuantization) and keep is not None:
                 yield keep
-        if not draws_bars():
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             yield StepLines()
 
 
@@ -243,13 +248,6 @@ def _plain(config: Namespace) -> Settings:
         settings["model"].get("init_args", {}).pop(name, None)
     settings["quantization"].pop("target", None)
     return settings
-
-
-class RecipeCLI(KurtailCLI):
-    """Reads a recipe without making anything of it: sizes would come from the weights."""
-
-    def instantiate_classes(self) -> None:
-        """Leave it at the settings."""
 
 
 def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:

@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from onnx import TensorProto, helper
 from transformers import AutoTokenizer
 
-from kurtail_pl.cli.trainer import RecipeCLI, command_line
+from kurtail_pl.cli.later import RecipeCLI
+from kurtail_pl.cli.trainer import command_line
 from kurtail_pl.errors import ArtefactError, CheckpointError, NotWritable, RuntimeUnusable
 from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.stages.evaluation.tasks.spec import TaskSpec
