@@ -164,6 +164,10 @@ class KurtailCLI(LightningCLI):
             _BASES[key] = _plain(self._parser(self.subcommand).parse_object(settings, defaults=True))
         return _BASES[key]
 
+    def _dump_config(self) -> None:
+        """Write out nothing: Lightning wants the recipe for hyperparameters, which no class here saves."""
+        self.config_dump: Settings = {}
+
     def _run_subcommand(self, subcommand: str) -> None:
         with ExitStack() as self._claims:
             super()._run_subcommand(subcommand)
