@@ -193,6 +193,9 @@ WITHOUT_GRAPH = {
 }
 """Families that ONNX has no graph for, and what the export says."""
 GRAPHS = [name for name in FAMILIES if name not in WITHOUT_GRAPH]
+PLAIN = ("seed_oss", "ministral", "ministral3", "granite", "granite4")
+"""Families whose graphs differ from others' by biases, masks and factors, which no quantizer meets."""
+QUANTIZED_GRAPHS = [name for name in GRAPHS if name not in PLAIN]
 
 
 def tiny_family(name: str, **changes: Any) -> PreTrainedModel:

@@ -155,7 +155,7 @@ def test_two_processes_killed_and_run_again(
 
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     seconds, draw = run(undisturbed), random.Random(1)
-    for wait in [draw.uniform(0, 0.8) * seconds for _ in range(3)]:
+    for wait in [draw.uniform(0, 0.8) * seconds for _ in range(2)]:
         run(killed, wait)
         if is_finished(killed):
             break

@@ -42,7 +42,7 @@ def config(samples: Samples, place: Path) -> Target:
         table(stages, None)
         perplexity(Checkpoint(model), samples.spec)
 
-    return json_target(1000, file, use)
+    return json_target(700, file, use)
 
 
 @target
@@ -126,4 +126,4 @@ def generation(samples: Samples, place: Path) -> Target:
         file.write_bytes(content)
         load(folder)
 
-    return Target(700, json_files(valid), read)
+    return Target(200, json_files(valid), read)

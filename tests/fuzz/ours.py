@@ -84,7 +84,7 @@ def drawn(samples: Samples, place: Path) -> Target:
     file = folder / "figures" / "figures.json"
     summary = {"kurtosis": numbers, "rounding_error": numbers, "layer001.ffn_in": {"surface": surface}}
     file.write_text(json.dumps(summary))
-    return json_target(800, file, lambda: report(folder))
+    return json_target(400, file, lambda: report(folder))
 
 
 @target

