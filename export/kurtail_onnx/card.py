@@ -17,6 +17,8 @@ def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> l
         f"- {part}: " + ("float" if q is None else f"{q['bits']} bits, clip {q['clip']}")
         for part, q in description["quantizers"].items()
     ]
+    if description["maps"] is not None:
+        quantizers.append("- before the quantizers of activations and keys: a learned map at each place")
     if description["centre"] is not None:
         quantizers.append("- activations and attention_output: each channel's calibrated mean subtracted first")
     if description["static_grids"] is not None:

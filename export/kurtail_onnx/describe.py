@@ -28,6 +28,17 @@ ROTATIONS = {
     "dense_hidden": ("R5", "node dense_hidden_R5/Hadamard on the input of a mixture's dense layers' down projection"),
 }
 
+MAPS = {
+    "formula": ["X = x as a rows of b", "x = left.T @ X @ right, its rows one behind the other"],
+    "where": "nodes transform/MatMul on the input of the linears, after R4 or R5 and before centre and quantizer, "
+    "whatever --to.act is; nodes key_transform/MatMul on queries and on new keys after the rotary embedding and R3, of "
+    "which that of the queries is the transposed inverse, so that scores stay",
+    "tensors": "<linear>.transform.left, stored transposed, and .right, unless it is the identity, or, of few channels,"
+    " .dense, their Kronecker product, all of the first linear that reads the input; <attention>.key_transform and "
+    "<attention>.query_transform, head_dim x head_dim",
+}
+"""What learned maps do; the weights hold their inverses."""
+
 CENTRE = {
     "formula": ["x = x - centre", "y = quantized(x) @ weight.T + bias"],
     "where": "node centre/Sub on the input of the linears, after R4 or R5 and before the quantizer, whatever --to.act "
@@ -99,6 +110,7 @@ def describe(source: Source, spec: Settings, model: ir.Model) -> dict[str, Any]:
         "inputs": [_value(value) for value in model.graph.inputs],
         "outputs": [_value(value) for value in model.graph.outputs],
         "cache": {part.name: _cache(part, source) for part in cache_parts(source, spec)},
+        "maps": None if source.maps is None else {"learned": source.maps, **MAPS},
         "centre": CENTRE if scheme.centre else None,
         "key_centre": KEY_CENTRE if scheme.centre_keys else None,
         "prefix": None if scheme.prefix is None else {"tokens": scheme.prefix, **PREFIX},
@@ -138,8 +150,9 @@ def _cache(part: CachePart, source: Source) -> dict[str, Any]:
 
 def _held_keys(source: Source) -> str:
     rotated = " and R3" if source.rotations.query_key is not None else ""
+    mapped = " and key_transform" if source.maps is not None and source.scheme.cache is not None else ""
     centred = ", less key_centre" if source.scheme.centre_keys else ""
-    return f"keys after the rotary embedding{rotated}{centred}"
+    return f"keys after the rotary embedding{rotated}{mapped}{centred}"
 
 
 def _layout(part: CachePart) -> str:

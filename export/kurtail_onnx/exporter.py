@@ -22,6 +22,8 @@ QDQ = "--to.weights qdq"
 class ONNX(Settings):
     """A graph for ONNX Runtime that says everything that the torch simulation does."""
 
+    maps = True
+
     def sentence(self) -> str:
         """What is written."""
         return (

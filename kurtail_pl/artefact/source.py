@@ -48,7 +48,7 @@ class Source:
     def experts_differ(self) -> bool:
         """Whether experts quantize what they read each in its own way."""
         clipped = any("activations" in site for layer in self.clips for site in layer)
-        return self.scheme.centre or self.scheme.static or clipped
+        return self.scheme.centre or self.scheme.static or clipped or self.maps is not None
 
     @property
     def maps(self) -> str | None:

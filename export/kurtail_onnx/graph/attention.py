@@ -1,4 +1,4 @@
-"""The attention block: projections, rotary embedding, R3, centred keys, cache, prefix, attention, R4, output."""
+"""The attention block: projections, rotary embedding, R3, maps, centres, cache, prefix, attention, R4, output."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kurtail_onnx.forms import cache_integers_of
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import append
 from kurtail_onnx.graph.hadamard import dense_hadamard, hadamard
+from kurtail_onnx.graph.kronecker import mapped_heads
 from kurtail_onnx.graph.norm import rms_norm
 from kurtail_onnx.graph.positions import mask, rope, scaled_by_position, window_of
 from kurtail_onnx.graph.step import Step
@@ -51,7 +52,7 @@ def attention(step: Step, index: int, x: ir.Value) -> ir.Value:
 
 
 def _projections(step: Step, index: int, x: ir.Value) -> Sequence[ir.Value]:
-    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each; queries and keys are rotated."""
+    """Queries, keys and values, ``[batch, heads, tokens, head_dim]`` each; queries and keys are rotated and mapped."""
     g, source = step.g, step.source
     names = [f"{source.layer_name(index)}.{name}" for name in source.architecture.attention_readers]
     read = step.read(x, names[0], "qkv_in")
@@ -61,6 +62,9 @@ def _projections(step: Step, index: int, x: ir.Value) -> Sequence[ir.Value]:
     heads = g.op("Transpose", g.reshape(joined, 0, 0, -1, source.head_dim), perm=[0, 2, 1, 3])
     turned, value = _split(g, heads, source.heads + source.kv_heads, source.kv_heads)
     query, key = _split(g, _rotated(step, index, turned), source.heads, source.kv_heads)
+    module = f"{source.layer_name(index)}.{source.architecture.attention}"
+    if hasattr(source.model.get_submodule(module), "key_transform"):
+        query, key = mapped_heads(g, source, module, query, key)
     return scaled_by_position(step, query), key, value
 
 

@@ -12,6 +12,7 @@ from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows, fake_quantiz
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.grids import GridNodes
+from kurtail_onnx.graph.kronecker import mapped_inputs
 from kurtail_onnx.graph.linear import linear
 from kurtail_onnx.graph.weights import float_weight, initializer
 from kurtail_onnx.settings import Settings
@@ -52,19 +53,23 @@ class Step:
         return self._shared[name]
 
     def read(self, x: ir.Value, reader: str, place: str, some: bool = False) -> ir.Value | IntegerRows:
-        """What the linears at one place multiply, centred and quantized where the scheme says so.
+        """What the linears at one place multiply, mapped, centred and quantized where the artefact says so.
 
         Args:
             x: ``[batch, tokens, in]``; what a rotation gives may have the last dimension in two.
-            reader: one of those linears, by its name in the whole model; all have the same centre, quantizer and grid.
+            reader: one of those linears, by its name in the whole model; all have the same map, centre, quantizer and
+                grid.
             place: name of the scope.
             some: x is not all tokens but some of them, as one text.
         """
         g, module = self.g, self.source.linear(reader)
         by_token = module.activations is not None and self.spec.act == "qdq" and not self.source.scheme.static
         with g.scope(place):
+            if module.transform is not None:
+                x = mapped_inputs(g, self.source, reader, x, module.transform)
             # A quantizer of each token reshapes by itself.
-            if module.rotation is not None and (module.centre is not None or not by_token):
+            turned = module.rotation is not None or module.transform is not None
+            if turned and (module.centre is not None or not by_token):
                 x = g.reshape(x, 0, 0, module.in_features)
             if module.centre is not None:
                 with g.scope("centre"):

@@ -92,7 +92,7 @@ def _part(kernel: Kernel) -> str:
     # An inlined function's nodes are named after the function, not after the node that called it.
     if "Hadamard" in kernel.node:
         return "hadamard"
-    for part in ("centre", "key_centre", "act_q", "kv_cache", "prefix", "lm_head"):
+    for part in ("transform", "key_transform", "centre", "key_centre", "act_q", "kv_cache", "prefix", "lm_head"):
         if f"/{part}/" in kernel.node:
             return part
     if kernel.operator in FUSED:

@@ -17,6 +17,7 @@ from kurtail_pl.artefact.source import Source
 from kurtail_pl.maths.quantizers import quantize
 from kurtail_pl.methods import CacheFormat
 from kurtail_pl.storage.checkpoint import to_float
+from kurtail_pl.surgery.attention import keys_of
 from kurtail_pl.surgery.equip import layers_of
 from kurtail_pl.surgery.gate import use_exact_layer, use_exact_norm
 from kurtail_pl.surgery.layout import module_state
@@ -50,15 +51,10 @@ def whole_reference(source: Source, spec: Settings) -> PreTrainedModel:
 def cached_codes(attention: nn.Module, cache: DynamicCache, layer: int) -> dict[str, Tensor]:
     """Codes of a layer's cached keys and values, ``[batch, kv_heads, tokens, head_dim]``; float parts are left out.
 
-    The cache of the simulation holds keys before R3, centring and quantization, and values before quantization.
+    The cache of the simulation holds keys before R3, maps, centring and quantization, and values before quantization.
     """
     cached = cast(DynamicLayer, cache.layers[layer])
-    keys, values = cast(Tensor, cached.keys), cast(Tensor, cached.values)
-    rotation, centre = attention.query_key_rotation, getattr(attention, "key_centre", None)
-    if rotation is not None:
-        keys = rotation(keys)  # type: ignore[operator]
-    if centre is not None:
-        keys = keys - centre
+    keys, values = keys_of(attention, cast(Tensor, cached.keys)), cast(Tensor, cached.values)
     kept = cache_integers_of(cast(CacheFormat | None, attention.cache))
     assert kept is not None
     states = {"key": (keys, kept.keys), "value": (values, kept.values)}

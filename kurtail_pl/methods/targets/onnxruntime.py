@@ -22,11 +22,13 @@ class ONNXRuntime(Target):
     name = "onnxruntime"
     recipe = "onnxruntime"
     online = ONLINE
+    transforms = True
     rules = (
         Rule("weights", "integers of 4 or 8 bits times a float32 scale", f"{OPERATORS}#com.microsoft.MatMulNBits"),
         Rule("inputs of linears", "divided by their scale, rounded half to even", f"{NODES}/onnx__QuantizeLinear.html"),
         Rule("cache", "codes of 4 bits, two in a byte, and a float32 scale for each token and head", "kurtail_onnx"),
         Rule("R3, R4, R5", "nodes Hadamard, two products of small matrices", "kurtail_onnx"),
+        Rule("learned maps", "two products of small matrices, each layer's own", "kurtail_onnx"),
     )
 
     def lacks(self, scheme: Scheme) -> Iterator[str]:
