@@ -21,6 +21,8 @@ def notes(description: Mapping[str, Any], checks: Mapping[str, Any] | None) -> l
         quantizers.append("- before the quantizers of activations and keys: a learned map at each place")
     if description["centre"] is not None:
         quantizers.append("- activations and attention_output: each channel's calibrated mean subtracted first")
+    if description["side"] is not None:
+        quantizers.append(f"- beside the weights: {description['side']['kept']}")
     if description["static_grids"] is not None:
         quantizers.append("- activations and attention_output: one calibrated grid for all tokens of each input")
     if description["prefix"] is not None:

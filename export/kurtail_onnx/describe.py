@@ -48,6 +48,15 @@ CENTRE = {
 }
 """How inputs are centred; `quantized` is what the quantizer of activations does, if there is one."""
 
+SIDE = {
+    "formula": ["y = quantized(x) @ weight.T + bias + (x @ down.T) @ up.T"],
+    "where": "nodes side/MatMul on the input of the linears, after the centre and before the quantizer, whatever "
+    "--to.act is, and side/MatMul and side/Add behind each linear",
+    "tensors": "<linear>.side_down, rank x in, of the first linear that reads the input, and <linear>.side_up, out x "
+    "rank, both stored transposed",
+}
+"""What a side of low rank adds."""
+
 KEY_CENTRE = {
     "formula": ["key = key - key_centre"],
     "where": "node key_centre/Sub on new keys, after the rotary embedding and R3 and before the quantizer; scores of a "
@@ -112,6 +121,7 @@ def describe(source: Source, spec: Settings, model: ir.Model) -> dict[str, Any]:
         "cache": {part.name: _cache(part, source) for part in cache_parts(source, spec)},
         "maps": None if source.maps is None else {"learned": source.maps, **MAPS},
         "centre": CENTRE if scheme.centre else None,
+        "side": None if scheme.side is None else {"kept": scheme.side.sentence(), **SIDE},
         "key_centre": KEY_CENTRE if scheme.centre_keys else None,
         "prefix": None if scheme.prefix is None else {"tokens": scheme.prefix, **PREFIX},
         "longrope": None if border is None else {"border": border, "where": LONGROPE},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kurtail_onnx.card import notes
-from kurtail_onnx.forms import CacheIntegers, cache_integers_of, weight_integers_of
+from kurtail_onnx.forms import CacheIntegers, cache_integers_of, is_thin, weight_integers_of
 from kurtail_onnx.graph.activations import CODE_TYPES
 from kurtail_onnx.graph.linear import KERNEL_BLOCK
 from kurtail_onnx.settings import Settings
@@ -92,9 +92,9 @@ def _not_in_a_graph(scheme: Scheme, weights: Quantizer | None, cache: CacheInteg
             "for each token and head: quantize to those (sinks: null) to export, or use the artefact with "
             "kurtail_pl.load"
         )
-    if scheme.side is not None:
+    if scheme.side is not None and not is_thin(scheme.side):
         yield (
-            f"beside the weights is {scheme.side.sentence()}, and a graph has rounded weights alone: quantize with "
+            f"beside the weights is {scheme.side.sentence()}, and a graph has thin matrices alone there: quantize with "
             "side: null, or use the artefact with kurtail_pl.load"
         )
     if scheme.weights is not None and weights is None:

@@ -1,4 +1,4 @@
-"""What formats of weights and caches are in ONNX: one function for each that has a form there."""
+"""What formats of weights and caches, and sides, are in ONNX: one function for each that has a form there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kurtail_pl.maths.quantizers import Quantizer
-from kurtail_pl.methods import NVINT4, CacheFormat, Format, PerTokenHead, Progressive
+from kurtail_pl.methods import NVINT4, CacheFormat, Format, LowRank, PerTokenHead, Progressive, Side
 from kurtail_pl.methods.formats.blocks import in_float
 
 
@@ -68,3 +68,14 @@ def _(weights: Progressive, stored: Callable[[str], Tensor]) -> Tensor:
 def _(weights: NVINT4, stored: Callable[[str], Tensor]) -> Tensor:
     # Of four bits, times a power of two: exact in float32.
     return in_float(stored("blocks"), stored("tensor_scale"))
+
+
+@singledispatch
+def is_thin(side: Side | None) -> bool:
+    """Whether there is nothing beside the weights but two thin matrices, `down` and `up`."""
+    return side is None
+
+
+@is_thin.register
+def _(side: LowRank) -> bool:
+    return True

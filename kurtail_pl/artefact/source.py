@@ -38,7 +38,11 @@ class Source:
         self.model = skeleton(self.checkpoint)
         self.architecture = architecture_of(self.config)
         self.scheme, self.rotations = scheme_of(folder), rotations_of(folder)
-        self.clips: list[dict[str, float]] = read_card(folder).get("clips") or []
+        card = read_card(folder)
+        self.clips: list[dict[str, float]] = card.get("clips") or []
+        # How the maps before its quantizers were learned, in words; None where there are none.
+        mapped = bool(card.get("transforms"))
+        self.maps = TransformTuner.from_dict(card["quantize"]["transforms"]).sentence() if mapped else None
         self.layers = list(layers_of(self.model, self.architecture))
         self.heads: int = self.config.num_attention_heads
         self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.heads
@@ -46,15 +50,10 @@ class Source:
 
     @property
     def experts_differ(self) -> bool:
-        """Whether experts quantize what they read each in its own way."""
+        """Whether experts map, centre or quantize what they read each in its own way, or have sides."""
         clipped = any("activations" in site for layer in self.clips for site in layer)
-        return self.scheme.centre or self.scheme.static or clipped or self.maps is not None
-
-    @property
-    def maps(self) -> str | None:
-        """How the maps before its quantizers were learned, in words; None where there are none."""
-        card = read_card(self.folder)
-        return TransformTuner.from_dict(card["quantize"]["transforms"]).sentence() if card.get("transforms") else None
+        own = self.scheme.centre or self.scheme.static or self.scheme.side is not None
+        return own or clipped or self.maps is not None
 
     @property
     def config(self) -> PretrainedConfig:

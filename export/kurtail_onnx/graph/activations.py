@@ -33,6 +33,16 @@ class IntegerRows(NamedTuple):
     shape: ir.Value | None
 
 
+class Inputs(NamedTuple):
+    """What linears that read the same multiply: weights the states, sides, if there are any, what `down` makes of them.
+
+    The states are ``[batch, tokens, in]``, quantized or not, or codes; the other is ``[batch, tokens, rank]``.
+    """
+
+    states: ir.Value | IntegerRows
+    thin: ir.Value | None = None
+
+
 def fake_quantized(g: GraphBuilder, x: ir.Value, size: int, quantizer: Quantizer, shape: ir.Value | None) -> ir.Value:
     """Quantize and dequantize each token.
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from kurtail_onnx.graph.activations import IntegerRows
+from kurtail_onnx.graph.activations import Inputs, IntegerRows
 from kurtail_onnx.graph.mlp import gated_mlp
 from kurtail_onnx.graph.step import Step
 from kurtail_onnx.graph.weights import float_weight
@@ -21,8 +21,8 @@ def mixture(step: Step, index: int, x: ir.Value) -> ir.Value:
     with g.scope(names.mlp):
         weights, experts = _route(step, index, g.reshape(x, -1, hidden))
         mlps = [f"{source.layer_name(index)}.{name}" for name in names.gated_mlps(source.layers[index])]
-        # Quantized once for all experts, unless each has a centre, a clip or a grid of its own.
-        states = x if source.experts_differ else step.read(x, f"{mlps[0]}.{names.gate}", "gate_up_in")
+        # Quantized once for all experts, unless each has a map, a centre, a clip, a grid or a side of its own.
+        states = Inputs(x) if source.experts_differ else step.read(x, f"{mlps[0]}.{names.gate}", "gate_up_in")
         zero = ir.tensor(np.zeros(1, g.dtype.numpy()))
         total = g.op("ConstantOfShape", g.op("Shape", g.reshape(x, -1, hidden)), value=zero)
         for number, name in enumerate(mlps):
@@ -53,21 +53,22 @@ def _route(step: Step, index: int, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
         return g.cast(weights, g.dtype), experts
 
 
-def _chosen(step: Step, name: str, states: ir.Value | IntegerRows, tokens: ir.Value) -> ir.Value | IntegerRows:
+def _chosen(step: Step, name: str, read: Inputs, tokens: ir.Value) -> Inputs:
     """What an expert's gate and up multiply, some tokens as one text ``[1, tokens, hidden]``.
 
     Args:
         step: what layers share.
         name: of the expert in the whole model.
-        states: the block's input, ``[batch, tokens, hidden]``; already quantized where experts do it alike.
+        read: the block's input, ``[batch, tokens, hidden]``; already quantized where experts do it alike.
         tokens: numbers of the tokens that the router sends to the expert.
     """
     g, source = step.g, step.source
+    states = read.states
     if isinstance(states, IntegerRows):
         codes, scale = (g.op("Gather", part, tokens, axis=0) for part in (states.codes, states.scale))
-        return IntegerRows(codes, scale, None)
+        return Inputs(IntegerRows(codes, scale, None))
     rows = g.op("Gather", g.reshape(states, -1, source.config.hidden_size), tokens, axis=0)
     rows = g.op("Unsqueeze", rows, g.ints(0))
     if not source.experts_differ:
-        return rows
+        return Inputs(rows)
     return step.read(rows, f"{name}.{source.architecture.gate}", "gate_up_in", some=True)

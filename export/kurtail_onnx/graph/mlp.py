@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kurtail_onnx.graph.activations import IntegerRows
+from kurtail_onnx.graph.activations import Inputs
 from kurtail_onnx.graph.hadamard import hadamard
 from kurtail_onnx.graph.step import Step
 
@@ -19,7 +19,7 @@ def mlp(step: Step, index: int, x: ir.Value) -> ir.Value:
         return gated_mlp(step, name, step.read(x, f"{name}.{names.gate}", "gate_up_in"))
 
 
-def gated_mlp(step: Step, name: str, read: ir.Value | IntegerRows, some: bool = False) -> ir.Value:
+def gated_mlp(step: Step, name: str, read: Inputs, some: bool = False) -> ir.Value:
     """``down(silu(gate(x)) * up(x))``.
 
     Args:

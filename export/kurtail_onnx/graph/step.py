@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from torch import Tensor
 
-from kurtail_onnx.graph.activations import CODE_TYPES, IntegerRows, fake_quantized, fake_quantized_on, integer_rows
+from kurtail_onnx.graph.activations import (
+    CODE_TYPES,
+    Inputs,
+    IntegerRows,
+    fake_quantized,
+    fake_quantized_on,
+    integer_rows,
+)
 from kurtail_onnx.graph.builder import GraphBuilder
 from kurtail_onnx.graph.cache import CachePart
 from kurtail_onnx.graph.grids import GridNodes
@@ -52,13 +59,13 @@ class Step:
                 self._shared[name] = make()
         return self._shared[name]
 
-    def read(self, x: ir.Value, reader: str, place: str, some: bool = False) -> ir.Value | IntegerRows:
+    def read(self, x: ir.Value, reader: str, place: str, some: bool = False) -> Inputs:
         """What the linears at one place multiply, mapped, centred and quantized where the artefact says so.
 
         Args:
             x: ``[batch, tokens, in]``; what a rotation gives may have the last dimension in two.
-            reader: one of those linears, by its name in the whole model; all have the same map, centre, quantizer and
-                grid.
+            reader: the first of those linears, by its name in the whole model; all have the same map, centre,
+                quantizer, grid and `down` of a side.
             place: name of the scope.
             some: x is not all tokens but some of them, as one text.
         """
@@ -69,16 +76,27 @@ class Step:
                 x = mapped_inputs(g, self.source, reader, x, module.transform)
             # A quantizer of each token reshapes by itself.
             turned = module.rotation is not None or module.transform is not None
-            if turned and (module.centre is not None or not by_token):
+            if turned and not (by_token and module.centre is None and module.side is None):
                 x = g.reshape(x, 0, 0, module.in_features)
             if module.centre is not None:
                 with g.scope("centre"):
                     x = g.op("Sub", x, float_weight(g, self.source, f"{reader}.centre", (module.in_features,)))
+            thin = None if module.side is None else self._thin(x, reader)
             # A bias makes up for the centre: it is subtracted also from inputs that stay float.
             if module.activations is None or self.spec.act == "none":
-                return x
+                return Inputs(x, thin)
             with g.scope("act_q"):
-                return self._quantized(x, reader, module.activations, None if some else self.token_shape)
+                states = self._quantized(x, reader, module.activations, None if some else self.token_shape)
+            return Inputs(states, thin)
+
+    def _thin(self, x: ir.Value, reader: str) -> ir.Value:
+        """What `down`, which the first reader holds, makes of inputs that are not quantized."""
+        with self.g.scope("side"):
+            return self.g.op("MatMul", x, self._of_side(reader, "down"))
+
+    def _of_side(self, linear: str, name: str) -> ir.Value:
+        shape = tuple(self.source.linear(linear).side_tensors()[name].shape)
+        return float_weight(self.g, self.source, f"{linear}.side_{name}", shape, transposed=True)
 
     def _quantized(
         self, x: ir.Value, reader: str, quantizer: Quantizer, shape: ir.Value | None
@@ -101,6 +119,10 @@ class Step:
         dtype = CODE_TYPES[quantizer.bits, False]
         return GridNodes(scale_node, initializer(self.g, zero_point, dtype, (), lambda: self.source.tensor(zero_point)))
 
-    def linear(self, name: str, x: ir.Value | IntegerRows) -> ir.Value:
-        """Multiply by a linear of the model, by its name in the whole model."""
-        return linear(self.g, self.source, name, x, self.spec.weights)
+    def linear(self, name: str, read: Inputs) -> ir.Value:
+        """Multiply by a linear of the model, by its name in the whole model, and add what its side gives."""
+        g, y = self.g, linear(self.g, self.source, name, read.states, self.spec.weights)
+        if read.thin is None:
+            return y
+        with g.scope(name.rsplit(".", 1)[-1]), g.scope("side"):
+            return g.op("Add", y, g.op("MatMul", read.thin, self._of_side(name, "up")))

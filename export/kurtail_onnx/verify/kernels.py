@@ -18,6 +18,8 @@ from kurtail_onnx.run.session import Device, open_session
 
 FUSED = ("MatMulNBits", "MatMulInteger")
 """Kernels that multiply by weights of few bits; what is not fused runs as DequantizeLinear and MatMul."""
+PARTS = ("transform", "key_transform", "side", "centre", "key_centre", "act_q", "kv_cache", "prefix", "lm_head")
+"""Scopes whose kernels are told apart from others."""
 PREFILL = (4,)
 
 
@@ -92,7 +94,7 @@ def _part(kernel: Kernel) -> str:
     # An inlined function's nodes are named after the function, not after the node that called it.
     if "Hadamard" in kernel.node:
         return "hadamard"
-    for part in ("transform", "key_transform", "centre", "key_centre", "act_q", "kv_cache", "prefix", "lm_head"):
+    for part in PARTS:
         if f"/{part}/" in kernel.node:
             return part
     if kernel.operator in FUSED:

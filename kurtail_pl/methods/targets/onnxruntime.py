@@ -9,6 +9,7 @@ from kurtail_pl.methods.caches.per_token_head import PerTokenHead
 from kurtail_pl.methods.formats.nvint4 import NVINT4
 from kurtail_pl.methods.formats.progressive import Progressive
 from kurtail_pl.methods.scheme import Scheme
+from kurtail_pl.methods.sides.low_rank import LowRank
 from kurtail_pl.methods.target import ONLINE, Rule, Target
 
 SCHEME = "quantization.scheme"
@@ -34,8 +35,8 @@ class ONNXRuntime(Target):
     def lacks(self, scheme: Scheme) -> Iterator[str]:
         """What has no type in ONNX, or no place in the cache."""
         weights = scheme.weights
-        if scheme.side is not None:
-            yield f"the graph has rounded weights alone: write {SCHEME}.side: null"
+        if scheme.side is not None and not isinstance(scheme.side, LowRank):
+            yield f"the graph has thin matrices alone beside weights: write {SCHEME}.side: null"
         if weights is not None and weights.integers is None and not isinstance(weights, NVINT4 | Progressive):
             yield (
                 f"ONNX has evenly spaced weights with integer zero points alone: write {SCHEME}.weights: "

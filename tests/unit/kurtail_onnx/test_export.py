@@ -30,12 +30,12 @@ from kurtail_pl.methods import (
     CacheFormat,
     FloatZero,
     Int4PerTokenHead,
-    LowRank,
     Normal,
     PerTokenHead,
     Progressive,
     Q4_0Cache,
     Sinks,
+    Sparse,
     Uniform,
 )
 from kurtail_pl.stages.export import export
@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[ONNX, dict[str, Any], str]] = {
     "integer-asymmetric": (ONNX(weights="integer"), {"activations": Quantizer(4, False)}, "--to.weights integer"),
     "integer-heads": (ONNX(weights="integer"), {"attention_output": "head"}, "attention_output 'head'"),
     "sinks": (ONNX(), {"cache": PerTokenHead(sinks=Sinks(2, 8))}, "the first 2 tokens in 8 bits, and a .*all.* alike"),
-    "side": (ONNX(), {"side": LowRank(4)}, "a side of rank 4 in 16 bits, .* quantize with side: null"),
+    "side": (ONNX(), {"side": Sparse(0.1)}, "10 % of the weights in 16 bits, .* quantize with side: null"),
     "uneven-levels": (
         ONNX(),
         {"weights": Normal()},

@@ -88,7 +88,6 @@ def test_its_own_scheme_and_a_float_model_are_welcome(name: TargetName) -> None:
         ("llama.cpp", {"cache": PerTokenHead()}, "scheme.cache: null (float16)"),
         ("llama.cpp", {"centre": True}, "scheme.centre: false"),
         ("llama.cpp", {"prefix": [1]}, "scheme.prefix: null"),
-        ("onnxruntime", {"side": LowRank()}, "scheme.side: null"),
         ("llama.cpp", {"side": LowRank()}, "scheme.side: null"),
         ("vllm", {"side": LowRank()}, "scheme.side: null"),
         ("onnxruntime", {"weights": MXFP4Plus()}, "scheme.weights: {class_path: kurtail_pl.methods.Uniform}"),
