@@ -21,7 +21,7 @@ from kurtail_pl.surgery.before_rope import keep_where_made
 from kurtail_pl.surgery.exact import exact_class
 from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of, mlp_widths
-from kurtail_pl.surgery.linear import QuantizedLinear, put_side, side_buffers
+from kurtail_pl.surgery.linear import QuantizedLinear, put_side, read_together, side_buffers
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
 
 
@@ -112,6 +112,8 @@ def equip_layer(
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         layer.set_submodule(name, QuantizedLinear(linear, online.get(name), special.get(name, scheme.activations)))
+    for linears in readers_alike(layer, architecture):
+        read_together(linears)
     attention = layer.get_submodule(architecture.attention)
     equip_attention(attention, rotations.query_key, scheme.cache)
     if scheme.cache is not None and scheme.cache.before_rope:

@@ -22,6 +22,7 @@ from kurtail_pl.surgery.integers import (
     processor_multiplies_integers,
 )
 from kurtail_pl.surgery.online import OnlineHadamard, OnlineKronecker
+from kurtail_pl.surgery.readers import Read, Readers
 
 
 class QuantizedLinear(Exact):
@@ -62,6 +63,7 @@ class QuantizedLinear(Exact):
         self._names: tuple[str, ...] = ()
         # Who holds what linears share, where that is another one; in a tuple, which makes it no part of this module.
         self._lender: tuple[QuantizedLinear, ...] = ()
+        self._readers = Readers()
         self.weight: Tensor | None = linear.weight
         self._integers: tuple[list[tuple[Tensor, int]], IntegerWeight] | None = None
         self.bias = linear.bias
@@ -152,19 +154,27 @@ class QuantizedLinear(Exact):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
-        x = self.turn(x)
-        y = self._product(x)
-        return y if self.side is None else y + self.side.product(x, self.side_tensors())
-
-    def _product(self, x: Tensor) -> Tensor:
-        """Of turned inputs, quantized, and the weight."""
         weight = self._integer_weight(x)
+        integers = weight is not None
+        settings = self.activations, integers, self.centre is None, self.input_scale is None
+        turned, quantized = self._readers.read(x, settings, lambda: self._read(x, integers))
         if weight is None:
-            return F.linear(self._quantize(x), self.dense_weight().to(x.dtype), self.bias)
+            assert isinstance(quantized, Tensor)
+            y = F.linear(quantized, self.dense_weight().to(x.dtype), self.bias)
+        else:
+            assert self.activations is not None
+            assert not isinstance(quantized, Tensor)
+            y = integer_product(quantized, self.activations, weight).view(*x.shape[:-1], -1)
+            y = (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        return y if self.side is None else y + self.side.product(turned, self.side_tensors())
+
+    def _read(self, x: Tensor, integers: bool) -> Read:
+        """The input turned and quantized, as codes or as what these stand for."""
+        turned = self.turn(x)
+        if not integers:
+            return Read(turned, self._quantize(turned))
         assert self.activations is not None
-        rows = quantize(x.flatten(0, -2), self.activations, self.input_grid(x.dtype))
-        product = integer_product(rows, self.activations, weight).view(*x.shape[:-1], -1)
-        return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
+        return Read(turned, quantize(turned.flatten(0, -2), self.activations, self.input_grid(turned.dtype)))
 
     @property
     def multiplies_integers(self) -> bool:
@@ -194,6 +204,13 @@ class QuantizedLinear(Exact):
         assert self.side is not None
         lender, names = (*self._lender, self)[0], self.side.buffers(self.out_features, self.in_features)
         return {name: getattr(lender if name in self.side.shared else self, _in_state(name)) for name in names}
+
+
+def read_together(linears: Sequence[QuantizedLinear]) -> None:
+    """Let linears that read the same inputs, turn and quantize them alike, do so once."""
+    readers = Readers(len(linears))
+    for linear in linears:
+        linear._readers = readers
 
 
 def side_buffers(linears: Sequence[QuantizedLinear], side: Side) -> dict[str, Buffer]:

@@ -94,11 +94,13 @@ def test_caches_that_turn_keys_and_values_multiply_for_all_heads() -> None:
 def test_learned_maps_are_counted_once_for_all_that_read_the_same(tiny: Path, text: TextSpec, tmp_path: Path) -> None:
     plain = fuse(Checkpoint(tiny), Rotations(), "none", tmp_path / "plain")
     tuner = BlockTransforms(["transforms"], epochs=1, windows=2, seqlen=24)
-    spec = QuantizeSpec(rounder=RTN(), transforms=tuner, text=text, quantized_activations=True)
-    found = serving_of(quantize(plain, spec, tmp_path / "mapped"), {})
+    scheme = Scheme(weights=None)
+    spec = QuantizeSpec(scheme, RTN(), transforms=tuner, text=text, quantized_activations=True)
+    folder = quantize(plain, spec, tmp_path / "mapped")
+    found = serving_of(folder, {})
     # 6 x 8, 6 x 16, 6 x 8 and 4 x 43; and a matrix of 16 for each head of queries and keys.
     each = 48 * (6 + 8) + 96 * (6 + 16) + 48 * (6 + 8) + 172 * (4 + 43) + 8 * 16 * (1 + 16)
-    assert found.multiplications == LAYERS * each
+    assert found.multiplications == products(folder) - products(tiny) == LAYERS * each
 
 
 @pytest.mark.parametrize("name", ["onnx", "gguf", "vllm"])
