@@ -260,6 +260,11 @@ def require_clipped(scheme: Scheme, parts: Sequence[str], quantized_activations:
         place, quantizer = f"scheme.{part}", scheme.activations
         if part != "activations":
             place, quantizer = f"scheme.cache.{part}", scheme.cache.quantizer(part) if scheme.cache else None
+        if quantizer is None and scheme.cache is not None and part != "activations" and _rounds(scheme.cache, part):
+            raise ConfigError(
+                f"{setting} names {part}, and the cache keeps {scheme.cache.sentence()}, without clips: leave {part} "
+                "out, or write scheme.cache.class_path: kurtail_pl.methods.PerTokenHead"
+            )
         if quantizer is None or not quantized_activations:
             raise ConfigError(
                 f"{setting} names {part}; only what is quantized has a clip: give {place}, and set "
@@ -280,6 +285,11 @@ def require_clipped(scheme: Scheme, parts: Sequence[str], quantized_activations:
             f"{setting} names activations and scheme.activation_scales is static; a static grid is searched by itself: "
             "leave activations out, or write activation_scales: token"
         )
+
+
+def _rounds(cache: CacheFormat, part: str) -> bool:
+    """Whether a cache keeps keys, or values, in few bits."""
+    return cache.without(part) != cache
 
 
 def relative(change: Tensor, written: Tensor) -> Tensor:

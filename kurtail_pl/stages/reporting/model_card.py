@@ -79,8 +79,8 @@ def _parts(scheme: Scheme, card: dict[str, Any]) -> dict[str, str]:
     }
     if channels := _channels(card):
         parts["channels"] = channels
-    if clips := quantize.get("clips"):
-        parts["clips"] = ClipTuner.from_dict(clips).sentence()
+    if clips := _clips(card, quantize.get("clips")):
+        parts["clips"] = clips
     if transforms := quantize.get("transforms"):
         largest = max((number for layer in conditions for number in layer.values()), default=1.0)
         said = f"; the largest condition number of a map is {largest:.3g}" if conditions else ""
@@ -88,6 +88,17 @@ def _parts(scheme: Scheme, card: dict[str, Any]) -> dict[str, str]:
     if scheme.prefix is not None:
         parts["before every text"] = f"float keys and values of the tokens {scheme.prefix}"
     return parts
+
+
+def _clips(card: dict[str, Any], tuner: dict[str, Any] | None) -> str:
+    """How clips were found, and those that stand in place of the scheme's; empty where there are no others."""
+    said = [] if tuner is None else [ClipTuner.from_dict(tuner).sentence()]
+    sites = [site for layer in card.get("clips") or [] for site in layer.items()]
+    if sites:
+        parts, ratios = {place.rpartition(".")[2] for place, _ in sites}, [ratio for _, ratio in sites]
+        ends = f"{min(ratios):.3g} to {max(ratios):.3g}"
+        said.append(f"{', '.join(sorted(parts))} have ratios of {ends}, site by site, in place of those above")
+    return "; ".join(said)
 
 
 def _channels(card: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import kurtail_pl
 from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.clip import Clip
 from kurtail_pl.maths.quantizers import Quantizer, fake_quantize
-from kurtail_pl.methods import PerTokenHead, SearchedClips
+from kurtail_pl.methods import NUQCache, PerTokenHead, SearchedClips
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.fusion.stage import fuse
 from kurtail_pl.stages.quantization import QuantizeSpec, quantize
@@ -142,6 +142,12 @@ def test_every_expert_has_its_own_ratios(tied: Path, text: TextSpec, tmp_path: P
                 replace(QUANTIZED, cache=PerTokenHead(None)), quantized_activations=True, clips=SearchedClips()
             ),
             "names keys; .* scheme.cache.keys",
+        ),
+        (
+            lambda: QuantizeSpec(
+                replace(QUANTIZED, cache=NUQCache()), quantized_activations=True, clips=SearchedClips(["values"])
+            ),
+            "names values, and the cache keeps keys before RoPE.*, without clips: leave values out, or write .*Head",
         ),
         (
             lambda: QuantizeSpec(
