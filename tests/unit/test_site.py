@@ -19,7 +19,10 @@ from kurtail_pl.methods.targets import TARGETS
 from kurtail_pl.storage.card import read_card
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = "\n".join(path.read_text() for path in sorted((ROOT / "docs/methods").glob("*.md")))
+METHODS = "\n".join(path.read_text() for path in sorted((ROOT / "docs/methods").rglob("*.md")))
+BASELINES = {"unrotated", "float", "rtn", "gptq"}
+PARTS = ["What it does", "When to use it", "What it costs", "Its figure", "Settings", "What differs"]
+"""Of a system's page."""
 SEAMS: list[type[Method]] = [Format, CacheFormat, Rounder, Side, ClipTuner, TransformTuner, BitTuner, WeightTuner]
 INLINE = re.compile(r"</?(?:a|b|code|em|i|span|strong)\b[^>]*>")
 LOOKED_UP = {"project/changelog.html"}
@@ -45,6 +48,18 @@ def test_recipes_of_methods_exist() -> None:
     named = set(re.findall(r"`--config ([\w.-]+)`", METHODS))
     assert len(named) > 15
     assert named <= {name.rpartition("/")[2] for name in shipped()}
+
+
+def test_every_system_has_a_page() -> None:
+    """With the same parts, in the table of all, and its recipe named on it."""
+    overview, found = (ROOT / "docs/methods/systems.md").read_text(), set(BASELINES)
+    for path in sorted((ROOT / "docs/methods/systems").glob("*.md")):
+        parts = re.findall(r"^## (.*)$", page := path.read_text(), re.M)
+        assert [part.split(" from ")[0] for part in parts] == PARTS, path.name
+        assert f"(systems/{path.name})" in overview
+        found |= set(re.findall(r"`--config ([\w.-]+)`", page))
+    targets = {target.recipe for target in TARGETS.values()}
+    assert {name.partition("/")[2] for name in shipped() if name.startswith("methods/")} - targets <= found
 
 
 def test_every_verb_shows_its_help() -> None:
