@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,8 @@ CONFIGS = ("--config", "-c")
 NODES = 100_000
 """A recipe may have this many values; what an anchor names counts each time that it is used."""
 DEPTH = 50
+OF_A_CACHE = re.compile(r"(--(?:.*\.)?cache(?:\.init_args)?\.(?:keys|values))\.(\w+)")
+"""Matches settings of the quantizers of a cache."""
 PLAIN = re.compile(r"tag:yaml\.org,2002:\w+$")
 """Matches the tags of values that YAML itself has."""
 
@@ -34,7 +36,7 @@ def prepared(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str
     Raises:
         UsageError: when an option is given twice, or a recipe cannot be read.
     """
-    found = list(_with_files(spelled(arguments, repeatable)))
+    found = list(_with_files(_with_nulls(spelled(arguments, repeatable))))
     for recipe in _values_of(CONFIGS, found):
         check_recipe(Path(recipe))
     return found
@@ -47,7 +49,22 @@ def spelled(arguments: list[str], repeatable: tuple[str, ...] = ()) -> list[str]
     return found
 
 
-def _with_files(arguments: list[str]) -> Iterator[str]:
+def _with_nulls(arguments: list[str]) -> Iterator[str]:
+    """Null for a setting of a cache's quantizer in the one form that jsonargparse takes, as a mapping."""
+    taken = False
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        setting = OF_A_CACHE.fullmatch(name)
+        if taken:
+            taken = False
+        elif setting is not None and (value if equals else following) == "null":
+            taken = not equals
+            yield f"{setting[1]}={{{setting[2]}: null}}"
+        else:
+            yield argument
+
+
+def _with_files(arguments: Iterable[str]) -> Iterator[str]:
     """Recipes by the paths of their files."""
     waiting = False
     for argument in arguments:

@@ -245,6 +245,14 @@ def test_each_entry_of_a_list_has_its_own_options() -> None:
 
 
 @pytest.mark.parametrize(
+    "typed", [["--scheme.cache.keys.group_size=null"], ["--scheme.cache.keys.group_size", "null"]], ids=" ".join
+)
+def test_null_within_a_cache_is_part_of_a_mapping(typed: list[str]) -> None:
+    others = ["--scheme.cache.values.bits", "4", "--scheme.activations.group_size=null"]
+    assert prepared([*typed, *others]) == ["--scheme.cache.keys={group_size: null}", *others]
+
+
+@pytest.mark.parametrize(
     ("typed", "spelled"),
     [
         (["--dry-run"], ["--dry_run=true"]),
