@@ -27,7 +27,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool, ONNX]] = {
     "behind R3, R4 and R5": ("llama3", {}, True, ONNX("fp64")),
     "experts": ("mixtral", {}, False, ONNX()),
     "wide": ("qwen3", WIDE, False, ONNX("fp64")),
-    "wide, integers": ("qwen3", WIDE, False, ONNX(weights="integer")),
     "float inputs": ("phi3", {}, False, ONNX(act="none")),
 }
 
