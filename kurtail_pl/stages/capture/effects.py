@@ -58,18 +58,18 @@ def _measured(checkpoint: Checkpoint, windows: Tensor, seed: int, compute: Compu
             generator = torch.Generator().manual_seed(seed * walker.n_layers + index)
             hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
             for name in (walker.architecture.attention_norm, walker.architecture.mlp_norm):
-                with _noise(layer.get_submodule(name), generator):
+                with _noise(layer.get_submodule(name), walker.architecture.norm_offset, generator):
                     noisy = [walker.advance(layer, states) for states in hidden.before]
                 effects.append(_change(noisy, hidden.after) / NOISE)
         return torch.tensor(effects, dtype=torch.float64)
 
 
 @contextmanager
-def _noise(norm: nn.Module, generator: torch.Generator) -> Iterator[None]:
+def _noise(norm: nn.Module, offset: float, generator: torch.Generator) -> Iterator[None]:
     """Noise in what a norm gives before its weight, whose energy is a channel's one on average."""
 
     def add(norm: nn.Module, _: object, output: Tensor) -> Tensor:
-        noise: Tensor = torch.randn(output.shape, generator=generator).to(output) * cast(Tensor, norm.weight)
+        noise: Tensor = torch.randn(output.shape, generator=generator).to(output) * (cast(Tensor, norm.weight) + offset)
         return output + math.sqrt(NOISE) * noise
 
     handle = norm.register_forward_hook(add)
