@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class ModelSizes(TypedDict):
@@ -14,6 +14,8 @@ class ModelSizes(TypedDict):
         head_dim: width of a value head.
         kv_heads: key and value heads. Stored values may have more (`CaptureSpec.values`).
         rms_norm_eps: of the model's norms.
+        rigid_residual: why the residual stream cannot be turned, in words, in families where each block input has an R1
+            of its own (`Architecture.rigid_residual`).
     """
 
     layers: int
@@ -21,3 +23,4 @@ class ModelSizes(TypedDict):
     head_dim: int
     kv_heads: int
     rms_norm_eps: float
+    rigid_residual: NotRequired[str | None]

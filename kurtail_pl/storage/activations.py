@@ -44,6 +44,8 @@ class Origin:
     seqlen: int
     rows: int
     seed: int
+    bos: bool = False
+    """Whether each window begins with BOS."""
     dtype: str = "float32"
     """The floating-point type in which the model was run."""
     values: Literal["projected", "attended"] = "projected"

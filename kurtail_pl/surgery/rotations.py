@@ -15,6 +15,7 @@ from kurtail_pl.errors import CheckpointError, ConfigError, require_seed
 from kurtail_pl.maths.hadamard import (
     HadamardFactors,
     block_hadamard_factors,
+    hadamard_transform,
     random_hadamard,
     random_hadamard_factors,
     widest_block,
@@ -89,6 +90,12 @@ class Rotations:
     def turns_inputs(self) -> bool:
         """Whether what block inputs' readers read is turned by R1, in the weights or at run time."""
         return self.residual is not None or self.block_input is not None
+
+    def turn_input(self, rows: Tensor, site: int) -> Tensor:
+        """Rows ``[..., hidden]`` of one block input, of `block_input`'s order, behind its norm, turned by R1."""
+        if self.residual is not None:
+            return rows @ self.residual.to(rows)
+        return rows if self.block_input is None else hadamard_transform(rows, self.block_input.of(site))
 
     @property
     def any_online(self) -> bool:
