@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 
-class ModelSizes(TypedDict):
+class _OfSomeFamilies(TypedDict, total=False):
+    rigid_residual: str
+
+
+class ModelSizes(_OfSomeFamilies):
     """Sizes of a model; the data module has them. A plain dictionary, so that checkpoints hold plain data.
 
     Attributes:
@@ -23,4 +27,3 @@ class ModelSizes(TypedDict):
     head_dim: int
     kv_heads: int
     rms_norm_eps: float
-    rigid_residual: NotRequired[str | None]
