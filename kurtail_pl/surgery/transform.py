@@ -40,7 +40,10 @@ class Transform(ABC):
 
 @dataclass(frozen=True)
 class FoldNorms(Transform):
-    """The norms' weights go into the linears that read them, where R1, fused or online, or scales ask for it."""
+    """The norms' weights go into the linears that read them, where R1 in the weights or scales ask for it.
+
+    An R1 of block inputs acts behind the norms, which keep their weights.
+    """
 
     architecture: Architecture
     wanted: bool

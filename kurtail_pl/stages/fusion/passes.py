@@ -61,7 +61,7 @@ def transforms_of(
     return (
         scaled,
         ReorderChannels(scaled.measured, scaled.kv_heads),
-        FoldNorms(architecture, rotations.turns_inputs or scaled.measured.norms),
+        FoldNorms(architecture, residual is not None or (scaled.measured.norms and rotations.block_input is None)),
         RotateResidual(architecture, residual),
         ScaleNorms(scaled.measured),
         RotateValues(architecture, rotations.value),

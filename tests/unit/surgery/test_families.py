@@ -72,8 +72,8 @@ def rotated(
         folding.rotate_input(model.lm_head, residual)
     for layer, per_layer in zip(layers_of(model, architecture), value, strict=True):
         prepare(layer, architecture)
-        folding.fold_layer_norms(layer, architecture)
         if residual is not None:
+            folding.fold_layer_norms(layer, architecture)
             folding.rotate_residual(layer, architecture, residual)
         folding.rotate_values(layer, architecture, per_layer)
         for name, factors in online_rotations(layer, architecture, rotations).items():
