@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, data: ActivationDataModule, method: str, s
     checkpoint = data.checkpoint
     rotations = random_rotations(checkpoint.config, seed) if method == "quarot" else learn(data, seed, lr, log)
     rows = data.store.origin.rows
-    kurtosis = block_kurtosis(data.store, rotations.residual, rows - data.validation_rows, rows, data.rms_norm_eps)
+    kurtosis = block_kurtosis(data.store, rotations, rows - data.validation_rows, rows, data.rms_norm_eps)
     fused = fuse(checkpoint, rotations, method, args.work / "fused", overwrite=True)
     for weights in wanted:
         scheme, rounder = ROUNDED[weights]

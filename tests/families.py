@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
     Glm4MoeConfig,
     GptOssConfig,
     GraniteConfig,
@@ -171,6 +173,27 @@ def gpt_oss() -> PretrainedConfig:
     return GptOssConfig(**sizes(intermediate_size=60, sliding_window=WINDOW), **experts, **yarn)
 
 
+def gemma3() -> PretrainedConfig:
+    """Post-norms, norms that add one to their weights, sliding and full layers with angles of their own, capped logits.
+
+    Its own scale of queries is not that of its heads.
+    """
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    angles = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0},
+    }
+    return Gemma3TextConfig(
+        **sizes(attention_bias=True, tie_word_embeddings=True), sliding_window=WINDOW, layer_types=kinds,
+        rope_parameters=angles, query_pre_attn_scalar=24, final_logit_softcapping=12.0,
+    )  # fmt: skip
+
+
+def glm4() -> PretrainedConfig:
+    """Post-norms, fused gate and up, half of each head rotated by position."""
+    return Glm4Config(**sizes(attention_bias=True), **rope("default", partial_rotary_factor=0.5))
+
+
 def smollm3() -> PretrainedConfig:
     return SmolLM3Config(**sizes(attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]))
 
@@ -179,13 +202,15 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     maker.__name__: maker
     for maker in (
         llama3, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe, smollm3, seed_oss, ministral, ministral3, apertus,
-        granite,        granite4, hunyuan, glm4_moe, gpt_oss, minimax_m2, olmoe,
+        granite,        granite4, hunyuan, glm4_moe, gpt_oss, minimax_m2, olmoe, gemma3, glm4,
     )
 }  # fmt: skip
 
 
 WITHOUT_GRAPH = {
     "apertus": "an MLP of a apertus has no gate",
+    "gemma3": "has norms of what its blocks write",
+    "glm4": "has norms of what its blocks write",
     "glm4_moe": "weighs experts by sigmoids",
     "gpt_oss": "has learned sinks",
     "minimax_m2": "norms of all heads at once",

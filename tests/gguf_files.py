@@ -28,8 +28,14 @@ LAYER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+"""Where its names say something else, or nothing."""
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-ARCHITECTURES = {"mistral": "llama", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 
 
 def write_gguf(
@@ -44,7 +50,7 @@ def write_gguf(
 
     Args:
         path: where to.
-        model: a llama, mistral, phi3, qwen2, qwen3 or qwen3_moe.
+        model: a llama, mistral, phi3, qwen2, qwen3, qwen3_moe or gemma3_text.
         metadata: more keys, ``{arch}`` standing for the architecture; None takes one away.
         tensors: more tensors.
         without: names of tensors that are left out.
@@ -73,7 +79,7 @@ def write_gguf(
 def sizes(config: Any) -> dict[str, Any]:
     """What llama.cpp's converter says of a model, and a tokenizer."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     found = {
         "{arch}.context_length": config.max_position_embeddings,
         "{arch}.embedding_length": config.hidden_size,
@@ -95,6 +101,8 @@ def sizes(config: Any) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.unknown_token_id": 0,
     }
+    if config.model_type == "gemma3_text":
+        found["{arch}.attention.sliding_window"] = config.sliding_window
     if config.model_type == "qwen3_moe":
         found |= {
             "{arch}.expert_count": config.num_experts,
@@ -119,8 +127,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def contents(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Tensors by llama.cpp's names."""
-    config, found = model.config, {}
-    for name, tensor in model.state_dict().items():
+    config, found, inside = model.config, {}, LAYER | (GEMMA if arch == "gemma3" else {})
+    for name, stored in model.state_dict().items():
+        # Files of Gemma hold what norms multiply by.
+        tensor = stored + 1 if arch == "gemma3" and "norm" in name else stored
         module, _, end = name.rpartition(".")
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -136,7 +146,7 @@ def contents(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray[Any, np.
             continue
         heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
         values = interleaved(tensor, heads[inner]) if arch == "llama" and inner in heads else tensor
-        found[f"blk.{layer}.{LAYER[inner]}.{end}"] = values.numpy()
+        found[f"blk.{layer}.{inside[inner]}.{end}"] = values.numpy()
     return found
 
 

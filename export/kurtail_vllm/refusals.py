@@ -31,6 +31,11 @@ def reasons(source: Source, dtype: str, activations: Activations) -> Iterator[st
             f"vLLM reads the experts of a {source.config.model_type} stacked, and this export writes each by itself: "
             "use the artefact with kurtail_pl.load"
         )
+    if source.architecture.rigid_residual is not None:
+        yield (
+            f"a {source.config.model_type} has norms of what its blocks write, so that R1 turns what its linears read "
+            "at run time, and this export writes no such transforms: use the artefact with kurtail_pl.load"
+        )
     yield from _weights(source)
     yield from _scheme(source)
     yield from _transforms(source)

@@ -26,7 +26,7 @@ from kurtail_pl.stages.planning.speed import Speed
 from kurtail_pl.stages.reporting.comparison import write_comparison
 from kurtail_pl.stages.reporting.lines import Row
 from kurtail_pl.stages.tables import markdown
-from kurtail_pl.stages.text import title_of
+from kurtail_pl.stages.text import said, title_of
 from kurtail_pl.storage.card import is_ours
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import write_text
@@ -133,8 +133,8 @@ def _page(rows: list[Row], source: Checkpoint, prompt: str, steps: Steps) -> str
     artefacts = "\n".join(f"- {read_results(row.folder)['method']}: {row.folder}" for row in rows)
     return (
         f"{markdown(('method', 'bits', 'perplexity', f'{prompt} ...'), lines)}\n\n"
-        f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
-        f"tokens, {evaluation['tokens']} predicted. {_computed(rows)} Each model writes {TOKENS} tokens, the most "
+        f"Perplexity on {title_of(evaluation['source'])}: {said(evaluation)}, "
+        f"{evaluation['tokens']} predicted. {_computed(rows)} Each model writes {TOKENS} tokens, the most "
         f"likely one each time.\n\n{artefacts}\n"
     )
 

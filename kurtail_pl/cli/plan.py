@@ -11,6 +11,8 @@ from kurtail_pl.stages.planning.speed import probe
 from kurtail_pl.stages.planning.table import cache_line, misfits, state_places, table
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
+from kurtail_pl.surgery.allowances import sentence
+from kurtail_pl.surgery.families import architecture_of
 
 
 class PlanCLI(KurtailCLI):
@@ -47,6 +49,7 @@ def plan(arguments: list[str]) -> None:
     print(table(stages, probe(data.compute)))
     free = free_memory()
     print(state_places(stages, free))
+    print(sentence(architecture_of(config)))
     if line := cache_line(config, quantization.spec.scheme.cache):
         print(line)
     for line in misfits(stages, free, free_disk(data.store_folder), device_memory()):

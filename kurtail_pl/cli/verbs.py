@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from kurtail_pl.stages.fusion.scales import ScaleSpec
 from kurtail_pl.stages.fusion.signs import SignSpec
 from kurtail_pl.stages.reporting import figures as figures_stage
 from kurtail_pl.stages.reporting import report as report_stage
-from kurtail_pl.stages.text import TextSpec
+from kurtail_pl.stages.text import TextSpec, said
 from kurtail_pl.storage.activations import ActivationStore
 from kurtail_pl.storage.card import is_ours
 from kurtail_pl.storage.checkpoint import Checkpoint
@@ -201,7 +201,7 @@ def _measure_texts(
 
 
 def _print_perplexity(value: float, text: TextSpec) -> None:
-    print(f"perplexity {value:.4f} ({text.windows or 'all'} windows of {text.seqlen} tokens of {text.name})")
+    print(f"perplexity {value:.4f} ({said({**asdict(text), 'windows': text.windows or 'all'})} of {text.name})")
 
 
 def figures(

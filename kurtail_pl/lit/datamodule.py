@@ -23,6 +23,7 @@ from kurtail_pl.storage.keys import settings_key
 from kurtail_pl.storage.resume import differences
 from kurtail_pl.storage.sources import open_model
 from kurtail_pl.streaming.compute import AUTO, Compute
+from kurtail_pl.surgery.families import architecture_of
 from kurtail_pl.surgery.positions import require_positions
 
 RUNS = Path("runs")
@@ -86,14 +87,15 @@ class StoredModel(L.LightningDataModule):
     def sizes(self) -> ModelSizes:
         """Of the model; linked to the module."""
         config = self.checkpoint.config
-        shape = shape_of(config)
-        return ModelSizes(
+        shape, rigid = shape_of(config), architecture_of(config).rigid_residual
+        sizes = ModelSizes(
             layers=shape.layers,
             hidden_size=shape.hidden_size,
             head_dim=shape.head_dim,
             kv_heads=shape.kv_heads,
             rms_norm_eps=config.rms_norm_eps,
         )
+        return sizes if rigid is None else {**sizes, "rigid_residual": rigid}
 
     def setup(self, stage: str) -> None:
         """Capture, or check and reuse the store that stands there.

@@ -154,9 +154,9 @@ class KurTailModule(RotationModule):
         there. Sites are taken one by one: a site's values then stay in the processor's cache, which halves the time.
         """
         losses, kurtoses = [], []
-        for site in batch["residual"]:
-            rows, mean = self.block_input(site.to(self.residual))
-            rotated = self.turned(rows)
+        for site, stored in enumerate(batch["residual"]):
+            rows, mean = self.block_input(stored.to(self.value))
+            rotated = self.turned(rows, site)
             losses.append(self._objective(rotated, mean))
             with torch.no_grad():
                 kurtoses.append(kurtosis(rotated, mean))
@@ -197,7 +197,8 @@ class KurTailModule(RotationModule):
 
     def _loss_of_weights(self) -> Tensor:
         """The objective of rows of the weights, each of unit root mean square, mean over the sites."""
-        return torch.stack([self._objective(self.turned(rows), Tensor.mean) for rows in self.weights]).mean()
+        turned = (self.turned(rows, site) for site, rows in enumerate(self.weights))
+        return torch.stack([self._objective(rows, Tensor.mean) for rows in turned]).mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean of R1's objective over the sites as they count, Eq. 4's twin for every R2, and the weights' term."""

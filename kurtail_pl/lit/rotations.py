@@ -19,10 +19,12 @@ from transformers import PretrainedConfig
 from kurtail_pl.errors import ConfigError, NotFinite, ResumeMismatch, listed
 from kurtail_pl.lit.aim import Aim
 from kurtail_pl.lit.curves import Curves
+from kurtail_pl.lit.inputs import InputRotations
 from kurtail_pl.lit.interrupt import InterruptBetweenSteps
 from kurtail_pl.lit.loader import Batch
 from kurtail_pl.lit.sizes import ModelSizes
 from kurtail_pl.maths.finite import is_finite
+from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.maths.kurtosis import Mean, rms_norm
 from kurtail_pl.maths.objectives import rounding_error
 from kurtail_pl.maths.orthogonal import block_diagonal, diagonal_blocks, nearest_orthogonal, orthogonality_error
@@ -35,11 +37,15 @@ from kurtail_pl.surgery.rotations import Rotations, random_fused, random_rotatio
 
 HELD_OUT = Quantizer(bits=4)
 """Whose error on held-out rows is reported, whatever the scheme: recipes can stop by it."""
+ROTATIONS = ("residual", "inputs.", "value")
+"""What names of rotations begin with, among the parameters."""
 FLOAT32_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
 class RotationModule(L.LightningModule):
     """Holds R1 ``[hidden, hidden]`` and every layer's R2; how they are learned is the subclass's.
+
+    Where the residual stream cannot be turned, each block input has an R1 of its own (`InputRotations`).
 
     Sizes come from the data module when `kurtail fit` runs; those given by hand are then refused.
 
@@ -60,6 +66,8 @@ class RotationModule(L.LightningModule):
             line up with it.
     """
 
+    residual: nn.Parameter
+    """R1, unless block inputs have rotations of their own."""
     method: str
     """Name in artefacts and tables."""
     learns: ClassVar[bool] = True
@@ -94,7 +102,10 @@ class RotationModule(L.LightningModule):
             require_aligned(block, self.aim.groups)
             residual = diagonal_blocks(residual, block)
             value = diagonal_blocks(value, math.gcd(block, sizes["head_dim"]))
-        self.residual = nn.Parameter(residual.float())
+        rigid = sizes.get("rigid_residual") is not None
+        sites = sizes["layers"], sizes["hidden_size"]
+        self.inputs = InputRotations(*sites, rotation_seed, block) if rigid else None
+        self.register_parameter("residual", None if rigid else nn.Parameter(residual.float()))
         self.value = nn.Parameter(value.float())
         self.site_kurtosis = Kurtosis(sites=2 * sizes["layers"])
         self._stopped = False
@@ -120,8 +131,10 @@ class RotationModule(L.LightningModule):
                 "optimizer.lr, or look for values in the model that are far too large"
             )
 
-    def turned(self, rows: Tensor) -> Tensor:
-        """Rows ``[..., hidden]`` turned by R1; blocks cost less than the whole matrix would."""
+    def turned(self, rows: Tensor, site: int) -> Tensor:
+        """Rows ``[..., hidden]`` of a block input turned by R1; blocks cost less than the whole matrix would."""
+        if self.inputs is not None:
+            return self.inputs.turned(rows, site)
         if self.block is None:
             return rows @ self.residual
         return torch.einsum("...ci,cij->...cj", split_groups(rows, self.block), self.residual).flatten(-2)
@@ -134,7 +147,7 @@ class RotationModule(L.LightningModule):
     def orthogonality(self) -> dict[str, Tensor]:
         """Scalars for the log: the largest entry of ``|R^T R - I|``."""
         return {
-            "orthogonality/r1": orthogonality_error(self.residual).max(),
+            "orthogonality/r1": torch.stack([orthogonality_error(each).max() for each in self._r1]).max(),
             "orthogonality/r2": orthogonality_error(self.value).max(),
         }
 
@@ -152,11 +165,12 @@ class RotationModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Kurtosis and 4-bit error of every block input on rows kept out of training."""
-        self.site_kurtosis.update(self.turned(rms_norm(batch["residual"].to(self.residual), self.rms_norm_eps)))
+        normed = rms_norm(batch["residual"].to(self.value), self.rms_norm_eps)
+        self.site_kurtosis.update(torch.stack([self.turned(rows, site) for site, rows in enumerate(normed)]))
         errors = []
-        for site in batch["residual"]:
-            rows, mean = self.block_input(site.to(self.residual))
-            errors.append(rounding_error(self.turned(rows), mean, HELD_OUT))
+        for site, stored in enumerate(batch["residual"]):
+            rows, mean = self.block_input(stored.to(self.value))
+            errors.append(rounding_error(self.turned(rows, site), mean, HELD_OUT))
         rows_of_site = batch["residual"].shape[1]
         self.log("error/validation", torch.stack(errors).mean(), batch_size=rows_of_site, sync_dist=True)
 
@@ -177,22 +191,32 @@ class RotationModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer for all rotations; its moments are kept for each matrix."""
-        optimizer = self.optimizer([self.residual, self.value])
+        optimizer = self.optimizer([*self._r1, self.value])
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
-    def learned(self) -> tuple[Tensor, Tensor]:
+    @property
+    def _r1(self) -> list[nn.Parameter]:
+        """All matrices that R1 is made of."""
+        return [self.residual] if self.inputs is None else list(self.inputs.parameters())
+
+    def learned(self) -> tuple[Tensor | HadamardFactors, Tensor]:
         """R1 and every R2 as learned, re-orthogonalised, float64 on the CPU; raises NotFinite when one diverged."""
-        if not (is_finite(self.residual.detach()) and is_finite(self.value.detach())):
+        if not all(is_finite(each.detach()) for each in (*self._r1, self.value)):
             raise NotFinite("the learned rotations are nan or infinite; learn with a smaller step size, optimizer.lr")
-        r1, r2 = (nearest_orthogonal(each.detach()).cpu() for each in (self.residual, self.value))
-        return (r1, r2) if self.block is None else (block_diagonal(r1), block_diagonal(r2))
+        r2 = nearest_orthogonal(self.value.detach()).cpu()
+        r2 = r2 if self.block is None else block_diagonal(r2)
+        if self.inputs is not None:
+            return self.inputs.learned(), r2
+        r1 = nearest_orthogonal(self.residual.detach()).cpu()
+        return r1 if self.block is None else block_diagonal(r1), r2
 
     def rotations(self, config: PretrainedConfig) -> Rotations:
         """All rotations of a model: the learned ones, and the random online ones of the same seed."""
-        residual, value = self.learned()
-        return replace(self.random_rotations(config), residual=residual, value=value)
+        r1, value = self.learned()
+        found: dict[str, Any] = {"residual" if self.inputs is None else "block_input": r1, "value": value}
+        return replace(self.random_rotations(config), **found)
 
     def random_rotations(self, config: PretrainedConfig) -> Rotations:
         """Random Hadamards of the module's seed, those that act at run time as they are aimed at."""
@@ -254,8 +278,8 @@ class RotationModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other sizes, by name instead of by torch's list of shapes, or of other settings."""
-        shapes = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items() if name in ("residual", "value")}
-        own = {name: tuple(getattr(self, name).shape) for name in ("residual", "value")}
+        own = {name: tuple(each.shape) for name, each in self.named_parameters() if name.startswith(ROTATIONS)}
+        shapes = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items() if name.startswith(ROTATIONS)}
         if shapes != own:
             raise ConfigError(f"the checkpoint holds rotations {shapes}, this model needs {own}; resume its own run")
         found = differences(checkpoint["settings"], self.settings())

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TypedDict
 
 
-class ModelSizes(TypedDict):
+class _OfSomeFamilies(TypedDict, total=False):
+    rigid_residual: str
+
+
+class ModelSizes(_OfSomeFamilies):
     """Sizes of a model; the data module has them. A plain dictionary, so that checkpoints hold plain data.
 
     Attributes:
@@ -14,6 +18,8 @@ class ModelSizes(TypedDict):
         head_dim: width of a value head.
         kv_heads: key and value heads. Stored values may have more (`CaptureSpec.values`).
         rms_norm_eps: of the model's norms.
+        rigid_residual: why the residual stream cannot be turned, in words, in families where each block input has an R1
+            of its own (`Architecture.rigid_residual`).
     """
 
     layers: int

@@ -43,8 +43,8 @@ class SpinQuantModule(RotationModule):
         scheduler: see `RotationModule`.
 
     Raises:
-        ConfigError: when the scheme centres, has static scales or a prefix, which come from the finished rotations, or
-            has `layer_bits` or a side where weights are rounded.
+        ConfigError: when the model's residual stream cannot be turned; when the scheme centres, has static scales or a
+            prefix, which come from the finished rotations, or has `layer_bits` or a side where weights are rounded.
     """
 
     method = "spinquant"
@@ -61,6 +61,11 @@ class SpinQuantModule(RotationModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(sizes, rotation_seed, value_per_head, aim, optimizer, scheduler)
+        if self.inputs is not None:
+            raise ConfigError(
+                f"SpinQuant learns R1 in the weights, which this model does not allow: {sizes.get('rigid_residual')}; "
+                "learn with KurTail, or take QuaRot's rotations"
+            )
         scheme = self.aim.scheme
         if quantized_weights and scheme.layer_bits is not None:
             raise ConfigError("quantized_weights is true and layer_bits are given; SpinQuant learns with equal bits")

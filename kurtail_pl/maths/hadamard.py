@@ -20,8 +20,9 @@ class HadamardFactors:
     """An orthogonal matrix of order c * a * b: c equal blocks on the diagonal, each of two Kronecker factors.
 
     Attributes:
-        left: `[a, a]` float64, orthonormal; the odd part of a block's order and the remaining powers of two.
-        right: `[b, b]` float64, orthonormal; a Sylvester matrix, possibly with signs on its rows or columns.
+        left: `[a, a]` float64, orthonormal; the odd part of a block's order and the remaining powers of two. A stack
+            `[n, a, a]` stands for n matrices, of which `of` gives one.
+        right: `[b, b]` float64, orthonormal; a Sylvester matrix, possibly with signs on its rows or columns. As many.
         construction: What the matrix is made of, for reports, as in "Paley I GF(11) x Sylvester 4".
         blocks: How many, c; 1 mixes all channels.
         signs: `[c * a * b]` of 1 and -1, which the channels have before they are mixed; whoever writes the channels
@@ -37,7 +38,7 @@ class HadamardFactors:
     @property
     def block(self) -> int:
         """Order a * b of one block."""
-        return self.left.shape[0] * self.right.shape[0]
+        return self.left.shape[-1] * self.right.shape[-1]
 
     @property
     def size(self) -> int:
@@ -47,7 +48,7 @@ class HadamardFactors:
     @property
     def multiplications(self) -> int:
         """Of one row, by two products with the factors; kernels for Sylvester's matrix do with additions."""
-        return self.size * (self.left.shape[0] + self.right.shape[0])
+        return self.size * (self.left.shape[-1] + self.right.shape[-1])
 
     @property
     def is_sylvester(self) -> bool:
@@ -68,6 +69,10 @@ class HadamardFactors:
             return None
         (left_rows, left_columns), (right_rows, right_columns) = (signs for signs in found if signs is not None)
         return torch.kron(left_rows, right_rows), torch.kron(left_columns, right_columns)
+
+    def of(self, number: int) -> "HadamardFactors":
+        """Return one matrix of a stack."""
+        return replace(self, left=self.left[number], right=self.right[number])
 
     def dense(self) -> Tensor:
         """Return the whole matrix, `kron(I, left, right)`, `[c * a * b, c * a * b]`."""
@@ -110,7 +115,7 @@ def hadamard_factors(n: int) -> HadamardFactors:
     return HadamardFactors(torch.kron(core, sylvester(doublings // b)), sylvester(b), " x ".join(parts))
 
 
-def random_hadamard_factors(n: int, generator: torch.Generator) -> HadamardFactors:
+def random_hadamard_factors(n: int, generator: torch.Generator, block: int | None = None) -> HadamardFactors:
     """Choose the factors of a width and give the rows of each random signs.
 
     The signs are part of the factors, so the online transform has no sign multiplication of its own.
@@ -118,16 +123,18 @@ def random_hadamard_factors(n: int, generator: torch.Generator) -> HadamardFacto
     Args:
         n: Width, at least 1.
         generator: CPU source of the signs.
+        block: Neighbouring channels that are mixed, a power of two that divides n; None mixes all.
 
     Returns:
-        `left = diag(s_a) L` and `right = diag(s_b) R` for the factors L, R of `hadamard_factors(n)`.
+        `left = diag(s_a) L` and `right = diag(s_b) R` for the factors L, R of `hadamard_factors(n)`, or of
+        `block_hadamard_factors(n, block)`.
 
     Raises:
-        ValueError: n is below 1.
+        ValueError: n is below 1, or there are no such blocks.
     """
-    plain = hadamard_factors(n)
+    plain = hadamard_factors(n) if block is None else block_hadamard_factors(n, block)
     left, right = (random_signs(factor.shape[0], generator)[:, None] * factor for factor in (plain.left, plain.right))
-    return HadamardFactors(left, right, plain.construction)
+    return replace(plain, left=left, right=right)
 
 
 def block_hadamard_factors(n: int, block: int) -> HadamardFactors:

@@ -31,6 +31,7 @@ class Target(ABC):
         name: as recipes write it.
         recipe: the recipe that puts all settings right.
         online: rotations that it computes itself at run time when a file says so.
+        block_inputs: whether it turns block inputs by rotations of their own, as R1 of families with post-norms is.
         rules: its arithmetic, in the order of a linear and then of attention.
         clips: whether it clips what linears read and caches keep, each at its own place.
         transforms: whether it computes learned maps, each of its own layer and place.
@@ -39,6 +40,7 @@ class Target(ABC):
     name: ClassVar[str]
     recipe: ClassVar[str]
     online: ClassVar[tuple[Online, ...]] = ()
+    block_inputs: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
     clips: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
@@ -57,8 +59,13 @@ class Target(ABC):
         if found is not None:
             raise ConfigError(f"target is {self.name}, and {found}, or put the recipe {self.recipe} over this one")
 
-    def require_online(self, online: Collection[Online]) -> None:
-        """Raise ConfigError when rotations are to act at run time that the runtime does not compute."""
+    def require_online(self, online: Collection[Online], block_inputs: bool = False) -> None:
+        """Raise ConfigError when rotations, or those of block inputs, are to act that the runtime does not compute."""
+        if block_inputs and not self.block_inputs:
+            raise ConfigError(
+                f"target is {self.name}, which does not turn block inputs at run time, and R1 of this model's family "
+                "does not go into its weights; write target: torch"
+            )
         missing = [name for name in ONLINE if name in online and name not in self.online]
         if missing:
             kept = [name for name in ONLINE if name in online and name in self.online]

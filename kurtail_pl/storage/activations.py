@@ -1,8 +1,8 @@
 """The activation store: sampled rows of every site of a model, one file a site, and a manifest.
 
 A *site* is a place in the model: `layer007.attn_in` and `layer007.ffn_in` (the residual stream where an attention or
-MLP block reads it, `[rows, hidden]`) and `layer007.value` (`[rows, kv_heads * head_dim]`). Rows are shuffled when
-written, so that training reads contiguous blocks.
+MLP block reads it, or what its norm makes of that where R1 is online, `[rows, hidden]`) and `layer007.value`
+(`[rows, kv_heads * head_dim]`). Rows are shuffled when written, so that training reads contiguous blocks.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Origin:
     seqlen: int
     rows: int
     seed: int
+    bos: bool = False
+    """Whether each window begins with BOS."""
     dtype: str = "float32"
     """The floating-point type in which the model was run."""
     values: Literal["projected", "attended"] = "projected"

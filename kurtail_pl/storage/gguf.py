@@ -181,8 +181,13 @@ def _compare(header: GgufHeader, model: nn.Module, places: dict[str, tuple[str, 
 
 
 def _turned(header: GgufHeader, name: str, config: Any) -> NDArray[np.float32]:
-    """A tensor's values in transformers' order: rows of a llama's queries and keys that RoPE pairs are neighbours."""
+    """A tensor's values as transformers has them: rows of a llama's queries and keys that RoPE pairs are neighbours.
+
+    Files of Gemma hold what norms multiply by, one more than their weights.
+    """
     values, part = header.values(name), name.split(".")[2:3]
+    if header.metadata["general.architecture"] == "gemma3" and name.endswith("norm.weight"):
+        return values - 1
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(*part or [""])
     if header.metadata["general.architecture"] != "llama" or heads is None:
         return values

@@ -13,7 +13,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture, first_of, reason, shortened
 from kurtail_pl.storage.gguf_header import GgufHeader
 
-FAMILIES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+FAMILIES = {
+    "llama": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
+}
 """Architectures that are converted: llama.cpp's name -> transformers' `model_type`."""
 HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type")
 """Keys of an architecture that llama.cpp's own inference of a text does not read."""
@@ -23,6 +30,9 @@ ROPE_TENSORS = {"llama": (FREQUENCIES, SHORT, LONG), "phi3": (SHORT, LONG)}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Llama 3.1's scaling; a file states its result alone, not the factor nor the length it started from."""
 ORIGINAL = "original_max_position_embeddings"
+GEMMA = {"pattern": 6, "local_theta": 10000.0, "layers_of_27b": 62}
+"""What llama.cpp's own source says of all Gemma 3: every sixth layer attends to all of a text, the others' rotary base,
+and the one whose queries are scaled by another width than their heads' (`src/models/gemma3.cpp`)."""
 BETAS = {"fast": 32.0, "slow": 1.0}
 BIASES = {
     "llama": {"attention_bias": "attn_", "mlp_bias": "ffn_"},
@@ -156,6 +166,8 @@ def _sizes(keys: _Keys, header: GgufHeader, architecture: str) -> dict[str, Any]
             keys.refuse("attention.key_length", head_dim, hidden // heads)
     else:
         settings["head_dim"] = head_dim
+    if architecture == "gemma3":
+        settings |= _gemma3(keys, settings)
     if architecture != "qwen3moe":
         return settings | {"intermediate_size": keys.count("feed_forward_length")}
     chosen = keys.count("expert_used_count")
@@ -169,6 +181,22 @@ def _sizes(keys: _Keys, header: GgufHeader, architecture: str) -> dict[str, Any]
         "num_experts": keys.count("expert_count"),
         "num_experts_per_tok": chosen,
         "norm_topk_prob": True,  # llama.cpp always does, and Qwen's models do.
+    }
+
+
+def _gemma3(keys: _Keys, settings: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 3 has of its own: windows of most layers, with angles of their own, and the scale of queries."""
+    of_27b = settings["num_hidden_layers"] == GEMMA["layers_of_27b"]
+    widths = settings["hidden_size"] // settings["num_attention_heads"], settings["head_dim"]
+    keys.require("final_logit_softcapping", 0.0)
+    return {
+        "sliding_window": keys.count("attention.sliding_window"),
+        "sliding_window_pattern": GEMMA["pattern"],
+        "query_pre_attn_scalar": widths[0] if of_27b else widths[1],
+        "rope_parameters": {
+            "full_attention": settings["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": GEMMA["local_theta"]},
+        },
     }
 
 

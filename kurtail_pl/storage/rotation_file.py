@@ -14,12 +14,13 @@ from transformers import PretrainedConfig
 from kurtail_pl.errors import CheckpointError, listed, reason
 from kurtail_pl.maths.hadamard import HadamardFactors
 from kurtail_pl.storage.files import write_tensors
-from kurtail_pl.surgery.rotations import Rotations, misfits
+from kurtail_pl.surgery.misfits import misfits
+from kurtail_pl.surgery.rotations import Rotations
 
 FILE = "rotations.safetensors"
 METADATA = "rotations"
 FUSED = ("residual", "value")
-ONLINE = ("query_key", "attention_output", "mlp_hidden", "dense_hidden")
+ONLINE = ("query_key", "attention_output", "mlp_hidden", "dense_hidden", "block_input")
 PARTS = ("left", "right", "signs")
 AGAIN = "copy the file again, or run kurtail fit or fuse again"
 

@@ -22,6 +22,9 @@ from kurtail_pl.surgery.equip import empty_model, layers_of
 from kurtail_pl.surgery.families import architecture_of, number_of
 from kurtail_pl.surgery.layout import module_state
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""What transformers calls kinds of layers."""
+
 
 class Walker:
     """Runs a checkpoint layer by layer.
@@ -51,7 +54,7 @@ class Walker:
         self.architecture = architecture_of(checkpoint.config)
         self.n_layers = len(layers_of(self.model, self.architecture))
         self.model.get_submodule(self.architecture.rotary).to(device)
-        self._positions: dict[tuple[int, torch.dtype, bool], dict[str, object]] = {}
+        self._positions: dict[tuple[int, torch.dtype, str], dict[str, object]] = {}
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
         return module_state(self.checkpoint.tensors_under(prefix), self.architecture)
@@ -90,14 +93,17 @@ class Walker:
         """What the first decoder layer reads of tokens ``[..., tokens]``: ``[..., tokens, hidden]``."""
         return embedding(ids) * number_of(self.checkpoint.config, self.architecture.embedding_multiplier)
 
-    def added(self, hidden: Tensor, written: Tensor) -> Tensor:
-        """The residual stream behind a block: what was there and what the block writes."""
+    def added(self, hidden: Tensor, written: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """The residual stream behind a block: what was there and what the block writes, through a norm if given."""
+        written = written if norm is None else norm(written)
         return hidden + written * number_of(self.checkpoint.config, self.architecture.residual_multiplier)
 
     def logits(self, norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
         """What final norm and head make of hidden states ``[..., hidden]``: ``[..., vocabulary]``."""
-        logits: Tensor = head(norm(hidden))
-        return logits / number_of(self.checkpoint.config, self.architecture.logits_divisor)
+        config, architecture = self.checkpoint.config, self.architecture
+        logits: Tensor = head(norm(hidden)) / number_of(config, architecture.logits_divisor)
+        cap = None if architecture.logits_cap is None else getattr(config, architecture.logits_cap)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def head(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Linear]:
         """Final norm and `lm_head`, with their weights, as `embedding`."""
@@ -156,15 +162,14 @@ class Walker:
 
     def positions(self, layer: nn.Module, hidden: Tensor) -> dict[str, object]:
         """Keyword arguments that a decoder layer, or its attention, needs beside ``[1, tokens, hidden]`` states."""
-        slides = self._slides(layer)
-        key = hidden.shape[1], hidden.dtype, slides
+        kind = self._kind(layer)
+        key = hidden.shape[1], hidden.dtype, kind
         if key not in self._positions:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            rotary = self.model.get_submodule(self.architecture.rotary)
-            make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
+            make_mask = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
             self._positions[key] = {
                 "position_ids": position_ids,
-                "position_embeddings": rotary(hidden, position_ids),
+                "position_embeddings": self.angles(layer, hidden, position_ids),
                 # None where windows are no longer than the sliding one: the attention then takes its causal path.
                 "attention_mask": make_mask(
                     config=self.model.config,
@@ -176,14 +181,19 @@ class Walker:
             }
         return self._positions[key]
 
-    def _slides(self, layer: nn.Module) -> bool:
-        """Whether a layer attends to a sliding window; families say so for each layer or for all."""
+    def angles(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> object:
+        """Cosines and sines that a layer turns queries and keys at some positions by."""
+        rotary = self.model.get_submodule(self.architecture.rotary)
+        kind = (self._kind(layer),) if self.architecture.rotary_by_kind else ()
+        return rotary(hidden, position_ids, *kind)
+
+    def _kind(self, layer: nn.Module) -> str:
+        """How a layer attends, to a sliding window or to all; families say so for each layer or for all."""
         config = self.model.config
-        kinds = getattr(config, "layer_types", None)
+        kinds: list[str] | None = getattr(config, "layer_types", None)
         if kinds is None:
-            return getattr(config, "sliding_window", None) is not None
-        index = cast(int, layer.get_submodule(self.architecture.attention).layer_idx)
-        return bool(kinds[index] == "sliding_attention")
+            return FULL if getattr(config, "sliding_window", None) is None else SLIDING
+        return kinds[cast(int, layer.get_submodule(self.architecture.attention).layer_idx)]
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, hidden: Tensor) -> Tensor:

@@ -42,6 +42,15 @@ class Architecture:
             gate and up names one module twice; None where what up writes goes through the activation alone.
         up: see `gate`.
         down: see `gate`.
+        norm_offset: what all norms of the family add to their weight before they multiply by it.
+        attention_post_norm: norm of what the attention writes, before that is added to the stream; None for none.
+        mlp_post_norm: the same of the MLP block.
+        rigid_residual: why the residual stream cannot be turned (R1) by the linears that write it, in words; None where
+            it can. Block inputs are turned online then, each by a rotation of its own.
+        scaled_embedding: whether the embedding itself multiplies by a number, `scalar_embed_scale`.
+        rotary_by_kind: whether layers of each kind (`layer_types`) have rotary angles of their own.
+        logits_cap: key of the configuration that holds c, where logits are ``c tanh(logits / c)``; None for none, also
+            as its value.
         embedding_multiplier: key of the configuration that holds what embeddings are multiplied by; None for nothing.
             Numbers commute with rotations; so do the next two.
         residual_multiplier: the same for what a block adds to the residual stream.
@@ -88,6 +97,13 @@ class Architecture:
     whole_norms: bool = False
     norms_after_rope: bool = False
     query_scale: str | None = None
+    norm_offset: float = 0.0
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    rigid_residual: str | None = None
+    scaled_embedding: bool = False
+    rotary_by_kind: bool = False
+    logits_cap: str | None = None
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     logits_divisor: str | None = None
@@ -103,6 +119,12 @@ class Architecture:
     choosing_bias: str | None = None
     requires: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     on_disk: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """All norms of a decoder layer."""
+        post = (self.attention_post_norm, self.mlp_post_norm)
+        return (self.attention_norm, self.mlp_norm, *self.head_norms, *(name for name in post if name is not None))
 
     @property
     def attention_readers(self) -> tuple[str, ...]:
@@ -165,7 +187,7 @@ def check_layer(layer: nn.Module, architecture: Architecture) -> None:
             weights that the layer has and the record does not know.
     """
     modules = dict(layer.named_modules())
-    expected = {architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms, *architecture.kept}
+    expected = {*architecture.norms, *architecture.kept}
     if architecture.has_experts(layer):
         expected |= {name for name in (architecture.router, architecture.experts) if name is not None}
     expected |= set(architecture.linears(layer))

@@ -23,6 +23,7 @@ from kurtail_pl.surgery.experts import separate_experts
 from kurtail_pl.surgery.families import architecture_of, mlp_widths
 from kurtail_pl.surgery.linear import QuantizedLinear, put_side, read_together, side_buffers
 from kurtail_pl.surgery.rotations import Rotations, head_dim_of
+from kurtail_pl.surgery.scaled_embedding import ScaledEmbedding
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -60,6 +61,9 @@ def take_over(model: PreTrainedModel) -> None:
     architecture = architecture_of(model.config)
     rotary = model.get_submodule(architecture.rotary)
     model.set_submodule(architecture.rotary, exact_class(type(rotary))(config=model.config))
+    if architecture.scaled_embedding:
+        embedding = cast(nn.Embedding, model.get_submodule(architecture.embedding))
+        model.set_submodule(architecture.embedding, ScaledEmbedding(embedding))
     for layer in layers_of(model, architecture):
         if architecture.choosing_bias is not None and architecture.has_experts(layer):
             holder = architecture.choosing_bias.rpartition(".")[0]
@@ -121,8 +125,12 @@ def equip_layer(
 
 
 def online_rotations(layer: nn.Module, architecture: Architecture, rotations: Rotations) -> dict[str, HadamardFactors]:
-    """The linears of a decoder layer whose input is rotated at run time, and by what: R4 and R5."""
+    """The linears of a decoder layer whose input is rotated at run time, and by what: R4, R5 and block inputs' R1."""
     online = {architecture.output: rotations.attention_output}
+    if rotations.block_input is not None:
+        first = 2 * cast(int, layer.get_submodule(architecture.attention).layer_idx)
+        for site, names in enumerate((architecture.attention_readers, architecture.mlp_readers(layer)), first):
+            online |= dict.fromkeys(names, rotations.block_input.of(site))
     for name in architecture.mlp_writers(layer):
         online[name] = rotations.hidden(cast(nn.Linear, layer.get_submodule(name)).in_features)
     return {name: factors for name, factors in online.items() if factors is not None}

@@ -127,6 +127,31 @@ GPT_OSS = replace(
     interleaved=True,
 )
 
+_POST_NORM = "a norm multiplies the channels of what a block writes before they are added to the residual stream"
+GEMMA_3 = replace(
+    LLAMA,
+    model_type="gemma3_text",
+    mlp_norm="pre_feedforward_layernorm",
+    head_norms=HEAD_NORMS,
+    norm_offset=1.0,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    rigid_residual=_POST_NORM,
+    scaled_embedding=True,
+    rotary_by_kind=True,
+    logits_cap="final_logit_softcapping",
+    requires=(("use_bidirectional_attention", (False, None), "attention to tokens that follow"),),
+)
+GLM_4 = replace(
+    LLAMA,
+    model_type="glm4",
+    gate="gate_up_proj",
+    up="gate_up_proj",
+    attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
+    rigid_residual=_POST_NORM,
+)
+
 REGISTRY: dict[str, Architecture] = {
     record.model_type: record
     for record in (
@@ -149,16 +174,20 @@ REGISTRY: dict[str, Architecture] = {
         GPT_OSS,
         MINIMAX_M2,
         OLMOE,
+        GEMMA_3,
+        GLM_4,
     )
 }
 """The known families. A user's own record is added by assignment."""
 
 _LAYER_NORM = "its LayerNorm subtracts the mean of a token, which a rotation does not keep"
-_POST_NORM = "it normalises what a block writes into the residual stream, where no linear can take the norm's weight"
+_NO_PRE_NORM = "its blocks read the residual stream without a norm, and norms multiply what they write"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "olmo"), _LAYER_NORM),
     **dict.fromkeys(("opt", "phi", "stablelm", "starcoder2"), _LAYER_NORM),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"), _POST_NORM),
+    **dict.fromkeys(("exaone4", "olmo2", "olmo3"), _NO_PRE_NORM),
+    "gemma2": "its scores of the attention are capped, which our attention does not compute",
+    "gemma3": "its record is that of text alone; give the language model in it, gemma3_text",
     "gemma": "its norms multiply by 1 + weight, and its embeddings by a number that its configuration does not hold",
 }
 """Families that cannot be rotated exactly as they are, and why."""

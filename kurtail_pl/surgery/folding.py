@@ -23,18 +23,24 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(name))
 
 
-def fold_norm(norm: nn.Module, readers: Iterable[nn.Module]) -> None:
-    """Multiply a norm's weight into what reads it, linears or a router; the norm's weight becomes one."""
+def fold_norm(norm: nn.Module, readers: Iterable[nn.Module], offset: float = 0.0) -> None:
+    """Multiply what a norm multiplies by into what reads it, linears or a router; the norm then multiplies by one.
+
+    Args:
+        norm: of which it becomes the weight's sum with an offset.
+        readers: of the norm.
+        offset: that the family's norms add to their weights.
+    """
     weight = cast(Tensor, norm.weight)
     for reader in readers:
-        cast(Tensor, reader.weight).data *= weight.data
-    weight.data = torch.ones_like(weight.data)
+        cast(Tensor, reader.weight).data *= weight.data + offset
+    weight.data = torch.full_like(weight.data, 1 - offset)
 
 
 def fold_layer_norms(layer: nn.Module, architecture: Architecture) -> None:
     """Fold both norms of a decoder layer."""
     for norm in (architecture.attention_norm, architecture.mlp_norm):
-        fold_norm(layer.get_submodule(norm), norm_readers(layer, architecture, norm))
+        fold_norm(layer.get_submodule(norm), norm_readers(layer, architecture, norm), architecture.norm_offset)
 
 
 def norm_readers(layer: nn.Module, architecture: Architecture, norm: str) -> list[nn.Module]:
@@ -148,9 +154,15 @@ def scale_keys(layer: nn.Module, architecture: Architecture, scale: Tensor) -> N
     _scale_rows(key, queries if architecture.key == architecture.query else 0, scale.flatten())
 
 
+def scaled_norm(weight: Tensor, scale: Tensor, architecture: Architecture) -> Tensor:
+    """A norm's weight when what it gives is multiplied by a scale, both ``[hidden]``."""
+    return (weight + architecture.norm_offset) * scale - architecture.norm_offset
+
+
 def scale_norm(layer: nn.Module, architecture: Architecture, norm: str, scale: Tensor) -> None:
     """Multiply channels ``[hidden]`` in one of the two norms of a decoder layer and divide them in its readers."""
-    cast(Tensor, layer.get_submodule(norm).weight).data *= scale
+    weight = cast(Tensor, layer.get_submodule(norm).weight)
+    weight.data = scaled_norm(weight.data, scale, architecture)
     for reader in norm_readers(layer, architecture, norm):
         cast(Tensor, reader.weight).data /= scale
 
@@ -223,5 +235,5 @@ def _reorder_rows(linear: nn.Linear, first: int, order: Tensor) -> None:
 
 
 def absorb_online(linear: nn.Linear, rotation: HadamardFactors) -> None:
-    """Fuse the inverse of an online rotation (R4, R5) into the linear whose input is rotated: ``W <- W H``."""
+    """Fuse the inverse of an online rotation (R1, R4, R5) into the linear whose input is rotated: ``W <- W H``."""
     linear.weight.data = hadamard_transform(linear.weight.data, rotation)

@@ -66,15 +66,32 @@ def require(fold: str, change: float, tolerance: float) -> float:
     return change
 
 
-def use_exact_norm(module: nn.Module, name: str, eps: float) -> None:
-    """Replace a norm, in place, by torch's own with the same weight, which computes in its input's dtype.
+class ExactNorm(nn.Module):
+    """An RMSNorm that computes in its input's dtype.
+
+    Args:
+        weight: ``[n]``, shared.
+        eps: added to the mean square.
+        offset: added to the weight.
+    """
+
+    def __init__(self, weight: Tensor, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.data, requires_grad=False)
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n]`` -> the same."""
+        return F.rms_norm(x, self.weight.shape, self.weight + self.offset, self.eps)
+
+
+def use_exact_norm(module: nn.Module, name: str, eps: float, offset: float = 0.0) -> None:
+    """Replace a norm, in place, by one with the same weight that computes in its input's dtype.
 
     transformers' RMSNorm computes in float32 whatever it is given, which would hide what a float64 gate looks for.
     """
     weight = cast(Tensor, module.get_submodule(name).weight)
-    norm = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
-    norm.weight = nn.Parameter(weight.data, requires_grad=False)
-    module.set_submodule(name, norm)
+    module.set_submodule(name, ExactNorm(weight, eps, offset))
 
 
 class ExactRouter(nn.Module):
@@ -139,8 +156,8 @@ EXACT_ROUTERS: dict[str, type[nn.Module]] = {"softmax": ExactRouter, "sigmoid": 
 
 def use_exact_layer(layer: nn.Module, architecture: Architecture, eps: float) -> None:
     """Make a decoder layer's norms and router compute in their input's dtype."""
-    for norm in (architecture.attention_norm, architecture.mlp_norm, *architecture.head_norms):
-        use_exact_norm(layer, norm, eps)
+    for norm in architecture.norms:
+        use_exact_norm(layer, norm, eps, architecture.norm_offset)
     router = architecture.router_of(layer)
     if router is not None:
         layer.set_submodule(router, EXACT_ROUTERS[architecture.routing](layer.get_submodule(router)))

@@ -124,7 +124,7 @@ def _scale(found: dict[str, Tensor], layer: nn.Module, architecture: Architectur
     }
     for norm, names in readers.items():
         if norm in scales:
-            found[f"{norm}.weight"] = found[f"{norm}.weight"] * scales[norm]
+            found[f"{norm}.weight"] = folding.scaled_norm(found[f"{norm}.weight"], scales[norm], architecture)
             for name in names:
                 found[f"{name}.weight"] = found[f"{name}.weight"] / scales[norm]
     for mlp in architecture.gated_mlps(layer):

@@ -15,6 +15,7 @@ from kurtail_pl.errors import CheckpointError, ConfigError, require_seed
 from kurtail_pl.maths.hadamard import (
     HadamardFactors,
     block_hadamard_factors,
+    hadamard_transform,
     random_hadamard,
     random_hadamard_factors,
     widest_block,
@@ -38,6 +39,8 @@ class Rotations:
         attention_output: R4, input of `o_proj`, size heads * head_dim; online, inverse fused.
         mlp_hidden: R5, input of `down_proj` (of every expert), size of the MLP's width; online, inverse fused.
         dense_hidden: the same for the dense layers of a mixture, where they are of another width than its experts.
+        block_input: R1 of families whose residual stream cannot be turned: of each block input by itself, in the order
+            of the model (attention and MLP of each layer), a stack of size hidden; online, inverse fused.
         origin: how they came about (seed, settings, cost), as plain data for JSON.
     """
 
@@ -47,6 +50,7 @@ class Rotations:
     attention_output: HadamardFactors | None = None
     mlp_hidden: HadamardFactors | None = None
     dense_hidden: HadamardFactors | None = None
+    block_input: HadamardFactors | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
     def hidden(self, width: int) -> HadamardFactors | None:
@@ -83,56 +87,27 @@ class Rotations:
         return [name for name in ONLINE if getattr(self, name) is not None]
 
     @property
+    def turns_inputs(self) -> bool:
+        """Whether what block inputs' readers read is turned by R1, in the weights or at run time."""
+        return self.residual is not None or self.block_input is not None
+
+    def turn_input(self, rows: Tensor, site: int) -> Tensor:
+        """Rows ``[..., hidden]`` of one block input, of `block_input`'s order, behind its norm, turned by R1."""
+        if self.residual is not None:
+            return rows @ self.residual.to(rows)
+        return rows if self.block_input is None else hadamard_transform(rows, self.block_input.of(site))
+
+    @property
     def any_online(self) -> bool:
         """Whether one of them acts at run time."""
         hidden = self.mlp_hidden, self.dense_hidden
-        return any(r is not None for r in (self.query_key, self.attention_output, *hidden))
+        return any(r is not None for r in (self.query_key, self.attention_output, *hidden, self.block_input))
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
     """Size of an attention head; some configurations leave it to be derived."""
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head_dim
-
-
-def misfits(rotations: Rotations, config: PretrainedConfig) -> list[str]:
-    """What is not of a model's sizes, in words."""
-    layers, hidden, head = config.num_hidden_layers, config.hidden_size, head_dim_of(config)
-    width, *dense = mlp_widths(config)
-    fused = {
-        "residual": (rotations.residual, [[hidden, hidden]]),
-        "value": (rotations.value, [[layers, head, head], [layers, config.num_key_value_heads, head, head]]),
-    }
-    online = {
-        "query_key": (rotations.query_key, head),
-        "attention_output": (rotations.attention_output, config.num_attention_heads * head),
-        "mlp_hidden": (rotations.mlp_hidden, width),
-        "dense_hidden": (rotations.dense_hidden, dense[0] if dense else "none"),
-    }
-    rigid = architecture_of(config).rigid_hidden
-    signed = [
-        name for name in ("mlp_hidden", "dense_hidden") if getattr(getattr(rotations, name), "signs", None) is not None
-    ]
-    return (
-        [f"{name} has signs, and this {config.model_type} takes none: {rigid}" for name in signed if rigid is not None]
-        + [
-            f"{name} is {list(matrix.shape)}, the model wants {shapes[0]}"
-            for name, (matrix, shapes) in fused.items()
-            if matrix is not None and list(matrix.shape) not in shapes
-        ]
-        + [
-            f"{name} has size {size_of(factors)}, the model wants {size}"
-            for name, (factors, size) in online.items()
-            if factors is not None and size_of(factors) != size
-        ]
-    )
-
-
-def size_of(factors: HadamardFactors) -> int:
-    """Width of what a Hadamard acts on; 0 where its factors are not square, or its signs are of another number."""
-    square = all(factor.ndim == 2 and factor.shape[0] == factor.shape[1] for factor in (factors.left, factors.right))
-    fits = factors.signs is None or factors.signs.shape == (factors.size,)
-    return factors.size if square and fits else 0
 
 
 def random_rotations(
@@ -161,6 +136,7 @@ def random_rotations(
     residual, value = random_fused(
         config.num_hidden_layers, config.hidden_size, head_dim, seed, turned_back=blocks, block=block
     )
+    rigid = architecture_of(config).rigid_residual is not None
     query_key = random_hadamard_factors(head_dim, online)
 
     def drawn(name: str, n: int, signs: bool) -> HadamardFactors:
@@ -172,14 +148,30 @@ def random_rotations(
     # Signs are fused where the channels are written, and there must be such a place.
     signs = architecture_of(config).rigid_hidden is None
     return Rotations(
-        residual=residual,
+        residual=None if rigid else residual,
         value=value,
         query_key=query_key,
         attention_output=drawn("R4", heads * head_dim, signs=False),
         mlp_hidden=drawn("R5", width, signs),
         dense_hidden=drawn("R5", dense[0], signs) if dense else None,
+        block_input=random_inputs(config.num_hidden_layers, config.hidden_size, seed, block) if rigid else None,
         origin={"seed": seed} | {name: size for name, size in sizes.items() if size is not None},
     )
+
+
+def random_inputs(layers: int, hidden_size: int, seed: int, block: int | None = None) -> HadamardFactors:
+    """Random Hadamards that R1 of each block input is, or starts from: a stack ``[2 layers]``.
+
+    Args:
+        layers: of the model.
+        hidden_size: of the residual stream.
+        seed: decides the signs.
+        block: neighbouring channels that are mixed, a power of two that divides the stream; None mixes all.
+    """
+    generator = torch.Generator().manual_seed(seed + 2)
+    drawn = [random_hadamard_factors(hidden_size, generator, block) for _ in range(2 * layers)]
+    left, right = (torch.stack([getattr(each, side) for each in drawn]) for side in ("left", "right"))
+    return replace(drawn[0], left=left, right=right)
 
 
 def require_blocks(config: PretrainedConfig, block_size: BlockSize) -> None:

@@ -40,7 +40,10 @@ class Transform(ABC):
 
 @dataclass(frozen=True)
 class FoldNorms(Transform):
-    """The norms' weights go into the linears that read them, where R1 or scales ask for it."""
+    """The norms' weights go into the linears that read them, where R1 in the weights or scales ask for it.
+
+    An R1 of block inputs acts behind the norms, which keep their weights.
+    """
 
     architecture: Architecture
     wanted: bool
@@ -103,13 +106,13 @@ class FlipHidden(Transform):
 
 @dataclass(frozen=True)
 class RotateOnline(Transform):
-    """R3, R4 and R5 at run time, their inverses into the weights; the layer gets its own linears and attention."""
+    """R3, R4, R5 and block inputs' R1 at run time, their inverses into the weights; the layer gets its own modules."""
 
     architecture: Architecture
     rotations: Rotations
     head_dim: int
 
-    sentence = "rotating online (R3, R4, R5)"
+    sentence = "rotating online"
 
     def fold(self, layer: nn.Module, index: int) -> bool:
         """The last step: nothing knows its modules after it."""

@@ -97,6 +97,11 @@ def _require_silu(source: Source) -> None:
         raise UnsupportedArchitecture(
             f"an MLP of a {source.config.model_type} has no gate, and those of a graph have one; use another exporter"
         )
+    if source.architecture.rigid_residual is not None:
+        raise UnsupportedArchitecture(
+            f"a {source.config.model_type} has norms of what its blocks write, and a graph has none; use "
+            "kurtail_pl.load, or another exporter"
+        )
     if source.architecture.learned_sinks:
         raise UnsupportedArchitecture(
             f"the attention of a {source.config.model_type} has learned sinks, and that of a graph has none; use "

@@ -63,7 +63,8 @@ class WeightQuantization(CheckedCallback):
         require_before(trainer, self, RotationWriter, Fusion)
         fusion = callback_of(trainer, Fusion)
         if fusion is not None and module.rotates:
-            self.spec.runtime.require_online(ONLINE if fusion.online is None else fusion.online)
+            online = ONLINE if fusion.online is None else fusion.online
+            self.spec.runtime.require_online(online, module.inputs is not None)
         folder = self.folder(module, data)
         require_fit(data.checkpoint.config, self.spec, data.compute)
         text = calibration_windows(data.checkpoint, self.spec)

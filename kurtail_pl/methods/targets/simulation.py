@@ -14,6 +14,7 @@ class Simulation(Target):
     name = "torch"
     recipe = "kurtail-plus"
     online = ONLINE
+    block_inputs = True
     transforms = True
 
     def lacks(self, scheme: Scheme) -> Iterator[str]:

@@ -16,6 +16,7 @@ from kurtail_pl.storage.keys import tokens_sha256
 from kurtail_pl.storage.resume import resumable_work
 from kurtail_pl.streaming.compute import AUTO, Compute
 from kurtail_pl.streaming.walker import Walker
+from kurtail_pl.surgery.architecture import Architecture
 
 TOKENS = 2048
 """Of the text, at most: every layer runs over them three times."""
@@ -58,18 +59,21 @@ def _measured(checkpoint: Checkpoint, windows: Tensor, seed: int, compute: Compu
             generator = torch.Generator().manual_seed(seed * walker.n_layers + index)
             hidden.after.fill(walker.advance(layer, states) for states in hidden.before)
             for name in (walker.architecture.attention_norm, walker.architecture.mlp_norm):
-                with _noise(layer.get_submodule(name), generator):
+                with _noise(layer.get_submodule(name), walker.architecture, generator):
                     noisy = [walker.advance(layer, states) for states in hidden.before]
                 effects.append(_change(noisy, hidden.after) / NOISE)
         return torch.tensor(effects, dtype=torch.float64)
 
 
 @contextmanager
-def _noise(norm: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Noise in what a norm gives before its weight, whose energy is a channel's one on average."""
+def _noise(norm: nn.Module, architecture: Architecture, generator: torch.Generator) -> Iterator[None]:
+    """Noise in what R1 turns, alike in all its channels: what a norm gives before its weight, or behind it."""
 
     def add(norm: nn.Module, _: object, output: Tensor) -> Tensor:
-        noise: Tensor = torch.randn(output.shape, generator=generator).to(output) * cast(Tensor, norm.weight)
+        gain = cast(Tensor, norm.weight) + architecture.norm_offset
+        if architecture.rigid_residual is not None:
+            gain = output.square().mean(-1, keepdim=True).sqrt()
+        noise: Tensor = torch.randn(output.shape, generator=generator).to(output) * gain
         return output + math.sqrt(NOISE) * noise
 
     handle = norm.register_forward_hook(add)

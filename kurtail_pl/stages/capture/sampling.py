@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.storage.activations import Shape, SiteWriter
@@ -55,14 +56,21 @@ class Taps:
         self.seen: dict[str, Tensor] = {}
         names = (architecture.attention_norm, architecture.mlp_norm, architecture.value, architecture.output)
         attention_norm, mlp_norm, value, output = (layer.get_submodule(name) for name in names)
+        behind = architecture.rigid_residual is not None
         self._handles = [
-            attention_norm.register_forward_pre_hook(lambda _, args: self._see("attn_in", args[0])),
-            mlp_norm.register_forward_pre_hook(lambda _, args: self._see("ffn_in", args[0])),
+            self._input(attention_norm, "attn_in", behind),
+            self._input(mlp_norm, "ffn_in", behind),
             output.register_forward_pre_hook(lambda _, args: self._see("value", args[0]))
             if values == "attended"
             # The last channels: queries and keys come first where one linear makes all three.
             else value.register_forward_hook(lambda _, __, made: self._see("value", made[..., -value_width:])),
         ]
+
+    def _input(self, norm: nn.Module, name: str, behind: bool) -> RemovableHandle:
+        """See a block's input before its norm, or behind it, where R1 turns what its linears read."""
+        if behind:
+            return norm.register_forward_hook(lambda _, __, made: self._see(name, made))
+        return norm.register_forward_pre_hook(lambda _, args: self._see(name, args[0]))
 
     def _see(self, name: str, x: Tensor) -> None:
         self.seen[name] = x

@@ -163,6 +163,7 @@ def origin_of(spec: CaptureSpec, checkpoint: Checkpoint, windows: Windows, compu
         seqlen=spec.text.seqlen,
         rows=spec.rows_of(len(windows.tokens)),
         seed=spec.seed,
+        bos=spec.text.bos,
         dtype=compute.dtype,
         values=spec.values,
     )

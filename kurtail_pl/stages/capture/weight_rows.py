@@ -27,7 +27,8 @@ def weight_rows(checkpoint: Checkpoint, rows: int, seed: int, compute: Compute =
     walker, found = Walker(checkpoint, device=compute.torch_device), []
     generator = torch.Generator().manual_seed(seed)
     for _, layer in walker.layers("weights that read the residual stream"):
-        fold_layer_norms(layer, walker.architecture)
+        if walker.architecture.rigid_residual is None:
+            fold_layer_norms(layer, walker.architecture)
         for readers in (walker.architecture.attention_readers, walker.architecture.mlp_readers(layer)):
             weights = [linear_of(layer, name).weight for name in readers]
             chosen = torch.randint(sum(len(w) for w in weights), (rows,), generator=generator)

@@ -11,7 +11,7 @@ import torch
 from kurtail_pl.artefact.skeleton import skeleton
 from kurtail_pl.metrics import Perplexity
 from kurtail_pl.stages.meter import Meter
-from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.stages.text import TextSpec, cut_windows, said
 from kurtail_pl.storage.card import require_sound
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.keys import model_key, tokens_sha256
@@ -61,7 +61,7 @@ def perplexity(checkpoint: Checkpoint, spec: TextSpec, compute: Compute = AUTO) 
         for states, ids in zip(hidden.before, windows.tokens, strict=True):
             metric.update(walker.logits(norm, head, states), ids.unsqueeze(0).to(walker.device))
     value = metric.compute().item()
-    log.info("perplexity of %s: %.3f (%d windows of %d tokens)", checkpoint.folder, value, spec.windows, spec.seqlen)
+    log.info("perplexity of %s: %.3f (%s)", checkpoint.folder, value, said(asdict(spec)))
     return {
         "perplexity": value,
         **settings,

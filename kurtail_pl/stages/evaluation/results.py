@@ -27,6 +27,7 @@ from kurtail_pl.storage.keys import model_key
 from kurtail_pl.storage.lock import alone_with
 from kurtail_pl.storage.records import OTHERS_TOO, Number, fields_of, read_object
 from kurtail_pl.streaming.compute import AUTO, Compute
+from kurtail_pl.surgery.rotations import Rotations
 
 RESULTS = "results.json"
 FLOAT_METHOD = "float"
@@ -43,12 +44,12 @@ def model_name(model: str) -> str:
     return Path(model).name.lower().removesuffix(".gguf")
 
 
-def block_kurtosis(store: ActivationStore, residual: Tensor | None, start: int, stop: int, eps: float) -> Tensor:
+def block_kurtosis(store: ActivationStore, rotations: Rotations, start: int, stop: int, eps: float) -> Tensor:
     """Kurtosis of each normed block input, rotated or not, over rows ``[start, stop)``: ``[2 layers]``, float64."""
     values = []
-    for site in block_sites(store.shape.layers):
+    for place, site in enumerate(block_sites(store.shape.layers)):
         rows = rms_norm(store.read(site, start, stop).double(), eps)
-        values.append(kurtosis((rows if residual is None else rows @ residual).flatten()))
+        values.append(kurtosis(rotations.turn_input(rows, place).flatten()))
     return torch.stack(values)
 
 
@@ -136,7 +137,7 @@ def _require_rows_of(
 def _kurtosis(checkpoint: Checkpoint, store: ActivationStore, validation_rows: int) -> dict[str, Any]:
     """Of the block inputs, on the store's last rows."""
     rows, eps = store.origin.rows, checkpoint.config.rms_norm_eps
-    per_site = block_kurtosis(store, rotations_of(checkpoint.folder).residual, rows - validation_rows, rows, eps)
+    per_site = block_kurtosis(store, rotations_of(checkpoint.folder), rows - validation_rows, rows, eps)
     return {
         "mean": per_site.mean().item(),
         "max": per_site.max().item(),

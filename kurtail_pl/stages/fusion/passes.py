@@ -61,7 +61,7 @@ def transforms_of(
     return (
         scaled,
         ReorderChannels(scaled.measured, scaled.kv_heads),
-        FoldNorms(architecture, residual is not None or scaled.measured.norms),
+        FoldNorms(architecture, residual is not None or (scaled.measured.norms and rotations.block_input is None)),
         RotateResidual(architecture, residual),
         ScaleNorms(scaled.measured),
         RotateValues(architecture, rotations.value),
@@ -166,7 +166,7 @@ class Fuser:
     def _head(self, reference: Tensor, rotated: Tensor, rounded: Tensor) -> dict[str, float]:
         """Write final norm and head, and compare the logits."""
         norm, head = self.walker.head(torch.float32)
-        scale = cast(Tensor, norm.weight).double()
+        scale = cast(Tensor, norm.weight).double() + self.architecture.norm_offset
         normed = [F.rms_norm(x, scale.shape, eps=self.eps) for x in (reference, rotated, rounded.float())]
         changes = [LargestChange(), LargestChange()]
         for rows in torch.split(head.weight.data, ROWS):
@@ -182,7 +182,8 @@ class Fuser:
             "float32": require("the fused model in float32", changes[1].relative, FLOAT32_TOLERANCE),
         }
         if self.rotations.residual is not None:
-            norm.weight = nn.Parameter(torch.ones_like(scale, dtype=torch.float32), requires_grad=False)
+            ones = torch.ones_like(scale, dtype=torch.float32) - self.architecture.norm_offset
+            norm.weight = nn.Parameter(ones, requires_grad=False)
         tensors = named(self.architecture.final_norm, norm.state_dict())
         self.shards.write(self.walker.n_layers + 1, {**tensors, **named(self.architecture.head, head.state_dict())})
         self.shards.close()

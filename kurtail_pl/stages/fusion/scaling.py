@@ -183,6 +183,8 @@ def scale_channels(
 ) -> ScaleChannels:
     """Scales of the layers of a walker's model; `normed` as in `Measured`."""
     config, architecture = walker.checkpoint.config, walker.architecture
-    frequencies = cast(Tensor, walker.model.get_submodule(architecture.rotary).inv_freq)
+    # Keys are not scaled where layers have angles of their own: all such families have norms of heads.
+    rotary = walker.model.get_submodule(architecture.rotary)
+    frequencies = () if architecture.rotary_by_kind else cast(Tensor, rotary.inv_freq)
     measured = Measured(scales, architecture, head_dim_of(config), normed)
     return ScaleChannels(measured, config.num_key_value_heads, 2 * len(frequencies))

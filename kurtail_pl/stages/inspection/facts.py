@@ -15,6 +15,8 @@ from kurtail_pl.storage.card import is_ours, read_card, rotations_of, scheme_of
 from kurtail_pl.storage.gguf_header import AGAIN, read_header
 from kurtail_pl.storage.model_config import CONFIG
 from kurtail_pl.storage.records import read_object
+from kurtail_pl.surgery.allowances import sentence
+from kurtail_pl.surgery.families import REFUSED, REGISTRY
 
 Kind = Literal["artefact", "onnx", "gguf", "compressed-tensors", "plain"]
 FLOAT = "float"
@@ -39,6 +41,7 @@ class Facts:
         cache: the same of keys and values.
         online: rotations that have to act at run time, in words.
         own: what only KurTail's own model computes.
+        family: how the rotations of the model's family are made, in words; None where it has no record.
         turned_cache: whether a rotation of queries and keys is asked for, without which scores stay what they are.
     """
 
@@ -49,6 +52,7 @@ class Facts:
     online: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     turned_cache: bool = False
+    family: str | None = None
 
 
 def facts_of(path: Path) -> Facts:
@@ -97,9 +101,23 @@ def _of_artefact(folder: Path) -> Facts:
         weights=FLOAT if scheme.weights is None else scheme.weights.sentence(),
         activations=FLOAT if scheme.activations is None else str(scheme.activations),
         cache=FLOAT if scheme.cache is None else scheme.cache.sentence(),
-        online=tuple(NUMBERS[name] for name in rotations.online),
+        online=(
+            *(["R1 of each block input"] if rotations.block_input is not None else []),
+            *(NUMBERS[name] for name in rotations.online),
+        ),
+        family=_family(folder),
         own=(*(name for name, there in own.items() if there), *beside),
     )
+
+
+def _family(folder: Path) -> str | None:
+    """How the rotations of a folder's family are made, in words."""
+    kind = read_object(folder / CONFIG, CheckpointError, AGAIN).get("model_type")
+    if not isinstance(kind, str):
+        return None
+    if kind in REFUSED:
+        return f"a {kind} cannot be rotated exactly: {REFUSED[kind]}"
+    return sentence(REGISTRY[kind]) if kind in REGISTRY else None
 
 
 def _of_graph(folder: Path) -> Facts:
@@ -140,7 +158,7 @@ def _of_gguf(path: Path) -> Facts:
 def _of_checkpoint(folder: Path) -> Facts:
     quantization = read_object(folder / CONFIG, CheckpointError, AGAIN).get("quantization_config")
     if quantization is None:
-        return Facts(kind="plain", weights=FLOAT)
+        return Facts(kind="plain", weights=FLOAT, family=_family(folder))
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if method == "kurtail":
         raise ArtefactError(f"{folder} is an artefact without its card, kurtail.json; copy it again")

@@ -23,6 +23,8 @@ def inspection(path: Path) -> str:
     rotations = "none at run time" if not facts.online else f"{', '.join(facts.online)} at run time"
     parts = [f"weights {facts.weights}", f"activations {facts.activations}", f"cache {facts.cache}", rotations]
     said = [f"{path}: {facts.kind}", *(f"- {part}" for part in parts)]
+    if facts.family is not None:
+        said.append(f"- {facts.family}")
     if facts.own:
         said.append(f"- beside the quantizers: {', '.join(facts.own)}")
     if facts.kind == "artefact" and {facts.weights, facts.activations, facts.cache} == {FLOAT}:

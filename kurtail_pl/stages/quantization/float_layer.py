@@ -43,8 +43,9 @@ class FloatLayer:
     def add_attention(self) -> None:
         """Take the states past the attention."""
         output = self.layer.get_submodule(self.architecture.output)
+        post = post_norm(self.layer, self.architecture.attention_post_norm)
         states = zip(self.hidden.before, self.output_inputs(), strict=True)
-        self.hidden.after.fill(self.walker.added(h, output(x)) for h, x in states)
+        self.hidden.after.fill(self.walker.added(h, output(x), post) for h, x in states)
 
     def mlp_inputs(self) -> Iterator[Tensor]:
         """Of the MLP, or of every expert."""
@@ -58,9 +59,15 @@ class FloatLayer:
     def add_mlp(self) -> None:
         """Take the states past the MLP; the layer then lets go of its weights."""
         block = self.layer.get_submodule(self.architecture.mlp)
+        post = post_norm(self.layer, self.architecture.mlp_post_norm)
         states = zip(self.hidden.after, self.mlp_inputs(), strict=True)
-        self.hidden.after.fill(self.walker.added(h, written(block(x))) for h, x in states)
+        self.hidden.after.fill(self.walker.added(h, written(block(x)), post) for h, x in states)
         self.layer.to("meta")
+
+
+def post_norm(layer: nn.Module, name: str | None) -> nn.Module | None:
+    """The norm of what a block writes, where a record names one."""
+    return None if name is None else layer.get_submodule(name)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.tuner import Site, Tuning
 from kurtail_pl.ranks import ALONE, Ranks
 from kurtail_pl.stages.quantization.calibration import centre_inputs, centre_keys, fit_cache, fix_grid, received_by
-from kurtail_pl.stages.quantization.float_layer import FloatLayer, set_aside
+from kurtail_pl.stages.quantization.float_layer import FloatLayer, post_norm, set_aside
 from kurtail_pl.stages.quantization.moments import moments_of
 from kurtail_pl.stages.quantization.weights import Notes, WeightSolver
 from kurtail_pl.streaming.hidden import HiddenStates, MappedStates
@@ -84,6 +84,7 @@ class LayerSolver:
         architecture = self.walker.architecture
         self._attention(layer, prefix, hidden)
         states, norm = hidden.after, layer.get_submodule(architecture.mlp_norm)
+        post = post_norm(layer, architecture.mlp_post_norm)
 
         def normed() -> Iterator[Tensor]:
             yield from map(norm, states)
@@ -91,14 +92,14 @@ class LayerSolver:
         if architecture.has_experts(layer):
             self._experts(layer, prefix, normed)
             block = layer.get_submodule(architecture.mlp)
-            states.fill(self.walker.added(h, written(block(norm(h)))) for h in states)
+            states.fill(self.walker.added(h, written(block(norm(h))), post) for h in states)
         else:
             down = layer.get_submodule(f"{architecture.mlp}.{architecture.down}")
             assert isinstance(down, QuantizedLinear)
             inner = hidden.scratch(down.in_features)
             wanted = self._exact.mlp_inputs if self._exact else None
             self._gated_mlp(layer, prefix, architecture.mlp, normed, wanted, inner)
-            states.fill(self.walker.added(h, down(x)) for h, x in zip(states, inner, strict=True))
+            states.fill(self.walker.added(h, down(x), post) for h, x in zip(states, inner, strict=True))
         if self._exact is not None:
             self._exact.add_mlp()
 
@@ -124,7 +125,8 @@ class LayerSolver:
                 self._tuning.cache(output, attended, hidden.before)
             inner.fill(attended(hidden.before))
         self._solve(layer, prefix, (architecture.output,), lambda: inner, exact.output_inputs if exact else None)
-        hidden.after.fill(self.walker.added(h, output(x)) for h, x in zip(hidden.before, inner, strict=True))
+        post, pairs = post_norm(layer, architecture.attention_post_norm), zip(hidden.before, inner, strict=True)
+        hidden.after.fill(self.walker.added(h, output(x), post) for h, x in pairs)
         if exact is not None:
             exact.add_attention()
 

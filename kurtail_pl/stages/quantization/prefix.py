@@ -54,11 +54,10 @@ def prefix_states(
     states = walker.embed(embedding, torch.tensor([prefix], device=walker.device))
     embedding.to("meta")
     ids = torch.arange(-len(prefix), 0, device=walker.device).unsqueeze(0)
-    positions = walker.model.get_submodule(walker.architecture.rotary)(states, ids)
     # Queries that grow with their position are before the first as large as at it.
     grown = ids.clamp(min=0)
     for index, layer in walker.layers("prefix"):
-        cache = DynamicCache()
+        cache, positions = DynamicCache(), walker.angles(layer, states, ids)
         states = layer(
             states, past_key_values=cache, position_ids=grown, position_embeddings=positions, attention_mask=None
         )

@@ -62,7 +62,7 @@ def quantize(
     require_fit(checkpoint.config, spec, compute)
     text, own_text = calibration_windows(checkpoint, spec), tuning_windows(checkpoint, spec)
     rotations = rotations_of(fused)
-    spec.runtime.require_online(rotations.online)
+    spec.runtime.require_online(rotations.online, rotations.block_input is not None)
     model = equipped(checkpoint, spec.scheme if spec.quantized_activations else FLOAT, rotations)
     walker = Walker(checkpoint, model, compute.torch_dtype, compute.torch_device)
     # The weights and the parts that they are joined from.

@@ -115,7 +115,7 @@ class TransformTraining:
         architecture, rotations = self.architecture, self.rotations
         found = {"keys": rotations.query_key is not None, "values": rotations.value is not None}
         for names in architecture.readers_alike(layer):
-            found[names[0]] = rotations.residual is not None
+            found[names[0]] = rotations.turns_inputs
         for name in architecture.mlp_writers(layer):
             found[name] = rotations.mlp_hidden is not None
         return {**found, architecture.output: rotations.attention_output is not None}

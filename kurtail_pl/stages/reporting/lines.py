@@ -12,7 +12,7 @@ from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.stages.evaluation.results import FLOAT_METHOD, read_results
 from kurtail_pl.stages.reporting.page import Table
 from kurtail_pl.stages.reporting.serving import OWN_RUNTIME, Serving
-from kurtail_pl.stages.text import title_of
+from kurtail_pl.stages.text import said, title_of
 from kurtail_pl.storage.card import is_ours, read_card
 from kurtail_pl.storage.files import gigabytes
 
@@ -218,8 +218,8 @@ def note_of(results: Mapping[str, Any], lines: Sequence[Line], scored: bool) -> 
         f"the linears. Runs in: {OWN_RUNTIME} is kurtail_pl.load, others take the export by its own rules."
     )
     return (
-        f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
-        f"tokens, {evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
+        f"Perplexity on {title_of(evaluation['source'])}: {said(evaluation)}, "
+        f"{evaluation['tokens']} predicted.{over} Kurtosis over the block inputs (1.8 is uniform, 3 normal) on "
         f"{results['kurtosis']['rows']} rows kept out of training. Recovery: of the float model's {kept}."
         f"{closed} Seconds to learn: to capture what is learned from, and learn. All seconds: to fuse and quantize, "
         f"too; peak resident memory of any stage, the largest of all seeds.{served if lines[-1].serving else ''}"

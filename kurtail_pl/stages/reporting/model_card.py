@@ -12,7 +12,7 @@ from kurtail_pl.errors import ConfigError, shortened
 from kurtail_pl.methods import ClipTuner, Rounder, TransformTuner, WeightTuner
 from kurtail_pl.methods.scheme import Scheme
 from kurtail_pl.methods.targets import TARGETS
-from kurtail_pl.stages.text import title_of
+from kurtail_pl.stages.text import said, title_of
 from kurtail_pl.storage.files import gigabytes
 from kurtail_pl.storage.statement import LICENSE
 
@@ -34,7 +34,7 @@ def model_card(folder: Path, card: dict[str, Any], results: dict[str, Any], task
         + "\n".join(f"- {part}: {said}" for part, said in _parts(scheme, card).items())
         + _target(card.get("quantize") or {})
         + f"\n\nPerplexity {evaluation['perplexity']:.3f} on {title_of(evaluation['source'])} "
-        f"({evaluation['windows']} windows of {evaluation['seqlen']} tokens). "
+        f"({said(evaluation)}). "
         f"Weights on disk: {gigabytes(results['disk_bytes'])}{_bits_per_weight(card)}.\n{tasks}\n"
         f"{_stored(scheme)} `kurtail.json` holds every setting, seed, version and hash.\n\n"
         "```python\nimport kurtail_pl\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -53,7 +53,7 @@ def _front_matter(name: str, card: dict[str, Any], results: dict[str, Any]) -> s
         task_type="text-generation",
         dataset_type=text,
         dataset_name=text,
-        dataset_args={"windows": evaluation["windows"], "seqlen": evaluation["seqlen"]},
+        dataset_args={key: evaluation[key] for key in ("windows", "seqlen", "bos") if key in evaluation},
         metric_type="perplexity",
         metric_value=evaluation["perplexity"],
     )

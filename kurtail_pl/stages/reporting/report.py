@@ -15,7 +15,7 @@ from kurtail_pl.stages.reporting.model_card import model_card
 from kurtail_pl.stages.reporting.page import Table, page_of, read_model, write_page
 from kurtail_pl.stages.reporting.page.section import Section
 from kurtail_pl.stages.tables import markdown
-from kurtail_pl.stages.text import title_of
+from kurtail_pl.stages.text import said, title_of
 from kurtail_pl.storage.card import is_ours, read_card, require_sound
 from kurtail_pl.storage.files import gigabytes, write_text
 from kurtail_pl.storage.lock import alone_with
@@ -40,7 +40,7 @@ def siblings(folder: Path) -> list[dict[str, Any]]:
         evaluation = results["evaluation"]
         return (
             results["measured"]["model_sha256"],
-            *(evaluation.get(key) for key in ("text_sha256", "windows", "seqlen", "dtype")),
+            *(evaluation.get(key) for key in ("text_sha256", "windows", "seqlen", "bos", "dtype")),
         )
 
     found = [own]
@@ -71,8 +71,8 @@ def _note(results: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers were measured on."""
     evaluation = results[0]["evaluation"]
     return (
-        f"Perplexity on {title_of(evaluation['source'])}: {evaluation['windows']} windows of {evaluation['seqlen']} "
-        f"tokens, {evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
+        f"Perplexity on {title_of(evaluation['source'])}: {said(evaluation)}, "
+        f"{evaluation['tokens']} predicted. Kurtosis over the {len(results[0]['kurtosis']['sites'])} block "
         f"inputs (1.8 is uniform, 3 normal) on {results[0]['kurtosis']['rows']} rows kept out of training. Seconds to "
         "capture what is learned from, learn, fuse and quantize; peak resident memory of any stage."
     )

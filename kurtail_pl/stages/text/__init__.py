@@ -2,6 +2,17 @@
 
 from kurtail_pl.stages.text.hub import Split
 from kurtail_pl.stages.text.sources import COMBINED, EMBEDDED, FOLDER, read_text, title_of
-from kurtail_pl.stages.text.windows import TextSpec, Windows, cut_windows
+from kurtail_pl.stages.text.windows import TextSpec, Windows, cut_windows, said
 
-__all__ = ["COMBINED", "EMBEDDED", "FOLDER", "Split", "TextSpec", "Windows", "cut_windows", "read_text", "title_of"]
+__all__ = [
+    "COMBINED",
+    "EMBEDDED",
+    "FOLDER",
+    "Split",
+    "TextSpec",
+    "Windows",
+    "cut_windows",
+    "read_text",
+    "said",
+    "title_of",
+]

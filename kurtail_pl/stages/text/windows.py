@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ class TextSpec:
             that activations are captured from, and ``pydoc`` elsewhere.
         windows: how many windows; None takes all that the text has.
         seqlen: tokens in a window.
+        bos: begin each window with the model's BOS token, which counts among its tokens. Gemma needs it.
     """
 
     source: str | None = None
     windows: int | None = 16
     seqlen: int = 1024
+    bos: bool = False
 
     def __post_init__(self) -> None:
         if self.windows is not None and self.windows < 1:
@@ -72,6 +75,8 @@ class Reader(Protocol):
 def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = None) -> Windows:
     """Tokenise each text of a source once, without special tokens, and take non-overlapping windows.
 
+    Where the windows begin with BOS, each has as many tokens of the text less.
+
     Of k texts each gives the k-th part of the windows, in their order; where k does not divide their number, the first
     ones give one more. All windows of several texts are as many of each as the shortest has.
 
@@ -83,14 +88,16 @@ def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = 
             protocol).
 
     Raises:
-        ConfigError: when the windows are longer than the model's positions.
+        ConfigError: when the windows are longer than the model's positions, or there is no BOS that is asked for.
         TextError: when a text has fewer windows than asked for.
     """
     require_positions(spec.seqlen, model.positions)
     tokenizer, parts = model.tokenizer(), parts_of(spec.name)
+    head = _head(tokenizer, spec)
+    length = spec.seqlen - len(head)
     texts = [read_text(part, split) for part in parts]
     tokens = [_tokens(tokenizer, text) for text in texts]
-    available = [len(ids) // spec.seqlen for ids in tokens]
+    available = [len(ids) // length for ids in tokens]
     counts = [max(1, min(available))] * len(parts)
     if spec.windows is not None:
         each, rest = divmod(spec.windows, len(parts))
@@ -99,16 +106,34 @@ def cut_windows(model: Reader, spec: TextSpec, split: Split, seed: int | None = 
     for part, ids, there, count in zip(parts, tokens, available, counts, strict=True):
         if there < count:
             raise TextError(
-                f"text {part!r} ({split}) has {len(ids)} tokens, {there} windows of {spec.seqlen}, and {count} were "
+                f"text {part!r} ({split}) has {len(ids)} tokens, {there} windows of {length}, and {count} were "
                 "asked for; ask for fewer or shorter windows, or give a longer text"
             )
-        windows = ids[: there * spec.seqlen].view(there, spec.seqlen)
+        windows = ids[: there * length].view(there, length)
         if seed is not None:
             windows = windows[torch.randperm(there, generator=torch.Generator().manual_seed(seed))]
         chosen.append(windows[:count])
     return Windows(
-        replace(spec, source=spec.name, windows=sum(counts)), torch.cat(chosen), sha256_of_text("\n\n".join(texts))
+        replace(spec, source=spec.name, windows=sum(counts)),
+        torch.cat([head.expand(sum(counts), -1), torch.cat(chosen)], 1),
+        sha256_of_text("\n\n".join(texts)),
     )
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """Number and length of the windows that results were measured on, and their BOS, in words."""
+    return (
+        f"{found['windows']} windows of {found['seqlen']} tokens{', the first of each BOS' if found.get('bos') else ''}"
+    )
+
+
+def _head(tokenizer: PreTrainedTokenizerBase, spec: TextSpec) -> Tensor:
+    """What each window begins with: BOS, or nothing."""
+    if not spec.bos:
+        return torch.empty(0, dtype=torch.long)
+    if tokenizer.bos_token_id is None:
+        raise ConfigError("bos is true and the model's tokenizer has no BOS token; write bos: false")
+    return torch.tensor([tokenizer.bos_token_id])
 
 
 @lru_cache(maxsize=4)

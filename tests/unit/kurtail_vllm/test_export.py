@@ -22,8 +22,12 @@ from kurtail_pl.stages.export import export
 
 MakeArtefact = Callable[..., Path]
 MIXTURES = ("mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "olmoe")
-REFUSED = "gpt_oss"
-DENSE = [family for family in FAMILIES if family not in (*MIXTURES, REFUSED)]
+REFUSED = {
+    "gpt_oss": "reads the experts of a gpt_oss stacked",
+    "gemma3": "a gemma3_text has norms of what its blocks write",
+    "glm4": "a glm4 has norms of what its blocks write",
+}
+DENSE = [family for family in FAMILIES if family not in (*MIXTURES, *REFUSED)]
 
 
 def described(folder: Path, name: str) -> dict[str, Any]:
@@ -118,11 +122,12 @@ def test_transformers_gives_the_artefacts_logits_and_tokens(
     assert torch.equal(wanted, given)
 
 
-def test_experts_that_vllm_reads_stacked_are_refused(
-    make_model: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_vllm_computes_otherwise_are_refused(
+    family: str, make_model: Callable[..., Path], make_artefact: MakeArtefact, tmp_path: Path
 ) -> None:
-    artefact = make_artefact(make_model(REFUSED), weights=Uniform(4, group_size=4))
-    with pytest.raises(ConfigError, match=r"reads the experts of a gpt_oss stacked.*use the artefact with"):
+    artefact = make_artefact(make_model(family), weights=Uniform(4, group_size=4))
+    with pytest.raises(ConfigError, match=rf"{REFUSED[family]}.*use the artefact with"):
         export(artefact, tmp_path / "vllm", VLLM())
 
 

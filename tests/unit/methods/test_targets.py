@@ -151,6 +151,13 @@ def test_rotations_at_run_time(name: TargetName, kept: tuple[Any, ...], numbers:
     assert f"does not compute {numbers} at run time: write fusion.online: [{', '.join(kept)}]" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", [name for name in TARGETS if name != "torch"])
+def test_rotations_of_block_inputs_run_in_torch_alone(name: TargetName) -> None:
+    TARGETS["torch"].require_online((), block_inputs=True)
+    with pytest.raises(ConfigError, match=rf"target is {name}, which does not turn block inputs.*write target: torch"):
+        TARGETS[name].require_online((), block_inputs=True)
+
+
 def test_inputs_of_llama_cpp_are_ggmls_q8_0() -> None:
     """But for the type of the scale: float16 there, which is 2^-11 of a value from the next."""
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * 3

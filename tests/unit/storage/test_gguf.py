@@ -8,10 +8,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from families import fill, rope, sizes
+from families import WINDOW, fill, rope, sizes
 from gguf_files import write_gguf
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -68,6 +69,9 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**sizes(**PLAIN)),
     "qwen3": lambda: Qwen3Config(**sizes()),
     "qwen3 with biases": lambda: Qwen3Config(**sizes(attention_bias=True)),
+    "gemma3": lambda: Gemma3TextConfig(
+        **sizes(num_hidden_layers=7, tie_word_embeddings=True), sliding_window=WINDOW, query_pre_attn_scalar=16
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(**sizes(), **EXPERTS),
 }
 

@@ -24,6 +24,7 @@ from walks import embed
 from kurtail_pl.errors import CheckpointError, UnsupportedArchitecture
 from kurtail_pl.methods.scheme import FLOAT
 from kurtail_pl.storage.checkpoint import Checkpoint
+from kurtail_pl.storage.rotation_file import require_rotations_of
 from kurtail_pl.streaming.walker import Walker
 from kurtail_pl.surgery import folding
 from kurtail_pl.surgery.architecture import Architecture, check_layer
@@ -41,7 +42,7 @@ def make_exact(model: PreTrainedModel) -> PreTrainedModel:
     architecture = architecture_of(model.config)
     for layer in layers_of(model, architecture):
         use_exact_layer(layer, architecture, model.config.rms_norm_eps)
-    use_exact_norm(model, architecture.final_norm, model.config.rms_norm_eps)
+    use_exact_norm(model, architecture.final_norm, model.config.rms_norm_eps, architecture.norm_offset)
     return model.double()
 
 
@@ -64,15 +65,16 @@ def rotated(
     model.load_state_dict(state, assign=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
     residual, value = rotations.residual, rotations.value
-    assert residual is not None
     assert value is not None
-    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data @ residual
-    folding.fold_norm(model.model.norm, [model.lm_head])
-    folding.rotate_input(model.lm_head, residual)
+    folding.fold_norm(model.model.norm, [model.lm_head], architecture.norm_offset)
+    if residual is not None:
+        model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data @ residual
+        folding.rotate_input(model.lm_head, residual)
     for layer, per_layer in zip(layers_of(model, architecture), value, strict=True):
         prepare(layer, architecture)
-        folding.fold_layer_norms(layer, architecture)
-        folding.rotate_residual(layer, architecture, residual)
+        if residual is not None:
+            folding.fold_layer_norms(layer, architecture)
+            folding.rotate_residual(layer, architecture, residual)
         folding.rotate_values(layer, architecture, per_layer)
         for name, factors in online_rotations(layer, architecture, rotations).items():
             folding.absorb_online(folding.linear_of(layer, name), factors)
@@ -162,6 +164,21 @@ def test_what_a_record_does_not_allow_does_change_the_logits(name: str, part: st
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if architecture_of(FAMILIES[name]()).rigid_residual is not None]
+)
+def test_r1_in_the_weights_where_it_is_not_allowed_does_change_the_logits(name: str) -> None:
+    """And such rotations are refused, with the reason."""
+    plain = tiny_family(name)
+    config = plain.config
+    residual, _ = random_fused(config.num_hidden_layers, config.hidden_size, head_dim_of(config), 1)
+    rotations = replace(random_rotations(config, 1), residual=residual, block_input=None)
+    assert change(plain(IDS).logits, make_exact(rotated(plain, rotations))(IDS).logits) > 1e-2
+    with pytest.raises(CheckpointError, match=r"residual is there, .* no R1 in its weights: a norm multiplies"):
+        require_rotations_of(config, rotations, "the rotations")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("per_head", [False, True], ids=["R2 a layer", "R2 a head"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folding_and_rotating_changes_nothing(name: str, per_head: bool) -> None:
@@ -171,7 +188,7 @@ def test_folding_and_rotating_changes_nothing(name: str, per_head: bool) -> None
     if per_head:
         sizes = config.num_hidden_layers, config.hidden_size, head_dim_of(config)
         residual, value = random_fused(*sizes, 2, config.num_key_value_heads)
-        rotations = replace(rotations, residual=residual, value=value)
+        rotations = replace(rotations, residual=None if rotations.residual is None else residual, value=value)
     ours = make_exact(rotated(plain, rotations))
     in_float32 = rotated(plain, rotations).float()
     for run in (prefill, decode):
@@ -222,8 +239,8 @@ def test_re_expressed_weights_are_the_same_function(layout: str, stories: Path) 
     ("config", "reason"),
     [
         (GemmaConfig(), r"multiply by 1 \+ weight"),
-        (Gemma2Config(), "normalises what a block writes"),
-        (Olmo2Config(), "normalises what a block writes"),
+        (Gemma2Config(), "scores of the attention are capped"),
+        (Olmo2Config(), "read the residual stream without a norm"),
         (GPT2Config(), "LayerNorm subtracts the mean"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

@@ -65,7 +65,7 @@ def exact(model: PreTrainedModel) -> PreTrainedModel:
     architecture, eps = architecture_of(model.config), model.config.rms_norm_eps
     for layer in layers_of(model, architecture):
         use_exact_layer(layer, architecture, eps)
-    use_exact_norm(model, architecture.final_norm, eps)
+    use_exact_norm(model, architecture.final_norm, eps, architecture.norm_offset)
     return model.double()
 
 

@@ -82,7 +82,7 @@ def figures(
     require_learned_on(rotations, store.origin.model_sha256, store.folder)
     store.require_intact()
     method = rotations.origin.get("method", "learned")
-    bases = {VANILLA: None, HADAMARD: _basis(store, hadamard), method: _basis(store, rotations)}
+    bases = {VANILLA: Rotations(), HADAMARD: _fitting(store, hadamard), method: _fitting(store, rotations)}
     chosen = chosen_layers(store.shape.layers, layers)
     total = store.origin.rows
     if not 0 < rows <= total:
@@ -93,7 +93,7 @@ def figures(
     with new_folder(folder, overwrite) as partial:
         for place, site in enumerate(track(block_sites(store.shape.layers), "figures")):
             normed = rms_norm(store.read(site, total - rows, total), rms_norm_eps)
-            views = {name: normed if basis is None else normed @ basis for name, basis in bases.items()}
+            views = {name: basis.turn_input(normed, place) for name, basis in bases.items()}
             for name, view in views.items():
                 values[name].append(kurtosis(view.double().flatten()))
                 errors[name].append(rounding_error(view, Tensor.mean, ROUNDED))
@@ -119,16 +119,18 @@ def file_of(tag: str) -> str:
     return f"{tag.replace('/', '-')}.png"
 
 
-def _basis(store: ActivationStore, rotations: Rotations) -> Tensor:
-    """R1 in float32, if it is a rotation and fits the store."""
-    residual, hidden = rotations.residual, store.shape.hidden_size
-    if residual is None or residual.shape[0] != hidden:
-        found = "there is none" if residual is None else f"it is {residual.shape[0]} wide"
+def _fitting(store: ActivationStore, rotations: Rotations) -> Rotations:
+    """Rotations whose R1 is one and fits the store."""
+    residual, inputs, hidden = rotations.residual, rotations.block_input, store.shape.hidden_size
+    matrices = [each for each in (residual, *((inputs.left, inputs.right) if inputs else ())) if each is not None]
+    width = inputs.size if inputs else None if residual is None else len(residual)
+    if width != hidden:
+        found = "there is none" if width is None else f"it is {width} wide"
         raise ConfigError(f"the store {store.folder} needs a rotation R1 {hidden} wide and {found}; name its own file")
     # Files of rotations have no card beside them; bytes that are lost leave no rotation.
-    if not orthogonality_error(residual) < ORTHOGONAL:
+    if not all(orthogonality_error(matrix).max() < ORTHOGONAL for matrix in matrices):
         raise ConfigError("the rotation R1 is not orthogonal: its file is damaged; copy it again")
-    return residual.float()
+    return rotations
 
 
 def chosen_layers(layers: int, asked: Sequence[int] | None) -> set[int]:

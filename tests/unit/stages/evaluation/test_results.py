@@ -34,7 +34,7 @@ def kurtosis_by_hand(store: ActivationStore, rotation: np.ndarray | None, start:
 @pytest.mark.parametrize("rotated", [False, True])
 def test_kurtosis_is_the_fourth_moment(store: ActivationStore, rotations: Rotations, rotated: bool) -> None:
     residual = rotations.residual if rotated else None
-    values = block_kurtosis(store, residual, 30, 50, eps=1e-6)
+    values = block_kurtosis(store, Rotations(residual=residual), 30, 50, eps=1e-6)
     expected = kurtosis_by_hand(store, None if residual is None else residual.numpy(), 30, 50)
     assert values.tolist() == pytest.approx(list(expected.values()), rel=1e-9)
 

@@ -1,5 +1,6 @@
 """Windows of a text against slices of the tokenizer's own output."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kurtail_pl.errors import ConfigError, TextError
-from kurtail_pl.stages.text import TextSpec, cut_windows
+from kurtail_pl.stages.text import TextSpec, cut_windows, said
 from kurtail_pl.storage.checkpoint import Checkpoint
 from kurtail_pl.storage.files import sha256_of_text
 
@@ -29,6 +30,17 @@ def test_no_special_tokens(stories: Path, text_file: Path) -> None:
     windows = cut_windows(Checkpoint(stories), TextSpec(str(text_file), windows=1, seqlen=16), "evaluation")
     assert windows.tokens[0].tolist() == tokens(stories, text_file.read_text(encoding="utf-8"))[:16]
     assert AutoTokenizer.from_pretrained(stories).bos_token_id not in windows.tokens
+
+
+def test_bos_begins_each_window(stories: Path, text_file: Path) -> None:
+    ids, bos = (
+        tokens(stories, text_file.read_text(encoding="utf-8")),
+        AutoTokenizer.from_pretrained(stories).bos_token_id,
+    )
+    spec = TextSpec(str(text_file), windows=3, seqlen=16, bos=True)
+    windows = cut_windows(Checkpoint(stories), spec, "evaluation")
+    assert windows.tokens.tolist() == [[bos, *ids[i * 15 : (i + 1) * 15]] for i in range(3)]
+    assert said(asdict(windows.spec)) == "3 windows of 16 tokens, the first of each BOS"
 
 
 def test_a_seed_draws_a_permutation_of_the_same_windows(tiny: Path, text_file: Path) -> None:
