@@ -186,7 +186,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "olmo"), _LAYER_NORM),
     **dict.fromkeys(("opt", "phi", "stablelm", "starcoder2"), _LAYER_NORM),
     **dict.fromkeys(("exaone4", "olmo2", "olmo3"), _NO_PRE_NORM),
-    "gemma2": "its scores of the attention are capped, which our attention does not compute",
+    "gemma2": "its scores of the attention are capped, which the attention here does not compute",
     "gemma3": "its record is that of text alone; give the language model in it, gemma3_text",
     "gemma": "its norms multiply by 1 + weight, and its embeddings by a number that its configuration does not hold",
 }
