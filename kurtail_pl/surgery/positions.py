@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig
 
 from kurtail_pl.errors import ConfigError
@@ -21,9 +23,14 @@ def positions_of(config: PretrainedConfig) -> int:
 
 def require_positions(seqlen: int, positions: int) -> None:
     """Raise ConfigError when windows of so many tokens are longer than a model's positions."""
-    if seqlen > positions:
+    require_lengths({"seqlen": seqlen}, positions)
+
+
+def require_lengths(lengths: Mapping[str, int], positions: int) -> None:
+    """Raise ConfigError when any windows, by the names of their settings, are longer than a model's positions."""
+    if long := [f"{name} is {seqlen}" for name, seqlen in lengths.items() if seqlen > positions]:
         raise ConfigError(
-            f"seqlen is {seqlen} and the model has {positions} positions (max_position_embeddings), beyond which "
+            f"{', '.join(long)} and the model has {positions} positions (max_position_embeddings), beyond which "
             "its numbers mean nothing; ask for shorter windows"
         )
 

@@ -15,7 +15,7 @@ from kurtail_pl.stages.quantization import QuantizeSpec
 from kurtail_pl.stages.text import TextSpec
 from kurtail_pl.storage.activations import store_bytes
 from kurtail_pl.streaming.compute import AUTO, Compute
-from kurtail_pl.surgery.positions import positions_of, require_positions
+from kurtail_pl.surgery.positions import positions_of, require_lengths
 
 TOKENIZER = 50_000_000
 """Bytes that a tokenizer takes once it is read, about."""
@@ -48,13 +48,7 @@ def plan(
     Raises:
         ConfigError: when any windows are longer than the model's positions.
     """
-    texts = [capture.text, evaluation, *(spec.text for spec in (scales, signs) if spec is not None)]
-    texts += [quantize.text] if quantize.needs_text else []
-    own = quantize.own_windows
-    lengths = [*(text.seqlen for text in texts), learning.seqlen, None if own is None else own[1]]
-    for seqlen in lengths:
-        if seqlen is not None:
-            require_positions(seqlen, positions_of(config))
+    require_lengths(_lengths(capture, learning, quantize, evaluation, scales, signs), positions_of(config))
     sizes = sizes_of(config, compute.torch_dtype.itemsize)
     run = Run(sizes, config.vocab_size, program + TOKENIZER, compute)
     store = store_bytes(shape_of(config, capture.values), capture.known_rows or WHOLE_TEXT)
@@ -65,3 +59,25 @@ def plan(
         stages.quantize(run, quantize),
         stages.evaluate(run, evaluation),
     ]
+
+
+def _lengths(
+    capture: CaptureSpec,
+    learning: Learning,
+    quantize: QuantizeSpec,
+    evaluation: TextSpec,
+    scales: ScaleSpec | None,
+    signs: SignSpec | None,
+) -> dict[str, int]:
+    """Tokens in a window of each text that the stages read, by the setting that says it."""
+    own = "quantization.clips.seqlen" if quantize.clips is not None else "quantization.transforms.seqlen"
+    found = {
+        "data.capture.text.seqlen": capture.text.seqlen,
+        "data.text.seqlen": learning.seqlen,
+        "evaluation.text.seqlen": evaluation.seqlen,
+        "fusion.scales.text.seqlen": None if scales is None else scales.text.seqlen,
+        "fusion.signs.text.seqlen": None if signs is None else signs.text.seqlen,
+        "quantization.text.seqlen": quantize.text.seqlen if quantize.needs_text else None,
+        own: None if quantize.own_windows is None else quantize.own_windows[1],
+    }
+    return {setting: seqlen for setting, seqlen in found.items() if seqlen is not None}

@@ -1,6 +1,7 @@
 """Windows that are longer than the model's positions, in every stage: refused before any work, by both numbers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,15 +63,27 @@ TEXT = TextSpec(windows=1, seqlen=64)
 TOO_LONG = replace(TEXT, seqlen=POSITIONS + 1)
 
 
-@pytest.mark.parametrize("part", ["capture", "learn", "quantize", "clips", "evaluate", "scales", "signs", None])
-def test_a_plan_refuses_them_too(part: str | None, tiny: Path) -> None:
+SETTINGS = {
+    "capture": "data.capture.text.seqlen",
+    "learn": "data.text.seqlen",
+    "evaluate": "evaluation.text.seqlen",
+    "scales": "fusion.scales.text.seqlen",
+    "signs": "fusion.signs.text.seqlen",
+    "quantize": "quantization.text.seqlen",
+    "clips": "quantization.clips.seqlen",
+}
+"""Settings of a recipe that say how long windows are, in the order of the message."""
+
+
+@pytest.mark.parametrize("parts", [*([name] for name in SETTINGS), ["quantize", "evaluate"], []])
+def test_a_plan_refuses_them_by_the_names_of_all_that_are_too_long(parts: list[str], tiny: Path) -> None:
     def of(name: str) -> TextSpec:
-        return TOO_LONG if name == part else TEXT
+        return TOO_LONG if name in parts else TEXT
 
     quantized = QuantizeSpec(text=of("quantize"), quantized_activations=True)
-    if part == "clips":
+    if "clips" in parts:
         quantized = replace(quantized, clips=LONG)
-    learning: Learning = WholeModelLearning(1, 1, of("learn").seqlen) if part == "learn" else ProxyLearning(1, 1)
+    learning: Learning = WholeModelLearning(1, 1, of("learn").seqlen) if "learn" in parts else ProxyLearning(1, 1)
 
     def planned() -> object:
         return plan(
@@ -78,10 +91,11 @@ def test_a_plan_refuses_them_too(part: str | None, tiny: Path) -> None:
             scales=ScaleSpec(text=of("scales")), signs=SignSpec(text=of("signs")),
         )  # fmt: skip
 
-    if part is None:
+    if not parts:
         planned()
         return
-    with pytest.raises(ConfigError, match=refused()):
+    named = ", ".join(f"{setting} is {TOO_LONG.seqlen}" for name, setting in SETTINGS.items() if name in parts)
+    with pytest.raises(ConfigError, match=refused().replace(f"seqlen is {TOO_LONG.seqlen}", re.escape(named))):
         planned()
 
 
