@@ -35,7 +35,15 @@ def test_config_json_alone_is_enough(
     stages = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert stages == ["stage", "--------", "capture", "learn", "fuse", "quantize", "evaluate"]
     assert "does not fit: fuse needs" in printed
+    assert "every stage fits" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["huge", "recipe.yaml"]
+
+
+def test_a_plan_that_fits_says_so(
+    kurtail: Kurtail, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kurtail(tmp_path, "plan", "--config", recipe)
+    assert capsys.readouterr().out.splitlines()[-1] == "every stage fits the memory and the disk that are free here"
 
 
 def test_fit_refuses_what_does_not_fit(
