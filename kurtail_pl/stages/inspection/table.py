@@ -21,8 +21,8 @@ def inspection(path: Path) -> str:
     """
     facts = facts_of(path)
     rotations = "none at run time" if not facts.online else f"{', '.join(facts.online)} at run time"
-    parts = [f"weights {facts.weights}", f"activations {facts.activations}", f"cache {facts.cache}", rotations]
-    said = [f"{path}: {facts.kind}", *(f"- {part}" for part in parts)]
+    parts = {"weights": facts.weights, "activations": facts.activations, "cache": facts.cache, "rotations": rotations}
+    said = [f"{path}: {facts.kind}", *(f"- {part} {what}" for part, what in parts.items())]
     if facts.family is not None:
         said.append(f"- {facts.family}")
     if facts.own:

@@ -68,6 +68,7 @@ def test_an_artefact_runs_in_torch_and_transformers(artefact: Path) -> None:
     table = found(artefact)
     assert [name for name, each in table.items() if each.result == "exact"] == ["torch", "transformers"]
     assert table["torch"].rotations == "fused; R3, R4, R5 at run time"
+    assert "\n- rotations R3, R4, R5 at run time\n" in inspection(artefact)
     assert "4-bit integers, symmetric, per output channel" in table["torch"].weights
     assert "--to gguf" in table["llama.cpp"].reason
 
