@@ -9,6 +9,7 @@ from kurtail_pl.stages.meter import device_memory, free_memory, resident_memory
 from kurtail_pl.stages.planning import plan as stage
 from kurtail_pl.stages.planning.speed import probe
 from kurtail_pl.stages.planning.table import cache_line, misfits, state_places, table
+from kurtail_pl.stages.quantization.spec import require_fit
 from kurtail_pl.storage.files import free_disk
 from kurtail_pl.storage.sources import config_of
 from kurtail_pl.surgery.allowances import sentence
@@ -28,13 +29,14 @@ class PlanCLI(KurtailCLI):
 
 
 def plan(arguments: list[str]) -> None:
-    """Print what each stage of a recipe takes, and what does not fit."""
+    """Print what each stage of a recipe takes, and whether it fits."""
     made = command_line(PlanCLI, "kurtail plan", arguments, run=False).config_init
     data: StoredModel = made["data"]
     fusion: Fusion = made["fusion"]
     quantization: WeightQuantization = made["quantization"]
     evaluation: Evaluation = made["evaluation"]
     config = config_of(data.capture_spec.model)
+    require_fit(config, quantization.spec, data.compute)
     stages = stage.plan(
         config,
         data.capture_spec,
@@ -52,5 +54,8 @@ def plan(arguments: list[str]) -> None:
     print(sentence(architecture_of(config)))
     if line := cache_line(config, quantization.spec.scheme.cache):
         print(line)
-    for line in misfits(stages, free, free_disk(data.store_folder), device_memory()):
+    found = misfits(stages, free, free_disk(data.store_folder), device_memory())
+    for line in found:
         print(f"does not fit: {line}")
+    if not found:
+        print("every stage fits the memory and the disk that are free here")

@@ -6,6 +6,7 @@ Rounding is half to even. A *group* is a run of the last dimension that shares o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -195,11 +196,13 @@ class _StraightThrough(torch.autograd.Function):
 
 def require_groups(name: str, group_size: int | None, widths: Sequence[int]) -> None:
     """Raise ConfigError, naming the setting, when groups do not divide the widths of a model that they are for."""
-    for width in widths:
+    largest, different = math.gcd(*widths), list(dict.fromkeys(widths))
+    all_of_them = f", which divides {' and '.join(map(str, different))}" if len(different) > 1 else ""
+    for width in different:
         if group_size is not None and width % group_size:
             raise ConfigError(
                 f"{name}.group_size is {group_size} and this model has {width} channels to divide; "
-                f"choose a divisor of {' and '.join(map(str, widths))}, or null"
+                f"choose a divisor of {largest}{all_of_them}, or null"
             )
 
 

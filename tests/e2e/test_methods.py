@@ -280,10 +280,11 @@ def both(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
     return packed, unpacked
 
 
+@pytest.mark.parametrize("verb", ["plan", "fit"])
 def test_blocks_that_do_not_divide_are_refused_before_training(
-    kurtail: Callable[..., None], recipe: Path, capsys: pytest.CaptureFixture[str]
+    verb: str, kurtail: Callable[..., None], recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
-        kurtail(recipe.parent, "fit", "--config", recipe, "--config", "mxfp4")
+        kurtail(recipe.parent, verb, "--config", recipe, "--config", "mxfp4")
     assert "weights.group_size is 32 and this model has 48 channels to divide" in capsys.readouterr().err
     assert not (recipe.parent / "runs" / "rotations.safetensors").exists()

@@ -7,8 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from kurtail_pl.errors import ConfigError
 from kurtail_pl.maths.clip import Clip, LearnedClip, upper_quantile
-from kurtail_pl.maths.quantizers import Grid, Quantizer, dequantize, fake_quantize, quantize, rounded, split_groups
+from kurtail_pl.maths.quantizers import (
+    Grid,
+    Quantizer,
+    dequantize,
+    fake_quantize,
+    quantize,
+    require_groups,
+    rounded,
+    split_groups,
+)
 
 CLIPS = [Clip(), Clip(amount=0.9), Clip("quantile", 0.98), Clip("quantile", 0.5), Clip("quantile", 1.0)]
 
@@ -329,3 +339,15 @@ def test_halves_in_float64_go_to_even_whatever_was_lost_before() -> None:
     beside = torch.tensor([1e-9, -1e-9], dtype=torch.float64)
     assert rounded(2.5 + beside).tolist() == [3, 2]
     assert rounded(3.5 + beside).tolist() == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("widths", "advice"),
+    [
+        ((64, 64, 172), "choose a divisor of 4, which divides 64 and 172, or null"),
+        ((64,), "choose a divisor of 64, or null"),
+    ],
+)
+def test_groups_that_divide_no_width_are_refused_with_those_that_do(widths: tuple[int, ...], advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"^x.group_size is 48 and this model has 64 channels to divide; {advice}$"):
+        require_groups("x", 48, widths)
