@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.failures import ours_in
+from kurtail_pl.cli.main import sentence
 from kurtail_pl.cli.naming import Settings, artefact_suffix, run_folder, store_folder
 from kurtail_pl.cli.recipes import BASE, FOLDER
 from kurtail_pl.cli.refusals import require_possible, require_sensible
@@ -264,10 +265,12 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     # The network that SpinQuant learns through does not train.
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         logging.getLogger("kurtail_pl").setLevel(logging.ERROR)  # The first process speaks for all.
-    common = {"default_config_files": [str(FOLDER / BASE)]}
+    verb = arguments[0] if run else program.split()[1]
+    common = {"default_config_files": [str(FOLDER / BASE)], "description": sentence(verb)}
     return kind(
         RotationModule,
         StoredModel,

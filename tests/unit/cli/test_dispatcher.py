@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kurtail_pl
-from kurtail_pl.cli.main import VERBS, main
+from kurtail_pl.cli.main import VERBS, main, sentence
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
@@ -40,7 +40,9 @@ def test_help_lists_every_verb_by_its_docstring(capsys: pytest.CaptureFixture[st
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert exit_code(verb, "--help") == 0
     printed = capsys.readouterr().out
-    assert {"usage:", "kurtail", verb} <= set(printed.split("\n\n")[0].split())
+    usage, description = (block.split() for block in printed.split("\n\n")[:2])
+    assert {"usage:", "kurtail", verb} <= set(usage)
+    assert " ".join(description).startswith(sentence(verb))
     required = {
         "fit": "--config",
         "validate": "--ckpt_path",
