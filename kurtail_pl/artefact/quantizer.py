@@ -81,7 +81,7 @@ class KurtailQuantizer(HfQuantizer):
         from kurtail_pl.artefact.adoption import Adoption
 
         if kwargs.get("use_kernels"):
-            raise ConfigError("use_kernels is true, and kernels would stand in for modules of ours; leave it out")
+            raise ConfigError("use_kernels is true, and kernels would stand in for modules of kurtail_pl; leave it out")
         self._adoption = Adoption(model, Path(kwargs["checkpoint_files"][0]).parent, self._dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:

@@ -136,7 +136,7 @@ def evaluate(
         tasks: of the lm-evaluation-harness; an artefact's results.json gets what they give.
         model: name, folder, GGUF file or artefact; several by repeating it; an artefact gets results.json with a store.
         onnx: instead, a folder that kurtail export wrote.
-        store: activation store of the vanilla model, for the kurtosis of the block inputs.
+        store: activation store of the float model, for the kurtosis of the block inputs.
         validation_rows: its last rows, on which kurtosis is measured.
         profile: of the export: exact or fast.
         device: of the export: cpu or cuda.
@@ -216,7 +216,7 @@ def figures(
     """Draw the paper's figures from activations and rotations.
 
     Args:
-        store: activation store of the vanilla model.
+        store: activation store of the float model.
         rotations: the learned `rotations.safetensors`; random Hadamards of its seed are drawn beside it.
         out: folder of the figures and their numbers.
         layers: whose sensitivity, surface and histogram are drawn; by default the paper's 1 and 15, or the last one.

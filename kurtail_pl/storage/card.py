@@ -85,8 +85,7 @@ def read_card(folder: Path) -> dict[str, Any]:
             names a file outside the folder.
     """
     path = folder / CARD
-    if not path.is_file():
-        raise ArtefactError(f"{folder} is no folder of ours: it has no {CARD}; name one that kurtail fit or fuse made")
+    _require_card(folder)
     card = read_object(path, ArtefactError, AGAIN)
     require_format(card, FORMAT, path, ArtefactError)
     for name in fields_of(card, _Card, path, ArtefactError, AGAIN).sha256:
@@ -94,12 +93,15 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def _require_card(folder: Path) -> None:
+    if not is_ours(folder):
+        wrong = f"is no finished folder of kurtail's: it has no {CARD}" if folder.exists() else "does not exist"
+        raise ArtefactError(f"{folder} {wrong}; name one that kurtail fit, fuse or quantize wrote")
+
+
 def require_intact(folder: Path) -> None:
     """Raise ArtefactError when the folder is not a finished one of ours, or a file is not the one that was written."""
-    if not is_ours(folder):
-        raise ArtefactError(
-            f"{folder} is not a finished folder of ours: it has no kurtail.json; make it with kurtail fit"
-        )
+    _require_card(folder)
     expected = {folder / name: sha256 for name, sha256 in read_card(folder)["sha256"].items()}
     for path in expected:
         if not path.is_file():

@@ -49,7 +49,7 @@ class CaptureSpec:
     """What to capture.
 
     Args:
-        model: name, folder or GGUF file, as `open_model` takes it.
+        model: name, folder or GGUF file.
         text: calibration text.
         rows: rows kept of each site, drawn without replacement from all tokens of the text's windows; ``all`` keeps
             every token, shuffled all the same. They are written as they come: memory does not grow with their number.

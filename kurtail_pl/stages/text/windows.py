@@ -28,7 +28,7 @@ class TextSpec:
             text, WikiText's ``.raw``, JSONL or JSON with a field `text` or Alpaca's fields. Several, joined by ``+``,
             give equal numbers of windows; ``combined`` is ``wikitext+c4+ptb+alpaca``. Null is, in a recipe, the text
             that activations are captured from, and ``pydoc`` elsewhere.
-        windows: how many windows; None takes all that the text has.
+        windows: how many windows; null takes all that the text has.
         seqlen: tokens in a window.
         bos: begin each window with the model's BOS token, which counts among its tokens. Gemma needs it.
     """

@@ -140,9 +140,13 @@ def test_a_damaged_folder_is_refused(artefact: Path, tmp_path: Path, name: str, 
 def test_folders_that_are_not_ours_are_refused(tiny: Path, artefact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(artefact, tmp_path / "copy")
     (copy / "kurtail.json").unlink()
-    for folder in (copy, tiny, tmp_path / "none"):
-        with pytest.raises(ArtefactError, match=rf"{folder.name} is not a finished folder of ours"):
+    for folder, said in ((copy, "is no finished folder of kurtail's"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(
+            ArtefactError, match=rf"{folder.name} {said}.*; name one that kurtail fit, fuse or quantize"
+        ):
             kurtail_pl.load(folder)
+    with pytest.raises(ArtefactError, match=rf"{tiny.name} is no finished folder"):
+        kurtail_pl.load(tiny)
     (copy / "kurtail.json").write_text("{")
     with pytest.raises(KurtailError, match=r"kurtail.json is not JSON"):
         kurtail_pl.load(str(copy))

@@ -100,7 +100,7 @@ def test_changed_or_missing_files(carded: Path, name: str, word: str) -> None:
 
 
 def test_missing_damaged_or_foreign_card(carded: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="is no folder of ours"):
+    with pytest.raises(ArtefactError, match="none does not exist; name one that kurtail fit"):
         ours.read_card(tmp_path / "none")
     (carded / ours.CARD).write_text("{")
     with pytest.raises(ArtefactError, match=r"kurtail.json is not JSON"):

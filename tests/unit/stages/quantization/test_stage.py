@@ -167,7 +167,7 @@ def test_the_damping_of_matching_is_positive(damping: float) -> None:
 
 
 def test_a_plain_model_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="tiny is no folder of ours"):
+    with pytest.raises(ArtefactError, match="tiny is no finished folder of kurtail's"):
         quantize(tiny, QuantizeSpec(rounder=RTN()), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
