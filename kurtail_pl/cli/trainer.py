@@ -270,7 +270,7 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         logging.getLogger("kurtail_pl").setLevel(logging.ERROR)  # The first process speaks for all.
     verb = arguments[0] if run else program.split()[1]
-    common = {"default_config_files": [str(FOLDER / BASE)], "description": sentence(verb)}
+    common: dict[str, Any] = {"default_config_files": [str(FOLDER / BASE)], "description": sentence(verb)}
     return kind(
         RotationModule,
         StoredModel,
