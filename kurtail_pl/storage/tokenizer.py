@@ -16,6 +16,8 @@ FAST = "tokenizer.json"
 FILES = (FAST, "tokenizer.model", "vocab.json", "tokenizer_config.json")
 READ = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "config.json")
 """How the names of files begin that decide what a tokenizer does."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of more such files."""
 AGAIN = "copy it again from where the model comes from"
 
 
@@ -41,7 +43,8 @@ def read_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in FILES):
         raise CheckpointError(f"{folder} has no tokenizer; add its {FAST} and tokenizer_config.json")
     try:
-        files = [path for path in sorted(folder.iterdir()) if path.name.startswith(READ) and path.is_file()]
+        own = [path for path in folder.iterdir() if path.name.startswith(READ)]
+        files = sorted(path for path in (*own, *folder.glob(f"{TEMPLATES}/*")) if path.is_file())
         place = _Place(tuple((path.name, sha256_of(path)) for path in files), folder)
     except OSError as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason(error)}); {AGAIN}") from error

@@ -112,7 +112,8 @@ def _of_artefact(folder: Path) -> Facts:
 
 def _family(folder: Path) -> str | None:
     """How the rotations of a folder's family are made, in words."""
-    kind = read_object(folder / CONFIG, CheckpointError, AGAIN).get("model_type")
+    path = folder / CONFIG
+    kind = read_object(path, CheckpointError, AGAIN).get("model_type") if path.is_file() else None
     if not isinstance(kind, str):
         return None
     if kind in REFUSED:

@@ -150,9 +150,9 @@ def wrong(rotations: Rotations, part: str) -> Rotations:
     [
         ("R1", r"rotating the residual stream \(R1\) in model.layers.0 changed"),
         ("R2", r"rotating the values \(R2\) in model.layers.2 changed"),
-        ("R3", r"rotating online \(R3, R4, R5\) in model.layers.0 changed"),
-        ("R4", r"rotating online \(R3, R4, R5\) in model.layers.0 changed"),
-        ("R5", r"rotating online \(R3, R4, R5\) in model.layers.0 changed"),
+        ("R3", r"rotating online in model.layers.0 changed"),
+        ("R4", r"rotating online in model.layers.0 changed"),
+        ("R5", r"rotating online in model.layers.0 changed"),
     ],
 )
 def test_a_matrix_that_is_no_rotation_leaves_nothing(
@@ -186,7 +186,7 @@ def test_a_fold_that_forgets_a_norm_is_seen(
     tiny: Path, rotations: Rotations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = folding.fold_norm
-    monkeypatch.setattr(folding, "fold_norm", lambda norm, readers: right(norm, list(readers)[:1]))
+    monkeypatch.setattr(folding, "fold_norm", lambda norm, readers, offset: right(norm, list(readers)[:1], offset))
     with pytest.raises(GateError, match=r"folding the norms in model.layers.0"):
         fuse(Checkpoint(tiny), rotations, "test", tmp_path / "fused")
     assert list(tmp_path.iterdir()) == []

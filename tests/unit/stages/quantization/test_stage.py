@@ -77,7 +77,7 @@ def test_a_card_holds_all_that_repeats_it(fused: Path, artefact: Path, text: Tex
     settings = {"block_size": 128, "percdamp": 0.01, "act_order": True, "correction": None, "refine": 0}
     assert card["quantize"]["rounder"] == {"kind": "GPTQ", "settings": settings}
     assert card["quantize"]["matching"] is None
-    assert card["quantize"]["text"] == {"source": text.source, "windows": 6, "seqlen": 48}
+    assert card["quantize"]["text"] == {"source": text.source, "windows": 6, "seqlen": 48, "bos": False}
     assert card["calibration_text_sha256"] == sha256_of(Path(text.source))
     assert card["fallbacks"] == []
     assert set(card["cost"]) == {"fuse", "quantize"}

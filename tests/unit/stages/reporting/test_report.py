@@ -115,7 +115,7 @@ def test_the_hub_reads_the_model_card(tiny: Path, text: TextSpec, tmp_path: Path
     assert data.tags == ["kurtail", "quantized", "w4a4kv4"]
     (measured,) = data.eval_results
     assert (measured.metric_type, measured.metric_value) == ("perplexity", results["evaluation"]["perplexity"])
-    assert (measured.dataset_name, measured.dataset_args) == ("tales.txt", {"windows": 6, "seqlen": 48})
+    assert (measured.dataset_name, measured.dataset_args) == ("tales.txt", {"windows": 6, "seqlen": 48, "bos": False})
     assert page.text.startswith("\n# tiny-rtn-w4a4kv4\n")
     (snippet,) = re.findall(r"```python\n(.*?)```", page.text, re.S)
     names: dict[str, Any] = {}
