@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -23,6 +22,7 @@ from kurtail_pl.cli.arguments import prepared
 from kurtail_pl.cli.failures import ours_in
 from kurtail_pl.cli.main import sentence
 from kurtail_pl.cli.naming import Settings, artefact_suffix, run_folder, store_folder
+from kurtail_pl.cli.quiet import quiet_lightning
 from kurtail_pl.cli.recipes import BASE, FOLDER
 from kurtail_pl.cli.refusals import require_possible, require_sensible
 from kurtail_pl.cli.saving import KeepConfig
@@ -258,17 +258,7 @@ def _plain(config: Namespace) -> Settings:
 def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
     """Parse a recipe and its overrides as a Lightning CLI of a kind; runs the verb unless told not to."""
     sys.argv = [program, *prepared(arguments)]  # LightningCLI reads it, and warns when it is given both.
-    # Lightning advertises its other products at each start, and calls something that torch has deprecated.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # Fixed rotations have no optimizer, and say so by their class.
-    warnings.filterwarnings("ignore", message=".*configure_optimizers. returned .None.")
-    # The network that SpinQuant learns through does not train.
-    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
-    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
-        logging.getLogger("kurtail_pl").setLevel(logging.ERROR)  # The first process speaks for all.
+    quiet_lightning()
     verb = arguments[0] if run else program.split()[1]
     common: dict[str, Any] = {"default_config_files": [str(FOLDER / BASE)], "description": sentence(verb)}
     return kind(
@@ -284,10 +274,6 @@ def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run
         parser_kwargs={arguments[0]: common} if run else common,
         run=run,
     )
-
-
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(product in str(record.msg) for product in ("litlogger", "litmodels"))
 
 
 def fit(arguments: list[str]) -> None:
