@@ -185,7 +185,8 @@ def test_groups_that_fill_no_width_are_refused(weights: Format) -> None:
     weights.require("weights", (64, 128))
     size = weights.group_size
     with pytest.raises(
-        ConfigError, match=f"weights.group_size is {size} and this model has 172 .* divisor of 4, which divides 64 and 172"
+        ConfigError,
+        match=f"weights.group_size is {size} and this model has 172 .* divisor of 4, which divides 64 and 172",
     ):
         weights.require("weights", (64, 172))
 
