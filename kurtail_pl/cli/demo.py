@@ -86,7 +86,7 @@ def _plan(maker: Maker, first: Sequence[Parsed], second: Sequence[Parsed]) -> It
     """What is left to do, in its order."""
     data = first[0].cli.datamodule
     done = {("capture", data.store_folder)} if data.store_folder.is_dir() else set()
-    for parsed in (*first, *second):
+    for parsed in (*first, *(parsed for parsed in second if parsed not in first)):
         steps = [] if maker.stands(parsed.artefact) else list(_steps(parsed, done))
         yield from steps
         if parsed is first[0] and not maker.stands(parsed.float_folder):

@@ -117,20 +117,21 @@ class Maker:
         self.folder, self.overwrite = folder, overwrite
         self._begun: set[Path] = set()
         self._made: set[Path] = set()
-        self._cells: list[Cell] = []
+        self._parsed: list[Parsed] = []
 
     def parse(self, cell: Cell) -> Parsed:
-        """Write a cell's recipe, and read it as a command line would."""
-        if cell not in self._cells:
-            self._cells.append(cell)
+        """Write a cell's recipe, and read it as a command line would; each cell once."""
+        found = next((parsed for parsed in self._parsed if parsed.cell == cell), None)
+        if found is not None:
+            return found
         (self.folder / "recipes").mkdir(parents=True, exist_ok=True)
-        path = self.folder / "recipes" / f"{self._cells.index(cell):02d}.yaml"
+        path = self.folder / "recipes" / f"{len(self._parsed):02d}.yaml"
         with alone_with(self.folder):  # Another process may compare the same recipes.
             write_text(path, yaml.safe_dump(cell.settings, sort_keys=False))
         again = ["--overwrite"] if self.overwrite else []
         cli = command_line(WaitingCLI, "kurtail compare", ["fit", "--config", str(path), *again])
-        assert isinstance(cli, WaitingCLI)
-        return Parsed(cell, path, cli)
+        self._parsed.append(Parsed(cell, path, cli))
+        return self._parsed[-1]
 
     def stands(self, folder: Path) -> bool:
         """Whether a folder stands there, measured, and is not to be made anew."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace
@@ -255,7 +255,10 @@ def _plain(config: Namespace) -> Settings:
     return settings
 
 
-def command_line(kind: type[KurtailCLI], program: str, arguments: list[str], run: bool = True) -> KurtailCLI:
+CLI = TypeVar("CLI", bound=KurtailCLI)
+
+
+def command_line(kind: type[CLI], program: str, arguments: list[str], run: bool = True) -> CLI:
     """Parse a recipe and its overrides as a Lightning CLI of a kind; runs the verb unless told not to."""
     sys.argv = [program, *prepared(arguments)]  # LightningCLI reads it, and warns when it is given both.
     quiet_lightning()
